@@ -1,0 +1,40 @@
+# make install | demo | test | lint | bench | train
+PYTHON ?= python3
+PIP_ARGS ?=
+TRAIN_STEPS ?= 3400
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install demo test lint bench train
+
+install: $(INSTALLED)
+
+# Always through the constraints: a loose torch pin can pull gigabytes of GPU libraries.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/folospec demo
+
+# One torch thread per worker: two workers that each spin two threads on two cores take twice as long.
+test: export OMP_NUM_THREADS := 1
+test: export TOKENIZERS_PARALLELISM := false
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/throughput.py $(BENCH_ARGS)
+
+# Resumes from build/demo/checkpoint.pt; remove build/demo to start anew.
+train: install
+	$(BIN)/python training/train.py --steps $(TRAIN_STEPS)
+	$(BIN)/python training/export.py
+	$(BIN)/python training/evaluate.py

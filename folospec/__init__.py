@@ -1,0 +1,69 @@
+"""folospec: a paged-KV mini serving engine in which no speculative decoding method changes the
+output.
+
+    from folospec import LLM, SamplingParams
+
+Names are imported when they are first used, so that `folospec.core` runs without torch and `import
+folospec` without transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from folospec.config import EngineConfig, SpeculativeConfig
+    from folospec.core.sequence import Sequence, SequenceGroup
+    from folospec.engine.llm import LLM
+    from folospec.engine.llm_engine import LLMEngine
+    from folospec.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from folospec.sampling_params import SamplingParams
+    from folospec.spec.drafters.base import Drafter, register_drafter
+    from folospec.spec.proposal import Proposal
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "folospec.engine.llm",
+    "LLMEngine": "folospec.engine.llm_engine",
+    "EngineConfig": "folospec.config",
+    "SpeculativeConfig": "folospec.config",
+    "SamplingParams": "folospec.sampling_params",
+    "CompletionOutput": "folospec.outputs",
+    "Logprob": "folospec.outputs",
+    "RequestMetrics": "folospec.outputs",
+    "RequestOutput": "folospec.outputs",
+    "Sequence": "folospec.core.sequence",
+    "SequenceGroup": "folospec.core.sequence",
+    "Drafter": "folospec.spec.drafters.base",
+    "register_drafter": "folospec.spec.drafters.base",
+    "Proposal": "folospec.spec.proposal",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Drafter",
+    "EngineConfig",
+    "LLMEngine",
+    "Logprob",
+    "Proposal",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "Sequence",
+    "SequenceGroup",
+    "SpeculativeConfig",
+    "register_drafter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

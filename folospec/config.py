@@ -1,0 +1,161 @@
+"""Every knob of the engine, with its default and its bounds. Frozen: what is found at run time
+lives elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+ACCEPTANCE_RULES = ("coupled", "rejection", "block")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """Which drafter proposes tokens, how many, and by which rule they are accepted.
+
+    Raises:
+        ValueError: a value is out of range; the message names it and what is allowed.
+    """
+
+    method: str
+    """Name of a registered drafter: "ngram", "draft_model", or one of your own."""
+    model: str | None = None
+    """Path, hub id or bundled name of the draft model, for the drafters that have one."""
+    num_speculative_tokens: int = 5
+    """Most draft tokens per sequence and step."""
+    acceptance: str = "coupled"
+    """"coupled": the same tokens as without speculation. "rejection" and "block": the same law."""
+    adaptive: bool = False
+    """Choose the draft length per request from its acceptance so far, at most
+    `num_speculative_tokens`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The drafter's own options; it refuses those that it does not know."""
+
+    def __post_init__(self) -> None:
+        _require(
+            isinstance(self.method, str) and self.method != "",
+            "method",
+            self.method,
+            "the name of a drafter",
+        )
+        _require_count("num_speculative_tokens", self.num_speculative_tokens)
+        _require_choice("acceptance", self.acceptance, ACCEPTANCE_RULES)
+
+    @classmethod
+    def of(
+        cls, value: None | str | Mapping[str, Any] | SpeculativeConfig
+    ) -> SpeculativeConfig | None:
+        """Read what users pass as `speculative=`: None, a drafter's name, a mapping, or a config.
+
+        Keys of a mapping that are no field of this class go to the drafter as its `options`.
+        """
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(method=value)
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"speculative must be None, a name, a mapping or a SpeculativeConfig, got {value!r}"
+            )
+        if "method" not in value:
+            raise ValueError(f"speculative needs a 'method', got the keys {sorted(value)}")
+        own = {f.name for f in fields(cls)}
+        options = {**value.get("options", {}), **{k: v for k, v in value.items() if k not in own}}
+        return cls(
+            **{k: v for k, v in value.items() if k in own and k != "options"}, options=options
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the engine runs and within which limits.
+
+    Raises:
+        ValueError: a value is out of range; the message names it and what is allowed.
+    """
+
+    model: str
+    """Folder, hub id, or bundled name ("folospec-demo") of the target model."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from, if not from `model`."""
+    skip_tokenizer_init: bool = False
+    """Run on token ids alone: no text in, no text out."""
+    speculative: SpeculativeConfig | None = None
+    dtype: str = "auto"
+    """Type of weights and KV; "auto" is the checkpoint's on a GPU and float32 on a CPU."""
+    device: str = "auto"
+    """A torch device; "auto" is "cuda" if there is one, else "cpu"."""
+    block_size: int = 16
+    """Tokens per KV block."""
+    num_blocks: int | None = None
+    """KV blocks in the pool. Default: what `kv_cache_memory` holds."""
+    kv_cache_memory: int | None = None
+    """Bytes for the KV of target and drafters together, if `num_blocks` is None. Default: what
+    `max_num_seqs` sequences of `max_model_len` need, at most 1 GiB."""
+    max_num_seqs: int = 64
+    """Most sequences that run at once."""
+    max_num_batched_tokens: int = 2048
+    """Token budget of a step, draft tokens included."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and output together. Default: the model's own limit."""
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    """Split prompts over steps to fill the token budget; off, a prompt runs in one step."""
+    attention_backend: str = "auto"
+    deterministic: bool | None = None
+    """Demand (True), waive (False), or take where it is free (None) logits that do not depend on
+    the batch, bit for bit."""
+    seed: int = 0
+    """The seed from which requests without one derive theirs."""
+    logprobs_mode: str = "raw_logprobs"
+    """"raw_logprobs": log-softmax of the model's logits. "processed_logprobs": of the distribution
+    sampled from."""
+    strict_drafters: bool = False
+    """Raise a drafter's exception; otherwise it loses its turn, and the event is logged and
+    counted."""
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            isinstance(self.model, str) and self.model != "",
+            "model",
+            self.model,
+            "a path, a hub id or a name",
+        )
+        _require_choice("dtype", self.dtype, DTYPES)
+        _require_choice("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _require_count(name, getattr(self, name))
+        for name in ("num_blocks", "kv_cache_memory", "max_model_len"):
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name))
+        _require(
+            self.num_blocks is None or self.kv_cache_memory is None,
+            "kv_cache_memory",
+            self.kv_cache_memory,
+            f"None when num_blocks={self.num_blocks} is given",
+        )
+        _require(
+            self.deterministic in (None, True, False),
+            "deterministic",
+            self.deterministic,
+            "None, True or False",
+        )
+        _require(isinstance(self.seed, int), "seed", self.seed, "an integer")
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _require_count(name: str, value: object) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    _require(ok, name, value, "an integer of at least 1")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    _require(value in choices, name, value, f"one of {', '.join(choices)}")

@@ -1,0 +1,27 @@
+"""The book-keeping of the engine: sequences, blocks, what runs next. It never imports torch."""
+
+from folospec.core.block_pool import Block, BlockPool
+from folospec.core.kv_cache_manager import BlockCopy, KVCacheManager
+from folospec.core.prefix_cache import PrefixCache, hash_block
+from folospec.core.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
+from folospec.core.sequence import Sequence, SequenceGroup, SequenceStatus
+from folospec.core.stats import EngineStats, PrefixCacheStats
+from folospec.core.token_tree import TokenTree
+
+__all__ = [
+    "Block",
+    "BlockCopy",
+    "BlockPool",
+    "EngineStats",
+    "KVCacheManager",
+    "PrefixCache",
+    "PrefixCacheStats",
+    "ScheduledSequence",
+    "Scheduler",
+    "SchedulerOutput",
+    "Sequence",
+    "SequenceGroup",
+    "SequenceStatus",
+    "TokenTree",
+    "hash_block",
+]

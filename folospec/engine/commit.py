@@ -1,0 +1,148 @@
+"""Make verdicts true: the only place where a step changes committed state."""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor
+
+from folospec.core.scheduler import ScheduledSequence, Scheduler
+from folospec.core.sequence import Sequence, SequenceStatus
+from folospec.core.stats import EngineStats
+from folospec.engine.judge import Judgement
+from folospec.engine.logprobs import LogprobsTaker
+from folospec.engine.output_processor import append_token
+from folospec.engine.request import Request
+from folospec.engine.speculation import Speculation, Verified
+from folospec.sampling.sampler import NO_TOKEN
+from folospec.spec.verify import Verdict
+from folospec.worker.kv_cache import KVCache
+
+_STATUS = {"stop": SequenceStatus.FINISHED_STOPPED, "length": SequenceStatus.FINISHED_LENGTH}
+
+
+class Committer:
+    """Appends tokens, moves the KV of accepted nodes into place, rolls back the rest, and ends what
+    is done.
+
+        slots    ... | root | node 0 | node 1 | node 2 |      accepted path: nodes 0 and 2
+                                ^                 |
+        commit       | root | node 0 | node 2 |   '-> its row moves to slot root + 2
+        roll back    blocks past the last committed token go back to the pool
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        speculation: Speculation,
+        target_kv: KVCache,
+        stats: EngineStats,
+        logprobs: LogprobsTaker,
+    ) -> None:
+        self.scheduler, self.manager = scheduler, scheduler.manager
+        self.speculation, self.target_kv = speculation, target_kv
+        self.stats, self.logprobs = stats, logprobs
+
+    def commit(
+        self, scheduled: list[ScheduledSequence], judgements: list[Judgement], rows: Tensor
+    ) -> list[Request]:
+        """Commit a step; return the requests that got tokens.
+
+        Args:
+            rows: float [num_rows, vocab_size], what logprobs are taken from; `Judgement.rows` are
+                its indices.
+        """
+        for item in scheduled:
+            if not item.samples and item.seq.kv is not None:
+                self.manager.commit(item.seq, item.start + item.num_tokens)
+        verified: list[Verified] = []
+        emitted: list[tuple[Request, Sequence]] = []
+        for judgement in judgements:
+            emitted.extend(
+                (judgement.request, seq) for seq in self._commit(judgement, rows, verified)
+            )
+        self.speculation.observe(verified)
+        for request, seq in emitted:
+            reason = request.outputs[seq.seq_id].finish_reason
+            if reason is not None:
+                self.scheduler.finish(seq, _STATUS[reason])
+                self.speculation.drop(seq, finished=True)
+        requests = {id(request): request for request, _ in emitted}
+        for request in requests.values():
+            _note_times(request)
+        return list(requests.values())
+
+    def _commit(
+        self, judgement: Judgement, rows: Tensor, verified: list[Verified]
+    ) -> list[Sequence]:
+        assert judgement.verdicts is not None
+        seq, verdict, root = judgement.seq, judgement.verdicts[0], judgement.seq.num_tokens - 1
+        siblings = self._fork_siblings(judgement)
+        new_ids = self._emit(judgement, seq, verdict, rows)
+        path = verdict.path[: len(new_ids)]
+        if judgement.proposal is not None:
+            self._move_accepted(seq, path, root)
+            self.speculation.commit_kv(seq, judgement.proposal, path, root)
+            verified.append(Verified(judgement.request, seq, judgement.proposal, verdict, new_ids))
+        self._advance(seq, root + 1 + len(path))
+        for sibling, sibling_verdict in zip(siblings, judgement.verdicts[1:], strict=True):
+            self._emit(judgement, sibling, sibling_verdict, rows)
+            self._advance(sibling, root + 1)
+        return [seq, *siblings]
+
+    def _fork_siblings(self, judgement: Judgement) -> list[Sequence]:
+        """With n > 1, fork the siblings off the computed prompt: they share every block until they
+        write."""
+        if judgement.num_draws == 1:
+            return []
+        request, seq = judgement.request, judgement.seq
+        self.manager.commit(seq, seq.num_tokens)
+        siblings = request.group.fork_siblings()
+        for sibling in siblings:
+            request.outputs[sibling.seq_id] = request.outputs[seq.seq_id].fork()
+            self.scheduler.add_fork(sibling)
+        return siblings
+
+    def _emit(
+        self, judgement: Judgement, seq: Sequence, verdict: Verdict, rows: Tensor
+    ) -> list[int]:
+        """Append a verdict's tokens up to the first that ends the output; return those appended.
+
+        After an accepted draft there may be no token that the request's options allow. Then the
+        next step finds the same without a draft, and ends the request as plain decoding would.
+        """
+        request = judgement.request
+        new_ids: list[int] = []
+        for token_id in verdict.token_ids(judgement.tree):
+            if token_id == NO_TOKEN:
+                break
+            new_ids.append(token_id)
+            if append_token(request, seq, token_id):
+                break
+        self.stats.num_output_tokens += len(new_ids)
+        if request.needs_logprobs and new_ids:
+            places = [judgement.rows.start + 1 + node for node in [-1, *verdict.path]]
+            self.logprobs.take_output(request, seq, rows[places[: len(new_ids)]], new_ids)
+        return new_ids
+
+    def _move_accepted(self, seq: Sequence, path: list[int], root: int) -> None:
+        """Bring the accepted nodes' KV to the slots after the root; a chain's is there already."""
+        moves = [(node + 1, depth) for depth, node in enumerate(path, start=1) if node + 1 != depth]
+        self.target_kv.move_rows(
+            [self.manager.slot(seq, root + source) for source, _ in moves],
+            [self.manager.slot(seq, root + target) for _, target in moves],
+        )
+        self.stats.num_moved_rows += len(moves)
+
+    def _advance(self, seq: Sequence, num_computed_tokens: int) -> None:
+        # The last token is run again if it is the root of the next step, whatever KV it has.
+        self.manager.commit(seq, min(num_computed_tokens, seq.num_tokens - 1))
+        self.manager.rollback(seq)
+
+
+def _note_times(request: Request) -> None:
+    metrics, now = request.group.metrics, time.monotonic()
+    if metrics.first_token_time is None:
+        metrics.first_token_time = now
+    if request.group.is_finished:
+        metrics.finished_time = now

@@ -1,0 +1,161 @@
+"""Admission: whatever is wrong with a request is said here, with the value, before any state
+changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from folospec.config import EngineConfig
+from folospec.core.sequence import SequenceGroup
+from folospec.engine.detokenizer import Detokenizer
+from folospec.engine.request import Request, SequenceOutput
+from folospec.sampling.constraints import check_token_ids
+from folospec.sampling.noise import derived_seed
+from folospec.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the engine found out at start: sizes that requests are checked against."""
+
+    vocab_size: int
+    max_model_len: int
+    num_slots: int
+    """Tokens that the whole KV pool holds."""
+    eos_token_ids: frozenset[int]
+
+
+class InputProcessor:
+    """Turns prompts and parameters into requests.
+
+    Raises (from `process`):
+        ValueError: the prompt or a parameter cannot be served; the message says which and why.
+    """
+
+    def __init__(self, config: EngineConfig, limits: Limits, tokenizer: Any) -> None:
+        self.config, self.limits, self.tokenizer = config, limits, tokenizer
+
+    def process(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, ordinal: int
+    ) -> Request:
+        text, token_ids = self._read_prompt(prompt)
+        self._check_prompt(token_ids)
+        self._check_params(params)
+        max_num_tokens = self._max_num_tokens(len(token_ids), params)
+        group = SequenceGroup(request_id, token_ids, params, arrival=ordinal, prompt=text)
+        seed = params.seed
+        if seed is None:
+            seed = derived_seed(self.config.seed, ordinal)
+        first = group.sequences[0]
+        return Request(
+            group=group,
+            seed=seed,
+            max_num_tokens=max_num_tokens,
+            eos_token_ids=frozenset() if params.ignore_eos else self.limits.eos_token_ids,
+            bad_words_token_ids=self._bad_words(params.bad_words),
+            outputs={first.seq_id: SequenceOutput(self._detokenizer(token_ids, params))},
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        )
+
+    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
+            if unknown or not prompt:
+                raise ValueError(
+                    "a prompt mapping has 'prompt' or 'prompt_token_ids', got the keys "
+                    f"{sorted(prompt)}"
+                )
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            prompt = prompt["prompt"]
+        if not isinstance(prompt, str):
+            return None, list(prompt)
+        if self.tokenizer is None:
+            raise ValueError(
+                "a text prompt needs a tokenizer, and skip_tokenizer_init is on; give "
+                "prompt_token_ids"
+            )
+        return prompt, list(self.tokenizer(prompt)["input_ids"])
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise ValueError("the prompt is empty; it must have at least one token")
+        for token_id in token_ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < self.limits.vocab_size:
+                raise ValueError(
+                    f"prompt token ids must be integers between 0 and "
+                    f"{self.limits.vocab_size - 1}, got {token_id!r}"
+                )
+        limit = self.limits.max_model_len
+        if len(token_ids) >= limit:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens; with max_model_len={limit} it may have "
+                f"at most {limit - 1}"
+            )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        check_token_ids(params, self.limits.vocab_size)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is not None and value > self.limits.vocab_size:
+                raise ValueError(
+                    f"{name} must be at most the vocabulary size {self.limits.vocab_size}, got "
+                    f"{value}"
+                )
+        if params.num_sequences > self.config.max_num_seqs:
+            raise ValueError(
+                f"n or best_of must be at most max_num_seqs={self.config.max_num_seqs}, got "
+                f"{params.num_sequences}"
+            )
+        if self.tokenizer is None and (params.stop_strings or params.bad_words):
+            raise ValueError(
+                f"stop strings and bad_words need a tokenizer, and skip_tokenizer_init is on; "
+                f"got stop={params.stop!r}, bad_words={params.bad_words!r}"
+            )
+        most = self.config.speculative.num_speculative_tokens if self.config.speculative else 0
+        if (params.num_speculative_tokens or 0) > most:
+            raise ValueError(
+                f"num_speculative_tokens must be at most the engine's {most}, got "
+                f"{params.num_speculative_tokens}"
+            )
+
+    def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        limits = self.limits
+        wanted = limits.max_model_len - num_prompt_tokens
+        if params.max_tokens is not None:
+            wanted = min(wanted, params.max_tokens)
+        total = num_prompt_tokens + wanted
+        if total > limits.num_slots:
+            raise ValueError(
+                f"{num_prompt_tokens} prompt tokens and up to {wanted} output tokens do not fit "
+                "the KV pool of "
+                f"{limits.num_slots} tokens; lower max_tokens or raise num_blocks or "
+                "kv_cache_memory"
+            )
+        budget = self.config.max_num_batched_tokens
+        if not self.config.enable_chunked_prefill and total > budget:
+            raise ValueError(
+                "without chunked prefill, prompt and output must fit "
+                f"max_num_batched_tokens={budget}, got {total} tokens"
+            )
+        return total
+
+    def _bad_words(self, bad_words: Sequence[str]) -> list[list[int]]:
+        """Token sequences of each word, at the start of a text and after a space."""
+        sequences = []
+        for word in bad_words:
+            for text in (word, " " + word.lstrip()):
+                token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+                if token_ids and token_ids not in sequences:
+                    sequences.append(token_ids)
+        return sequences
+
+    def _detokenizer(self, token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
+        if self.tokenizer is None:
+            return None
+        return Detokenizer(self.tokenizer, token_ids, params.skip_special_tokens)

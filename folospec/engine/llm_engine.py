@@ -1,0 +1,274 @@
+"""The loop: schedule, propose, forward, transform, verify, commit, observe. One call of `step` is
+one pass of the target."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from folospec.config import EngineConfig
+from folospec.core.kv_cache_manager import KVCacheManager
+from folospec.core.scheduler import ScheduledSequence, Scheduler
+from folospec.core.sequence import Sequence
+from folospec.core.stats import EngineStats
+from folospec.engine.commit import Committer
+from folospec.engine.input_processor import InputProcessor, Limits, Prompt
+from folospec.engine.judge import Judgement, find_judgement, judge
+from folospec.engine.loading import load_parts
+from folospec.engine.logprobs import LogprobsTaker
+from folospec.engine.output_processor import Increment, increments, make_output
+from folospec.engine.request import Request
+from folospec.engine.speculation import Candidate, Speculation
+from folospec.outputs import RequestOutput
+from folospec.sampling.constraints import NoTokenError
+from folospec.sampling_params import SamplingParams
+from folospec.spec.draft_runner import Rows
+from folospec.spec.proposal import Proposal
+
+logger = logging.getLogger(__name__)
+
+
+class LLMEngine:
+    """Continuous batching over paged KV, with speculation: add requests, then call `step` until
+    none is unfinished.
+
+    Raises:
+        ValueError: the model, drafter, tokenizer or a size cannot be used.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.parts = parts = load_parts(config)
+        self.tokenizer = parts.tokenizer
+        self.manager = KVCacheManager(
+            parts.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.manager,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+        )
+        spec = parts.target.model.config
+        limits = Limits(
+            vocab_size=spec.vocab_size,
+            max_model_len=parts.max_model_len,
+            num_slots=parts.num_blocks * config.block_size,
+            eos_token_ids=frozenset(spec.eos_token_ids),
+        )
+        self.inputs = InputProcessor(config, limits, parts.tokenizer)
+        self.logprobs = LogprobsTaker(parts.tokenizer)
+        self.engine_stats = EngineStats(prefix_cache=self.manager.stats)
+        self.speculation = Speculation(
+            config.speculative,
+            parts.drafter,
+            self.manager,
+            self.engine_stats,
+            vocab_size=spec.vocab_size,
+            strict=config.strict_drafters,
+        )
+        owner = parts.drafter.kv_owner if parts.drafter else None
+        self.speculation.kv = parts.runners[owner].kv if owner in parts.runners else None
+        assert parts.target.kv is not None
+        self.committer = Committer(
+            self.scheduler, self.speculation, parts.target.kv, self.engine_stats, self.logprobs
+        )
+        self._aborted: list[Request] = []
+        self.requests: dict[str, Request] = {}
+        self._num_requests = 0
+
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> str:
+        """Queue a request and return its id.
+
+        Raises:
+            ValueError: the request cannot be served, or the id is in use. Nothing has changed then.
+        """
+        request_id = request_id if request_id is not None else f"request-{self._num_requests}"
+        if request_id in self.requests:
+            raise ValueError(f"request_id {request_id!r} is in use")
+        request = self.inputs.process(
+            request_id, prompt, params or SamplingParams(), self._num_requests
+        )
+        request.group.metrics.arrival_time = time.monotonic()
+        self._num_requests += 1
+        self.requests[request_id] = request
+        self.scheduler.add(request.group)
+        return request_id
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Stop a request, free its blocks, and return what it has; None if there is no such
+        request."""
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return None
+        for seq in request.group.sequences:
+            if not seq.status.is_finished:
+                request.outputs[seq.seq_id].finish_reason = "abort"
+            self.speculation.drop(seq, finished=True)
+        self.scheduler.abort(request_id)
+        request.group.metrics.finished_time = time.monotonic()
+        return make_output(request)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return a snapshot of every request that got tokens or finished."""
+        if not self.requests:
+            return []
+        scheduled = self._schedule()
+        proposals = self._propose(scheduled)
+        judgements, rows = self._forward_and_judge(scheduled, proposals)
+        touched = self.committer.commit(scheduled, judgements, rows)
+        self.engine_stats.num_steps += 1
+        outputs = [self.abort(request.group.request_id) for request in self._aborted]
+        self._aborted.clear()
+        for request in touched:
+            if request.group.is_finished:
+                del self.requests[request.group.request_id]
+            outputs.append(make_output(request))
+        return [output for output in outputs if output is not None]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
+        """Run one request, yielding its text and tokens as they come. Closing the iterator aborts
+        the request."""
+        request_id = self.add_request(prompt, params)
+        sent: dict[int, tuple[int, int]] = {}
+        try:
+            while request_id in self.requests:
+                for output in self.step():
+                    if output.request_id == request_id:
+                        yield from increments(output, sent)
+        finally:
+            self.abort(request_id)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and times since the engine was made, the sizes it runs with, and the promise that
+        holds."""
+        return {
+            **asdict(self.engine_stats),
+            "lossless": self._promise(),
+            "attention_backend": self.parts.attention_backend,
+            "device": str(self.parts.device),
+            "dtype": str(self.parts.target.model.config.dtype).removeprefix("torch."),
+            "max_model_len": self.parts.max_model_len,
+            "num_blocks": self.parts.num_blocks,
+            "kv_cache_bytes": sum(r.kv.num_bytes for r in self.parts.runners.values() if r.kv),
+            "num_free_blocks": self.manager.num_free_blocks,
+        }
+
+    def _promise(self) -> str:
+        """The strongest level of the lossless contract that holds: "bit", "path" (up to near ties)
+        or "law"."""
+        rule = self.speculation.rule
+        if rule is not None and rule.promise == "law":
+            return "law"
+        return "bit" if self.config.deterministic else "path"
+
+    def _schedule(self) -> list[ScheduledSequence]:
+        output = self.scheduler.schedule(
+            lambda seq: self.speculation.draft_length(self._request(seq), seq)
+        )
+        for seq in output.preempted:
+            self.speculation.drop(seq, finished=False)
+            self.engine_stats.num_preemptions += 1
+        if output.copies:
+            for runner in self.parts.runners.values():
+                assert runner.kv is not None
+                runner.kv.copy_blocks(output.copies)
+        return output.scheduled
+
+    def _propose(self, scheduled: list[ScheduledSequence]) -> dict[str, Proposal]:
+        begin = time.perf_counter()
+        proposals = self.speculation.propose(
+            [
+                Candidate(self._request(item.seq), item.seq, item.num_draft_slots)
+                for item in scheduled
+                if item.num_draft_slots > 0
+            ]
+        )
+        self.engine_stats.draft_time += time.perf_counter() - begin
+        return proposals
+
+    def _forward_and_judge(
+        self, scheduled: list[ScheduledSequence], proposals: dict[str, Proposal]
+    ) -> tuple[list[Judgement], Tensor]:
+        """Run the target over all rows; judge those that emit tokens; take prompt logprobs from the
+        others."""
+        begin = time.perf_counter()
+        result = self.parts.target.forward(
+            [self._rows(item, proposals.get(item.seq.seq_id)) for item in scheduled]
+        )
+        judged_at = time.perf_counter()
+        self.engine_stats.target_time += judged_at - begin
+        self.engine_stats.num_target_passes += 1
+        judgements: list[Judgement] = []
+        first = 0
+        for item in scheduled:
+            request, proposal = self._request(item.seq), proposals.get(item.seq.seq_id)
+            request.group.metrics.num_target_passes += 1
+            self.engine_stats.num_scheduled_tokens += item.num_tokens + _num_nodes(proposal)
+            last = first + self._num_logits(item, proposal)
+            if request.wants_prompt_logprobs:
+                self.logprobs.take_prompt(request, item.start, result.logits[first:last])
+            if item.samples:
+                rows = range(last - 1 - _num_nodes(proposal), last)
+                pending = item.seq is request.group.sequences[0]
+                num_draws = 1 + (request.group.num_pending_siblings if pending else 0)
+                judgements.append(Judgement(request, item.seq, proposal, rows, num_draws))
+            first = last
+        rows_shown = self._judge(judgements, result.logits)
+        self.engine_stats.sampling_time += time.perf_counter() - judged_at
+        return judgements, rows_shown
+
+    def _judge(self, judgements: list[Judgement], logits: Tensor) -> Tensor:
+        """Fill in the verdicts; return the rows that logprobs are taken from. A request for which
+        no token is possible is ended, and the others go on."""
+        acceptance = self.config.speculative.acceptance if self.config.speculative else "coupled"
+        while judgements:
+            try:
+                log_probs = judge(judgements, logits, acceptance)
+            except NoTokenError as error:
+                failed = find_judgement(judgements, error.row)
+                self._fail(failed.request, error)
+                judgements[:] = [j for j in judgements if j.request is not failed.request]
+            else:
+                return log_probs if self.config.logprobs_mode == "processed_logprobs" else logits
+        return logits
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        logger.error("request %s is aborted: %s", request.group.request_id, error)
+        for seq in request.group.sequences:
+            request.outputs[seq.seq_id].stop_reason = str(error)
+        self._aborted.append(request)
+
+    def _rows(self, item: ScheduledSequence, proposal: Proposal | None) -> Rows:
+        seq = item.seq
+        token_ids = seq.token_ids[item.start : item.start + item.num_tokens]
+        num_logits = self._num_logits(item, proposal)
+        if proposal is None:
+            return Rows(token_ids, item.start, seq.block_table, num_logits)
+        tree = proposal.tree
+        parents = None if tree.is_chain else [-1, *(parent + 1 for parent in tree.parents)]
+        return Rows([*token_ids, *tree.token_ids], item.start, seq.block_table, num_logits, parents)
+
+    def _num_logits(self, item: ScheduledSequence, proposal: Proposal | None) -> int:
+        if self._request(item.seq).wants_prompt_logprobs:
+            return item.num_tokens
+        return int(item.samples) + _num_nodes(proposal)
+
+    def _request(self, seq: Sequence) -> Request:
+        assert seq.group is not None
+        return self.requests[seq.group.request_id]
+
+
+def _num_nodes(proposal: Proposal | None) -> int:
+    return len(proposal) if proposal is not None else 0

@@ -1,0 +1,166 @@
+"""Puts an engine together: models, drafter, and one pool of blocks for the KV of all of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from folospec.attention.base import get_backend
+from folospec.config import EngineConfig
+from folospec.models.loader import load_model, load_tokenizer
+from folospec.spec.drafters.base import Drafter, DrafterContext, make_drafter
+from folospec.worker.kv_cache import kv_bytes_per_block
+from folospec.worker.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_KV_MEMORY = 1 << 30
+
+
+@dataclass(slots=True)
+class Parts:
+    """What an engine runs on. `runners` maps KV owners to runners; the target's owner is
+    "target"."""
+
+    device: torch.device
+    tokenizer: Any
+    target: ModelRunner
+    drafter: Drafter | None
+    runners: dict[str, ModelRunner]
+    max_model_len: int
+    num_blocks: int
+    attention_backend: str
+
+
+def load_parts(config: EngineConfig) -> Parts:
+    """Load everything the engine needs.
+
+    Raises:
+        ValueError: a model, tokenizer, drafter or size cannot be used; the message says why.
+    """
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+    attention = get_backend(config.attention_backend)
+
+    def load_runner(path: str, row_at_a_time: bool = False) -> ModelRunner:
+        model = load_model(
+            path,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            max_model_len=config.max_model_len,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return ModelRunner(
+            model,
+            max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
+            row_at_a_time=row_at_a_time,
+        )
+
+    target = load_runner(config.model, row_at_a_time=config.deterministic is True)
+    max_model_len = _max_model_len(config, target.model.config.max_model_len)
+    runners = {"target": target}
+
+    def load_draft_model(path: str, owner: str) -> ModelRunner:
+        runners[owner] = load_runner(path)
+        _check_draft_model(path, runners[owner], config, target, max_model_len, tokenizer)
+        return runners[owner]
+
+    drafter = None
+    if config.speculative is not None:
+        import folospec.spec.drafters  # noqa: F401 - registers the drafters that come with folospec
+
+        context = DrafterContext(config.speculative, target.vocab_size, load_draft_model)
+        drafter = make_drafter(context)
+    num_blocks = _num_blocks(config, runners, max_model_len)
+    for runner in runners.values():
+        runner.make_kv(num_blocks, config.block_size, device)
+    return Parts(
+        device,
+        tokenizer,
+        target,
+        drafter,
+        runners,
+        max_model_len,
+        num_blocks,
+        attention.name,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be 'auto' or a torch device of this machine, got {name!r}: {error}"
+        ) from None
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, name)
+
+
+def _max_model_len(config: EngineConfig, limit: int) -> int:
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit:
+        raise ValueError(
+            f"max_model_len must be at most the model's {limit}, got {config.max_model_len}"
+        )
+    return config.max_model_len
+
+
+def _check_draft_model(
+    path: str,
+    draft: ModelRunner,
+    config: EngineConfig,
+    target: ModelRunner,
+    max_model_len: int,
+    tokenizer: Any,
+) -> None:
+    """The draft model must read the target's tokens; sizes may differ by padding where the
+    tokenizers are the same."""
+    if draft.model.config.max_model_len < max_model_len:
+        raise ValueError(
+            f"draft model {path!r} takes {draft.model.config.max_model_len} tokens, fewer than "
+            "max_model_len="
+            f"{max_model_len}; lower max_model_len or choose another draft model"
+        )
+    if tokenizer is None:
+        same = draft.vocab_size == target.vocab_size
+    else:
+        same = load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
+    if not same:
+        raise ValueError(
+            f"draft model {path!r} has another vocabulary ({draft.vocab_size} tokens) than the "
+            "target "
+            f"{config.model!r} ({target.vocab_size} tokens)"
+        )
+
+
+def _num_blocks(config: EngineConfig, runners: dict[str, ModelRunner], max_model_len: int) -> int:
+    if config.num_blocks is not None:
+        return config.num_blocks
+    per_block = sum(
+        kv_bytes_per_block(r.model.config.kv_shapes, config.block_size, r.model.config.dtype)
+        for r in runners.values()
+    )
+    most = config.max_num_seqs * -(-max_model_len // config.block_size)
+    memory = config.kv_cache_memory
+    if memory is None:
+        return max(1, min(most, _DEFAULT_KV_MEMORY // per_block))
+    if memory < per_block:
+        raise ValueError(f"kv_cache_memory must hold one block of {per_block} bytes, got {memory}")
+    return memory // per_block

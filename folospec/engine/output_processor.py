@@ -1,0 +1,121 @@
+"""From tokens to what the user gets: text, stops, logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from folospec.core.sequence import Sequence
+from folospec.engine.request import Request, SequenceOutput
+from folospec.outputs import CompletionOutput, RequestOutput
+
+
+def append_token(request: Request, seq: Sequence, token_id: int) -> bool:
+    """Add a token to a sequence and its text; return whether it ended the output.
+
+    Tokens are taken one at a time, so an accepted run ends exactly where plain decoding would have
+    ended.
+    """
+    output, params = request.outputs[seq.seq_id], request.params
+    seq.add_token_id(token_id)
+    may_stop = seq.num_output_tokens >= params.min_tokens
+    if may_stop and token_id in request.eos_token_ids:
+        return _finish(output, "stop", None)
+    if may_stop and token_id in params.stop_token_ids:
+        return _finish(output, "stop", token_id)
+    if output.detokenizer is not None:
+        num_new = len(output.detokenizer.append(token_id))
+        output.text = output.detokenizer.text
+        if (
+            may_stop
+            and num_new
+            and (found := _find_stop(output.text, num_new, params.stop_strings))
+        ):
+            begin, stop = found
+            keep = begin + len(stop) if params.include_stop_str_in_output else begin
+            output.text = output.text[:keep]
+            return _finish(output, "stop", stop)
+    if seq.num_tokens >= request.max_num_tokens:
+        return _finish(output, "length", None)
+    return False
+
+
+def _find_stop(text: str, num_new: int, stops: tuple[str, ...]) -> tuple[int, str] | None:
+    """Return (where, which) of the first stop string that ends within the last `num_new`
+    characters."""
+    found = []
+    for stop in stops:
+        begin = text.find(stop, max(0, len(text) - num_new - len(stop) + 1))
+        if begin >= 0:
+            found.append((begin, stop))
+    return min(found, key=lambda f: (f[0], len(f[1])), default=None)
+
+
+def _finish(output: SequenceOutput, reason: str, stop_reason: str | int | None) -> bool:
+    output.finish_reason, output.stop_reason = reason, stop_reason
+    return True
+
+
+def safe_text(request: Request, output: SequenceOutput) -> str:
+    """The text that later tokens cannot take back: while running, the start of a stop string is
+    held."""
+    if output.finish_reason is not None or not request.params.stop_strings:
+        return output.text
+    longest = max(len(stop) for stop in request.params.stop_strings) - 1
+    for begin in range(max(0, len(output.text) - longest), len(output.text)):
+        if any(stop.startswith(output.text[begin:]) for stop in request.params.stop_strings):
+            return output.text[:begin]
+    return output.text
+
+
+def make_output(request: Request) -> RequestOutput:
+    """Return a snapshot of a request; with `best_of`, of its best `n` sequences once all have
+    finished."""
+    group, params = request.group, request.params
+    sequences = list(group.sequences)
+    if group.is_finished and params.num_sequences > params.n:
+        sequences.sort(key=lambda s: -request.outputs[s.seq_id].cumulative_logprob)
+    completions = []
+    for index, seq in enumerate(sequences[: params.n]):
+        output = request.outputs[seq.seq_id]
+        completions.append(
+            CompletionOutput(
+                index=index,
+                text=safe_text(request, output),
+                token_ids=list(seq.output_token_ids),
+                cumulative_logprob=output.cumulative_logprob if request.needs_logprobs else None,
+                logprobs=list(output.logprobs) if params.logprobs is not None else None,
+                finish_reason=output.finish_reason,
+                stop_reason=output.stop_reason,
+            )
+        )
+    return RequestOutput(
+        request_id=group.request_id,
+        prompt=group.prompt,
+        prompt_token_ids=list(group.prompt_token_ids),
+        outputs=completions,
+        finished=group.is_finished,
+        prompt_logprobs=list(request.prompt_logprobs) if request.prompt_logprobs else None,
+        metrics=group.metrics,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Increment:
+    """What `stream` yields: new text and tokens of completion `index`; the last one has a finish
+    reason."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+def increments(output: RequestOutput, sent: dict[int, tuple[int, int]]) -> Iterator[Increment]:
+    """Yield what a snapshot has beyond what was sent: characters and tokens, by completion."""
+    for completion in output.outputs:
+        num_chars, num_tokens = sent.get(completion.index, (0, 0))
+        text, token_ids = completion.text[num_chars:], completion.token_ids[num_tokens:]
+        if text or token_ids:
+            sent[completion.index] = (len(completion.text), len(completion.token_ids))
+            yield Increment(completion.index, text, token_ids, completion.finish_reason)

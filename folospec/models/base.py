@@ -1,0 +1,88 @@
+"""What the engine needs to know of a model, and what it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from folospec.attention.base import LayerKV
+from folospec.attention.metadata import AttentionMetadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """The facts of a loaded model."""
+
+    architecture: str
+    """Name of the architecture in the checkpoint's config, "LlamaForCausalLM"."""
+    vocab_size: int
+    hidden_size: int
+    """Width of what `Model.forward` returns."""
+    num_layers: int
+    max_model_len: int
+    """Most tokens of a sequence; positions are below it."""
+    kv_shapes: tuple[tuple[int, int], ...]
+    """(num_kv_heads, head_size) of each layer, keys and values alike."""
+    sliding_windows: tuple[int | None, ...]
+    """Window of each layer in tokens; None: the layer sees everything."""
+    eos_token_ids: tuple[int, ...]
+    """Every token that ends an output, from the generation config where there is one."""
+    dtype: torch.dtype
+    """Type of weights, activations and KV."""
+
+
+class Model(Protocol):
+    """A causal language model over flat rows and paged KV."""
+
+    @property
+    def config(self) -> ModelSpec:
+        """The model's facts."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and the inputs must be."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        metadata: AttentionMetadata,
+        kv: Sequence[LayerKV],
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the step's rows and write their keys and values.
+
+        Args:
+            input_ids: int64 [N], one token per row.
+            metadata: where the rows are and what they see.
+            kv: one entry per layer, written in place.
+            taps: which residual streams to return; a in 0..num_layers is the stream before layer a,
+                num_layers the stream before the final norm.
+
+        Returns:
+            Hidden states after the final norm [N, hidden_size], and the tapped streams by layer.
+
+        Raises:
+            ValueError: a tap is out of range.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of chosen rows: [M, hidden_size] -> float32 [M, vocab_size].
+
+        They are float64 where the model is.
+        """
+
+
+def check_taps(taps: tuple[int, ...], num_layers: int) -> None:
+    """Raise ValueError if a tap is not in 0..num_layers."""
+    for tap in taps:
+        if not 0 <= tap <= num_layers:
+            raise ValueError(f"a tap must be a layer in 0..{num_layers}, got {tap}")
+
+
+def as_logits(logits: Tensor) -> Tensor:
+    """Widen to float32; float64 stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,199 @@
+"""One Llama-family decoder on flat rows: Llama 2 and 3, Mistral, Qwen2 and Qwen3, by config.
+
+The weights of query, key and value are one matrix, and so are gate and up: a row's layer is four
+matrix products. `destinations` says which checkpoint tensor belongs where in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from folospec.attention.base import AttentionBackend, LayerKV
+from folospec.attention.metadata import AttentionMetadata
+from folospec.kernels.torch_ops import rms_norm, rotary
+from folospec.models import rope
+from folospec.models.base import ModelSpec, as_logits, check_taps
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+@dataclass(slots=True)
+class DecoderLayer:
+    """The weights of one layer. Hq, Hkv: query and KV heads of D; H: hidden; I: intermediate."""
+
+    input_norm: Tensor
+    """[H]"""
+    qkv: Tensor
+    """[(Hq + 2 Hkv) D, H], query heads first."""
+    qkv_bias: Tensor | None
+    qk_norm: tuple[Tensor, Tensor] | None
+    """[D] each: the norms of every query and every key head (Qwen3)."""
+    output: Tensor
+    """[H, Hq D]"""
+    output_bias: Tensor | None
+    post_norm: Tensor
+    """[H]"""
+    gate_up: Tensor
+    """[2 I, H], gate first."""
+    gate_up_bias: Tensor | None
+    down: Tensor
+    """[H, I]"""
+    down_bias: Tensor | None
+
+
+class Decoder:
+    """The model; weights are uninitialised until the loader has filled `destinations()`.
+
+    Args:
+        hf_config: the checkpoint's transformers config.
+        spec: the model's facts; its dtype is that of the weights.
+        attention: how rows see the KV.
+        device: where the weights go.
+    """
+
+    def __init__(
+        self, hf_config: Any, spec: ModelSpec, attention: AttentionBackend, device: torch.device
+    ) -> None:
+        from transformers.activations import ACT2FN
+
+        self.config = spec
+        self.device = device
+        self.attention = attention
+        self.num_heads = hf_config.num_attention_heads
+        self.num_kv_heads, self.head_size = spec.kv_shapes[0]
+        self.eps = hf_config.rms_norm_eps
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[hf_config.hidden_act]
+        inverse, self.rope_scaling = rope.frequencies(hf_config, self.head_size, spec.max_model_len)
+        self.inverse_frequencies = inverse.to(device)
+        self.embedding = self._empty(spec.vocab_size, spec.hidden_size)
+        tied = hf_config.tie_word_embeddings
+        self.lm_head = self.embedding if tied else self._empty(spec.vocab_size, spec.hidden_size)
+        self.final_norm = self._empty(spec.hidden_size)
+        self.layers = [self._layer(hf_config) for _ in range(spec.num_layers)]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        metadata: AttentionMetadata,
+        kv: Sequence[LayerKV],
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """See `Model.forward`."""
+        check_taps(taps, self.config.num_layers)
+        stream = functional.embedding(input_ids, self.embedding)
+        angles = rope.cos_sin(
+            metadata.positions, self.inverse_frequencies, self.rope_scaling, stream.dtype
+        )
+        tapped = {}
+        for index in range(self.config.num_layers):
+            if index in taps:
+                tapped[index] = stream
+            stream = self._run_layer(index, stream, angles, metadata, kv[index])
+        if self.config.num_layers in taps:
+            tapped[self.config.num_layers] = stream
+        return rms_norm(stream, self.final_norm, self.eps), tapped
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Model.logits`."""
+        return as_logits(functional.linear(hidden, self.lm_head))
+
+    def destinations(self) -> dict[str, Tensor]:
+        """Where each tensor of the checkpoint goes: its name -> the view of the weights to fill."""
+        named = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
+        if self.lm_head is not self.embedding:
+            named["lm_head.weight"] = self.lm_head
+        for index, layer in enumerate(self.layers):
+            for name, tensor in self._layer_destinations(layer).items():
+                named[f"model.layers.{index}.{name}"] = tensor
+        return named
+
+    def _run_layer(
+        self,
+        index: int,
+        stream: Tensor,
+        angles: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        kv: LayerKV,
+    ) -> Tensor:
+        layer = self.layers[index]
+        normed = rms_norm(stream, layer.input_norm, self.eps)
+        heads = functional.linear(normed, layer.qkv, layer.qkv_bias)
+        heads = heads.view(len(stream), -1, self.head_size)
+        rotating = heads[:, : self.num_heads + self.num_kv_heads]
+        if layer.qk_norm is not None:
+            parts = rotating.split((self.num_heads, self.num_kv_heads), dim=1)
+            normed_parts = zip(parts, layer.qk_norm, strict=True)
+            rotating = torch.cat([rms_norm(part, norm, self.eps) for part, norm in normed_parts], 1)
+        rotating = rotary(rotating, *angles)
+        attended = self.attention.forward(
+            rotating[:, : self.num_heads],
+            rotating[:, self.num_heads :],
+            heads[:, self.num_heads + self.num_kv_heads :],
+            kv,
+            metadata,
+            scale=self.head_size**-0.5,
+            sliding_window=self.config.sliding_windows[index],
+        )
+        stream = stream + functional.linear(attended.flatten(1), layer.output, layer.output_bias)
+        normed = rms_norm(stream, layer.post_norm, self.eps)
+        gate, up = functional.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return stream + functional.linear(self.activation(gate) * up, layer.down, layer.down_bias)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.config.dtype, device=self.device)
+
+    def _layer(self, hf_config: Any) -> DecoderLayer:
+        hidden, inner = self.config.hidden_size, hf_config.intermediate_size
+        queries, keys = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        # Qwen2 has the biases of query, key and value without saying so, and none on the output.
+        qwen2 = hf_config.model_type == "qwen2"
+        attention_bias = getattr(hf_config, "attention_bias", False)
+        mlp_bias = getattr(hf_config, "mlp_bias", False)
+        qwen3 = hf_config.model_type == "qwen3"
+        return DecoderLayer(
+            input_norm=self._empty(hidden),
+            qkv=self._empty(queries + 2 * keys, hidden),
+            qkv_bias=self._empty(queries + 2 * keys) if attention_bias or qwen2 else None,
+            qk_norm=(self._empty(self.head_size), self._empty(self.head_size)) if qwen3 else None,
+            output=self._empty(hidden, queries),
+            output_bias=self._empty(hidden) if attention_bias and not qwen2 else None,
+            post_norm=self._empty(hidden),
+            gate_up=self._empty(2 * inner, hidden),
+            gate_up_bias=self._empty(2 * inner) if mlp_bias else None,
+            down=self._empty(hidden, inner),
+            down_bias=self._empty(hidden) if mlp_bias else None,
+        )
+
+    def _layer_destinations(self, layer: DecoderLayer) -> dict[str, Tensor]:
+        queries, keys = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        inner = len(layer.gate_up) // 2
+        named = {
+            "input_layernorm.weight": layer.input_norm,
+            "post_attention_layernorm.weight": layer.post_norm,
+        }
+        fused: list[tuple[tuple[str, ...], tuple[int, ...], Tensor, Tensor | None]] = [
+            (
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                (queries, keys, keys),
+                layer.qkv,
+                layer.qkv_bias,
+            ),
+            (("self_attn.o_proj",), (len(layer.output),), layer.output, layer.output_bias),
+            (("mlp.gate_proj", "mlp.up_proj"), (inner, inner), layer.gate_up, layer.gate_up_bias),
+            (("mlp.down_proj",), (len(layer.down),), layer.down, layer.down_bias),
+        ]
+        for names, sizes, weight, bias in fused:
+            for name, part in zip(names, weight.split(sizes), strict=True):
+                named[f"{name}.weight"] = part
+            if bias is not None:
+                for name, part in zip(names, bias.split(sizes), strict=True):
+                    named[f"{name}.bias"] = part
+        if layer.qk_norm is not None:
+            named["self_attn.q_norm.weight"], named["self_attn.k_norm.weight"] = layer.qk_norm
+        return named

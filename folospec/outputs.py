@@ -1,0 +1,86 @@
+"""What a request returns: text, tokens, logprobs, and what speculation did for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """The natural logarithm of a token's probability, and its rank among all tokens (1 is the most
+    likely)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion of a request.
+
+    `logprobs[i]` maps token ids to `Logprob`s for output token i: the token itself and the most
+    likely ones. `finish_reason` is None while running, then "stop", "length" or "abort";
+    `stop_reason` is the stop string or the stop token id that matched, None for EOS and for the
+    other reasons.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """What one request cost. Times are in seconds on the engine's monotonic clock; counts sum over
+    its sequences.
+
+    A draft is one proposal that was verified, with at least one draft token. `num_accepted_tokens`
+    leaves the bonus token out, `acceptance_length` has it in: 1 + accepted / drafts.
+    """
+
+    arrival_time: float = 0.0
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens whose KV came from the prefix cache."""
+    num_preemptions: int = 0
+    num_target_passes: int = 0
+    """Forward passes of the target in which the request had rows; a pass with rows of two siblings
+    counts twice."""
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    """Entry i counts the drafts whose accepted path has more than i tokens."""
+    acceptance_histogram: list[int] = field(default_factory=list)
+    """Entry i counts the drafts with exactly i accepted tokens."""
+    num_drafter_errors: int = 0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens per verified draft, bonus included; 1.0 without drafts."""
+        return 1.0 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / draft tokens; 0.0 without drafts."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request and what came of it; `outputs` is ordered by index, or by cumulative logprob with
+    `best_of`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)

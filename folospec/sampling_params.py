@@ -1,0 +1,217 @@
+"""What a user may ask of one request. Names and defaults follow vLLM where the meaning is the
+same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+LogitsProcessor = Callable[[list[int], Any], Any]
+"""`processor(output_token_ids, logits) -> logits`: a row of logits, float32 [vocab_size], given the
+tokens generated before it. It is called once per judged node with that node's own history, so it
+must depend on its arguments alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it stops.
+
+    Raises:
+        ValueError: a value is out of range; the message names it and what is allowed.
+    """
+
+    n: int = 1
+    """Number of completions returned."""
+    best_of: int | None = None
+    """Number of completions generated; the `n` with the highest cumulative logprob are returned.
+    Default: `n`."""
+    temperature: float = 1.0
+    """0 is greedy: the arg-max, never a softmax."""
+    top_k: int = -1
+    """Keep the `top_k` most likely tokens; -1 or 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches `top_p`."""
+    min_p: float = 0.0
+    """Drop tokens less likely than `min_p` times the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divide the positive and multiply the negative logits of tokens seen in prompt or output
+    (arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token seen in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once per occurrence in the output."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits, by token id."""
+    allowed_token_ids: Sequence[int] | None = None
+    """Only these token ids may be generated."""
+    bad_words: Sequence[str] = ()
+    """Words whose token sequences may not be completed."""
+    min_tokens: int = 0
+    """No EOS and no stop before this many tokens."""
+    max_tokens: int | None = 16
+    """Most tokens generated; None is as many as `max_model_len` leaves."""
+    stop: str | Sequence[str] = ()
+    """Strings that end the output; the string itself is left out unless
+    `include_stop_str_in_output`."""
+    stop_token_ids: Sequence[int] = ()
+    """Token ids that end the output; they stay in `token_ids` and are left out of the text, as EOS
+    is."""
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    """Generate past the EOS tokens of the model's generation config."""
+    seed: int | None = None
+    """Same seed, same tokens, whatever else is in the batch. None derives one from the engine's
+    seed."""
+    logprobs: int | None = None
+    """Return the logprob of each output token and of this many most likely ones."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
+    logits_processors: Sequence[LogitsProcessor] = ()
+    skip_special_tokens: bool = True
+    num_speculative_tokens: int | None = None
+    """Draft tokens per step for this request: None as the engine is set, 0 turns speculation off,
+    and a larger number than the engine's is an error."""
+
+    _stop: tuple[str, ...] = field(init=False, repr=False, default=())
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "_stop", stop)
+        self._check_counts()
+        self._check_ranges()
+        self._check_lists()
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, whichever way it was given."""
+        return self._stop
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences the request runs: `best_of`, or `n`."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def _check_counts(self) -> None:
+        _require(_is_int(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
+        _require(
+            self.best_of is None or (_is_int(self.best_of) and self.best_of >= self.n),
+            "best_of",
+            self.best_of,
+            f"None or an integer of at least n={self.n}",
+        )
+        _require(
+            not (self.greedy and self.num_sequences > 1),
+            "n or best_of",
+            self.num_sequences,
+            "1 at temperature 0, where every completion would be the same",
+        )
+        _require(
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            "max_tokens",
+            self.max_tokens,
+            "None or an integer of at least 1",
+        )
+        upper = self.max_tokens if self.max_tokens is not None else float("inf")
+        _require(
+            _is_int(self.min_tokens) and 0 <= self.min_tokens <= upper,
+            "min_tokens",
+            self.min_tokens,
+            f"an integer between 0 and max_tokens={self.max_tokens}",
+        )
+        for name in ("logprobs", "prompt_logprobs", "num_speculative_tokens"):
+            value = getattr(self, name)
+            _require(
+                value is None or (_is_int(value) and value >= 0),
+                name,
+                value,
+                "None or an integer of at least 0",
+            )
+        _require(self.seed is None or _is_int(self.seed), "seed", self.seed, "None or an integer")
+
+    def _check_ranges(self) -> None:
+        _require(
+            _is_number(self.temperature) and 0 <= self.temperature < float("inf"),
+            "temperature",
+            self.temperature,
+            "a finite number of at least 0",
+        )
+        _require(
+            _is_int(self.top_k) and self.top_k >= -1,
+            "top_k",
+            self.top_k,
+            "-1 or 0 (all), or a positive integer",
+        )
+        _require(
+            _is_number(self.top_p) and 0 < self.top_p <= 1,
+            "top_p",
+            self.top_p,
+            "a number in (0, 1]",
+        )
+        _require(
+            _is_number(self.min_p) and 0 <= self.min_p <= 1,
+            "min_p",
+            self.min_p,
+            "a number in [0, 1]",
+        )
+        _require(
+            _is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 2,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "a number in (0, 2]",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(_is_number(value) and -2 <= value <= 2, name, value, "a number in [-2, 2]")
+
+    def _check_lists(self) -> None:
+        for name, values in (("stop", self._stop), ("bad_words", self.bad_words)):
+            _require(
+                not isinstance(values, str) and all(isinstance(v, str) and v for v in values),
+                name,
+                values,
+                "a list of non-empty strings",
+            )
+        _require(
+            all(_is_int(t) for t in self.stop_token_ids),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "token ids",
+        )
+        allowed = self.allowed_token_ids
+        _require(
+            allowed is None or (len(allowed) > 0 and all(_is_int(t) for t in allowed)),
+            "allowed_token_ids",
+            allowed,
+            "None or a non-empty list of token ids",
+        )
+        bias = self.logit_bias
+        _require(
+            bias is None or all(_is_int(t) and _is_number(b) for t, b in bias.items()),
+            "logit_bias",
+            bias,
+            "None or a map from token ids to numbers",
+        )
+        _require(
+            all(callable(p) for p in self.logits_processors),
+            "logits_processors",
+            self.logits_processors,
+            "callables",
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

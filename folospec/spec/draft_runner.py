@@ -1,0 +1,49 @@
+"""What a drafter with KV may ask of the worker: run these rows, at these slots, on my model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Rows:
+    """Consecutive rows of one sequence in a forward pass.
+
+    Row r is written at slot index `start + r` of the block table and sees the KV of the slots below
+    `start`, its ancestors among the rows, and itself. Its position is `start` plus its depth among
+    the rows.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    num_logits: int = 1
+    """Logits are computed for this many rows, the last ones."""
+    parents: Sequence[int] | None = None
+    """Parent row of each row, -1 for row 0; None is a chain, where row r's parent is row r - 1."""
+
+
+@dataclass(slots=True)
+class ForwardResult:
+    """`logits` holds the wanted rows of all sequences, one after the other: float32 [num_logits,
+    vocab_size] (float64 for a float64 model). `taps` maps a layer to the residual stream before it:
+    [num_rows, hidden_size]."""
+
+    logits: Tensor
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+
+class DraftRunner(Protocol):
+    """A model with its own KV tensors, indexed by the block tables of the target. The worker
+    implements it; drafters get one for each model they name and never see the tensors."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def forward(self, batch: list[Rows], taps: tuple[int, ...] = ()) -> ForwardResult:
+        """Run the rows, writing their KV, in passes of at most the engine's token budget."""
+        ...

@@ -1,0 +1,137 @@
+"""The drafter interface and its registry. A new drafter is one file: subclass `Drafter`, register
+it, name it in `speculative=`.
+
+A drafter proposes and learns. It never sees blocks being allocated or freed, never judges its own
+tokens, and cannot change the
+output: whatever it proposes, the verifier emits what plain decoding would have.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from folospec.config import SpeculativeConfig
+
+if TYPE_CHECKING:
+    from folospec.sampling_params import SamplingParams
+    from folospec.spec.draft_runner import DraftRunner
+    from folospec.spec.proposal import Proposal
+    from folospec.spec.verify import Verdict
+
+
+@dataclass(slots=True)
+class DraftRow:
+    """What a drafter is told of one sequence: its committed tokens (the last of them is the root),
+    and how many it may propose.
+
+    A drafter that keeps KV finds in `num_draft_computed` how many committed tokens have it, and
+    writes its new progress there.
+    """
+
+    seq_id: str
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    max_draft_tokens: int
+    params: SamplingParams
+    seed: int
+    sample_index: int
+    block_table: Sequence[int]
+    num_draft_computed: int = 0
+
+    @property
+    def root_position(self) -> int:
+        return len(self.token_ids) - 1
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a proposal: the verdict, and the tokens that were committed (a stop may cut
+    them short)."""
+
+    seq_id: str
+    proposal: Proposal
+    verdict: Verdict
+    new_token_ids: Sequence[int]
+
+
+@dataclass(slots=True)
+class DrafterContext:
+    """What a drafter is made from: the user's settings, the target's vocabulary, and a way to load
+    models with KV."""
+
+    config: SpeculativeConfig
+    vocab_size: int
+    load_draft_model: Callable[[str, str], DraftRunner]
+    """`load_draft_model(path, owner)`: a runner for the model at `path`, whose KV belongs to
+    `owner`."""
+
+
+class Drafter(ABC):
+    """A source of draft tokens for the sequences of a batch."""
+
+    def __init__(self, context: DrafterContext) -> None:
+        self.config = context.config
+
+    @property
+    def kv_owner(self) -> str | None:
+        """The name under which the drafter's KV progress is kept, None for a drafter without KV."""
+        return None
+
+    @abstractmethod
+    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
+        """Return a proposal of at most `max_draft_tokens` nodes for each row, or None where there
+        is nothing to say."""
+
+    def observe(self, outcomes: list[Outcome]) -> None:  # noqa: B027 - most drafters learn nothing
+        """Learn from verified proposals, those of this drafter."""
+
+    def drop(self, seq_id: str) -> None:  # noqa: B027 - most drafters keep no state
+        """Forget a sequence: it is finished, or was preempted."""
+
+
+DrafterFactory = Callable[[DrafterContext], Drafter]
+_REGISTRY: dict[str, DrafterFactory] = {}
+
+
+def register_drafter(name: str, factory: DrafterFactory) -> None:
+    """Make `speculative=name` build its drafter with `factory(context)`; a `Drafter` subclass is
+    such a factory.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"a drafter named {name!r} is registered already")
+    _REGISTRY[name] = factory
+
+
+def make_drafter(context: DrafterContext) -> Drafter:
+    """Build the drafter that `context.config.method` names.
+
+    Raises:
+        ValueError: no drafter has that name, or the drafter refuses its settings.
+    """
+    method = context.config.method
+    if method not in _REGISTRY:
+        raise ValueError(
+            f"speculative method must be one of {', '.join(sorted(_REGISTRY))}, got {method!r}"
+        )
+    return _REGISTRY[method](context)
+
+
+def read_options(
+    method: str, options: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return `defaults` updated by the user's options.
+
+    Raises:
+        ValueError: an option the drafter does not have.
+    """
+    unknown = sorted(set(options) - set(defaults))
+    if unknown:
+        known = ", ".join(sorted(defaults)) or "none"
+        raise ValueError(f"unknown options {unknown} of the {method} drafter; it has: {known}")
+    return {**defaults, **options}

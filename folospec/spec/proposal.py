@@ -1,0 +1,94 @@
+"""What a drafter hands over for one sequence: a token tree, and the law each node was drawn from.
+
+A proposal knows nothing of KV, requests or batches. It is made in `propose`, may lose nodes to the
+planner, and is judged by one of the rules in `spec.verify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from folospec.core.token_tree import TokenTree
+
+
+@dataclass(slots=True)
+class Proposal:
+    """Draft tokens of one sequence, as nodes of a tree under its last committed token.
+
+    Siblings are tried in row order. Under the rules `rejection` and `block` that order must be the
+    order in which they were drawn, and every row of `draft_probs` must be the law its node was
+    really drawn from; where a drafter lies about either, the output law is no longer the target's.
+    Under `coupled` neither matters.
+
+    Raises:
+        ValueError: a list or tensor does not fit the tree; the message says which and how.
+    """
+
+    tree: TokenTree
+    draft_probs: torch.Tensor | None = None  # [num_nodes, vocab_size], float
+    """Row i is the law node i was drawn from, given its context *and its earlier siblings*: the
+    same row for i.i.d. children, earlier siblings zeroed and renormalised for children without
+    replacement, one-hot for a child that is a function of its context. None: all are one-hot."""
+    confidence: list[float] | None = None  # [num_nodes]
+    """What the drafter expects of each node, in [0, 1]; None when it has no opinion."""
+    candidate: list[bool] | None = None  # [num_nodes]
+    """False: the row is computed but never judged (scratch). None: all are judged."""
+    draft_slots: list[int | None] | None = None  # [num_nodes]
+    """Where the drafter's own KV row of each node lies, as an offset from the root's slot index
+    (node i's own row is at i + 1), None for a node it has not run; None as a whole: no draft KV."""
+
+    def __post_init__(self) -> None:
+        num_nodes = len(self.tree)
+        for name in ("confidence", "candidate", "draft_slots"):
+            values = getattr(self, name)
+            if values is not None and len(values) != num_nodes:
+                raise ValueError(
+                    f"{name} must have one entry for each of the {num_nodes} nodes, "
+                    f"got {len(values)}"
+                )
+        if self.draft_probs is not None and (
+            self.draft_probs.dim() != 2 or self.draft_probs.shape[0] != num_nodes
+        ):
+            raise ValueError(
+                f"draft_probs must have the shape [{num_nodes}, vocab_size], "
+                f"got {list(self.draft_probs.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    def is_candidate(self, node: int) -> bool:
+        """Whether the node is judged; a judged node under a scratch node is never reached."""
+        return self.candidate is None or self.candidate[node]
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Nodes that are judged."""
+        return len(self) if self.candidate is None else sum(self.candidate)
+
+    def prune(self, keep: Iterable[int]) -> Proposal:
+        """Keep these nodes, as far as all their ancestors are kept too; their order stays.
+
+        What may decide about a node depends on the rule. Under `coupled`, and for one-hot drafts,
+        anything known before the target's forward may. For sampled drafts under `rejection` and
+        `block` the decision must not depend on the node's own token, nor on those of its later
+        siblings or descendants: dropping a draft because its token is unlikely biases the output.
+
+        Raises:
+            ValueError: `keep` names a node that does not exist.
+        """
+        tree, rows = self.tree.prune(keep)
+        return Proposal(
+            tree=tree,
+            draft_probs=None if self.draft_probs is None else self.draft_probs[rows],
+            confidence=_pick(self.confidence, rows),
+            candidate=_pick(self.candidate, rows),
+            draft_slots=_pick(self.draft_slots, rows),
+        )
+
+
+def _pick(values: list | None, rows: list[int]) -> list | None:
+    return None if values is None else [values[row] for row in rows]

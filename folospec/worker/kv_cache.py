@@ -1,0 +1,68 @@
+"""The KV tensors of one model: sized once, addressed by the block ids that `core` hands out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from folospec.attention.base import LayerKV
+
+if TYPE_CHECKING:
+    from folospec.core.kv_cache_manager import BlockCopy
+
+KVShapes = Sequence[tuple[int, int]]
+"""(num_kv_heads, head_size) of each layer."""
+
+
+def kv_bytes_per_block(kv_shapes: KVShapes, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes in the tensors of a model, keys and values of all layers."""
+    return 2 * block_size * dtype.itemsize * sum(heads * size for heads, size in kv_shapes)
+
+
+class KVCache:
+    """Keys and values of every layer, each [num_blocks * block_size, num_kv_heads, head_size]."""
+
+    def __init__(
+        self,
+        kv_shapes: KVShapes,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        num_slots = num_blocks * block_size
+        # Zeros, not empty: attention multiplies masked rows by 0, and a stray NaN would survive
+        # that.
+        self.layers = [
+            LayerKV(*(torch.zeros(num_slots, h, d, dtype=dtype, device=device) for _ in range(2)))
+            for h, d in kv_shapes
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks: what a fork's first write into a shared block asks for."""
+        sources: list[int] = []
+        targets: list[int] = []
+        for copy in copies:
+            sources.extend(range(copy.src * self.block_size, (copy.src + 1) * self.block_size))
+            targets.extend(range(copy.dst * self.block_size, (copy.dst + 1) * self.block_size))
+        self.move_rows(sources, targets)
+
+    def move_rows(self, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
+        """Copy rows to other slots in every layer. All rows are read before any is written, so the
+        lists may overlap."""
+        if not source_slots:
+            return
+        device = self.layers[0].key.device
+        sources = torch.tensor(source_slots, device=device)
+        targets = torch.tensor(target_slots, device=device)
+        for layer in self.layers:
+            for tensor in layer:
+                tensor[targets] = tensor[sources]
