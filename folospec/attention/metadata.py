@@ -63,7 +63,7 @@ class AttentionMetadata:
     suffix_positions: Tensor
     """int64 [total]."""
     suffix_masks: list[Tensor | None]
-    """bool [rows, suffix] per sequence: the ancestors of each row, itself included. None: a chunk or
+    """bool [rows, suffix] per sequence: each row's ancestors, itself included. None: a chunk or
     chain; the last row sees the whole suffix, the row before it all but the last key, and so on."""
     plan: dict[Any, Any] = field(default_factory=dict)
 

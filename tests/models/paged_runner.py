@@ -42,7 +42,7 @@ class PagedRunner:
 
     def step(self, chunks: dict[int, list[int]]) -> dict[int, Tensor]:
         """Run the next tokens of each sequence; returns the logits of all their rows."""
-        rows = [self._rows(seq, len(tokens)) for seq, tokens in chunks.items()]
+        rows = [self.rows(seq, len(tokens)) for seq, tokens in chunks.items()]
         metadata = AttentionMetadata.from_rows(rows, self.block_size)
         input_ids = torch.tensor([token for tokens in chunks.values() for token in tokens])
         hidden, _ = self.model.forward(input_ids, metadata, self.kv)
@@ -51,7 +51,8 @@ class PagedRunner:
             self.computed[seq] += length
         return dict(zip(chunks, self.model.logits(hidden).split(lengths), strict=True))
 
-    def _rows(self, seq: int, count: int) -> SequenceRows:
+    def rows(self, seq: int, count: int) -> SequenceRows:
+        """The next `count` rows of a sequence, with blocks for them."""
         start, size = self.computed.setdefault(seq, 0), self.block_size
         table = self.tables.setdefault(seq, [])
         while len(table) * size < start + count:

@@ -1,0 +1,25 @@
+"""Print text as it is generated; an accepted draft arrives as one increment of several tokens.
+
+Run: python examples/04_stream.py
+"""
+
+from folospec import EngineConfig, LLMEngine, SamplingParams, SpeculativeConfig
+
+
+def main() -> None:
+    config = EngineConfig(
+        model="folospec-demo",
+        speculative=SpeculativeConfig(method="draft_model", model="folospec-demo-draft"),
+    )
+    engine = LLMEngine(config)
+    prompt = "def count_words(text):\n"
+    print(prompt, end="")
+    sizes = []
+    for increment in engine.stream(prompt, SamplingParams(temperature=0, max_tokens=48)):
+        print(increment.text, end="", flush=True)
+        sizes.append(len(increment.token_ids))
+    print(f"\n--- tokens per increment: {sizes}")
+
+
+if __name__ == "__main__":
+    main()

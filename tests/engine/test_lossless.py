@@ -1,0 +1,203 @@
+"""Speculative output equals plain output, token for token, whatever the engine is doing meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import harness
+import pytest
+from harness import assert_speculated, make_llm, run
+
+from folospec import SamplingParams
+from folospec.engine import commit, judge
+from folospec.spec import verify
+
+DRAFTERS = ["ngram", "near", "far", "self", "greedy_drafts", "adaptive", "oracle_tree"]
+
+SITUATIONS: dict[str, dict[str, Any]] = {
+    "a roomy pool": {},
+    "blocks of one token": {"block_size": 1},
+    "a pool that forces preemption": {"num_blocks": 16, "block_size": 4},
+    "chunked prefill": {"max_num_batched_tokens": 7, "max_num_seqs": 5},
+    "prompts in one step": {"enable_chunked_prefill": False, "max_num_batched_tokens": 64},
+    "no prefix cache": {"enable_prefix_caching": False},
+    "few sequences at once": {"max_num_seqs": 3},
+}
+
+
+def speculative(name: str, models: Any) -> dict[str, Any]:
+    draft = {"method": "draft_model", "num_speculative_tokens": 4}
+    return {
+        "ngram": {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 4},
+        "near": {**draft, "model": models.near},
+        "far": {**draft, "model": models.far},
+        "self": {**draft, "model": models.target},
+        "greedy_drafts": {**draft, "model": models.near, "greedy_drafts": True},
+        "adaptive": {**draft, "model": models.near, "adaptive": True},
+        "oracle_tree": {"method": "oracle_tree", "num_speculative_tokens": 12},
+    }[name]
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_speculative_tokens_equal_plain_tokens(
+    drafter: str, situation: str, models: Any, plain: harness.Run
+) -> None:
+    llm = make_llm(models.target, speculative(drafter, models), **SITUATIONS[situation])
+    result = run(llm)
+    assert result.tokens == plain.tokens
+    assert result.logprobs == pytest.approx(plain.logprobs, abs=1e-9)
+    assert [[c.finish_reason for c in o.outputs] for o in result.outputs] == [
+        [c.finish_reason for c in o.outputs] for o in plain.outputs
+    ]
+    assert_speculated(
+        result.stats, rejected=drafter != "self", moved=drafter == "oracle_tree"
+    )
+    if "preemption" in situation:
+        assert result.stats["num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("situation", ["a pool that forces preemption", "few sequences at once"])
+def test_plain_tokens_do_not_depend_on_the_batch(
+    situation: str, models: Any, plain: harness.Run
+) -> None:
+    assert run(make_llm(models.target, **SITUATIONS[situation])).tokens == plain.tokens
+
+
+def test_a_drafter_that_always_lies_changes_nothing(models: Any, plain: harness.Run) -> None:
+    result = run(make_llm(models.target, {"method": "liar", "num_speculative_tokens": 3}))
+    assert result.tokens == plain.tokens
+    assert result.stats["num_drafts"] > 0
+    assert result.stats["num_accepted_tokens"] == 0
+
+
+def test_a_drafter_that_raises_loses_its_turn_only(models: Any, plain: harness.Run) -> None:
+    settings = {"method": "moody", "num_speculative_tokens": 6}
+    result = run(make_llm(models.target, settings, strict_drafters=False))
+    assert result.tokens == plain.tokens
+    assert result.stats["num_drafter_errors"] > 0
+    assert_speculated(result.stats)
+    with pytest.raises(RuntimeError, match="not in the mood"):
+        run(make_llm(models.target, settings, strict_drafters=True))
+
+
+def test_a_prefix_hit_changes_nothing(models: Any) -> None:
+    prompts = [list(range(1, 30)), [*range(1, 30), 31], [*range(1, 20), 40]] * 2
+    params = SamplingParams(temperature=0.9, seed=5, max_tokens=16, ignore_eos=True)
+    expected = run(make_llm(models.target, enable_prefix_caching=False), prompts, params)
+    llm = make_llm(models.target, speculative("near", models), block_size=4)
+    first, second = run(llm, prompts, params), run(llm, prompts, params)
+    assert first.tokens == second.tokens == expected.tokens
+    assert second.stats["prefix_cache"]["hits"] > 0
+    assert_speculated(second.stats)
+
+
+def test_the_drafts_of_a_perfect_drafter_are_all_accepted_through_every_disturbance(
+    models: Any,
+) -> None:
+    """The target as its own draft model: one wrong row of draft KV, one wrong noise key, and a draft
+    is rejected. Preemption, prefix hits, forks and chunks all have to be caught up exactly."""
+    for situation, options in SITUATIONS.items():
+        llm = make_llm(models.target, speculative("self", models), **options)
+        for _ in range(2):
+            stats = run(llm).stats
+        assert stats["num_drafts"] > 0, situation
+        assert stats["num_accepted_tokens"] == stats["num_draft_tokens"], situation
+
+
+def test_a_draft_progress_that_claims_too_much_is_noticed(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control of the test above: without catch-up the perfect drafter is not perfect any more."""
+    from folospec.spec.drafters.draft_model import DraftModelDrafter
+
+    def from_the_root(self: Any, row: Any) -> Any:
+        row.num_draft_computed = row.root_position
+        return original(self, row)
+
+    original = DraftModelDrafter._catch_up_rows
+    monkeypatch.setattr(DraftModelDrafter, "_catch_up_rows", from_the_root)
+    stats = run(make_llm(models.target, speculative("self", models))).stats
+    assert stats["num_accepted_tokens"] < stats["num_draft_tokens"]
+
+
+class TestControls:
+    """Each breaks one thing that the promise rests on; the tokens must change."""
+
+    def test_kv_rows_that_are_not_moved_are_noticed(
+        self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(commit.Committer, "_move_accepted", lambda *_: None)
+        llm = make_llm(models.target, speculative("oracle_tree", models))
+        assert run(llm).tokens != plain.tokens
+
+    def test_a_tree_read_as_a_chain_is_noticed(
+        self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from folospec.worker import input_batch
+
+        monkeypatch.setattr(
+            input_batch, "_ancestor_mask", lambda p: input_batch.torch.ones(len(p), len(p)).tril() > 0
+        )
+        llm = make_llm(models.target, speculative("oracle_tree", models))
+        assert run(llm).tokens != plain.tokens
+
+    def test_positions_by_row_instead_of_depth_are_noticed(
+        self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from folospec.worker import input_batch
+
+        monkeypatch.setattr(input_batch, "_depths", lambda rows: range(len(rows.token_ids)))
+        llm = make_llm(models.target, speculative("oracle_tree", models))
+        assert run(llm).tokens != plain.tokens
+
+    def test_accepting_a_draft_unseen_is_noticed(
+        self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def trusting(tree: Any, target_token_ids: Any, candidate: Any = None) -> verify.Verdict:
+            path = [0] if len(tree) else []
+            return verify.Verdict(path, target_token_ids[len(path)])
+
+        monkeypatch.setattr(judge, "verify_coupled", trusting)
+        llm = make_llm(models.target, speculative("far", models))
+        assert run(llm).tokens != plain.tokens
+
+    def test_a_history_without_the_draft_path_is_noticed(
+        self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            harness.TokenTree, "path_token_ids", lambda self, node: [0] * self.depths[node]
+        )
+        llm = make_llm(models.target, speculative("near", models))
+        assert run(llm).tokens != plain.tokens
+
+    def test_noise_that_is_keyed_by_the_row_is_noticed(
+        self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = judge._judge_by_draw
+
+        def by_row(judgements: Any, log_probs: Any) -> None:
+            keys = iter(range(10**6))
+            with monkeypatch.context() as patch:
+                patch.setattr(judge.noise, "key", lambda *_: next(keys))
+                real(judgements, log_probs)
+
+        monkeypatch.setattr(judge, "_judge_by_draw", by_row)
+        llm = make_llm(models.target, speculative("near", models))
+        assert run(llm).tokens != plain.tokens
+
+    def test_computed_tokens_past_the_accepted_ones_are_noticed(
+        self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No rollback: rejected rows are taken for computed ones."""
+        real = commit.Committer._advance
+
+        def too_far(self: Any, seq: Any, num_computed_tokens: int) -> None:
+            real(self, seq, num_computed_tokens)
+            seq.num_computed_tokens -= 1
+            self.target_kv.layers[0].key[self.manager.slot(seq, seq.num_computed_tokens)] = 0.0
+            seq.num_computed_tokens += 1
+
+        monkeypatch.setattr(commit.Committer, "_advance", too_far)
+        llm = make_llm(models.target, speculative("near", models), enable_prefix_caching=False)
+        assert run(llm).tokens != plain.tokens

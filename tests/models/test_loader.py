@@ -1,0 +1,168 @@
+"""Checkpoints load whole, in the type asked for, or are refused with the name of what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from paged_runner import PagedRunner, all_logits
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import SHAPE, load, random_prompts, reference_logits, save_random
+from transformers import LlamaConfig, Qwen2Config
+
+from folospec.models.loader import load_tokenizer, resolve_model
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A folder with a tiny Llama, and the reference."""
+    return tmp_path, save_random(LlamaConfig(**SHAPE), tmp_path)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder, **changes):
+    """Replace tensors; None removes one."""
+    path = folder / "model.safetensors"
+    tensors = {**load_file(path), **changes}
+    save_file({name: t for name, t in tensors.items() if t is not None}, path)
+
+
+def test_shards_with_an_index_load_as_one_checkpoint(tmp_path):
+    reference = save_random(LlamaConfig(**SHAPE), tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    (tokens,) = random_prompts(lengths=(9,))
+    (logits,) = all_logits(PagedRunner(load(tmp_path)), [tokens], 9)
+    torch.testing.assert_close(logits, reference_logits(reference, tokens), rtol=0, atol=1e-4)
+
+
+def test_a_shard_that_the_index_names_but_is_not_there_is_named(tmp_path):
+    save_random(LlamaConfig(**SHAPE), tmp_path, max_shard_size="20KB")
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(ValueError, match=gone.name):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-4), (torch.bfloat16, 0.3), (torch.float16, 0.03), (torch.float64, 1e-4)],
+    ids=str,
+)
+def test_weights_and_logits_have_the_type_asked_for(llama, dtype, tolerance):
+    folder, reference = llama
+    model = load(folder, dtype=dtype)
+    assert {tensor.dtype for tensor in model.destinations().values()} == {dtype}
+    assert model.config.dtype == dtype
+    (tokens,) = random_prompts(lengths=(9,))
+    (logits,) = all_logits(PagedRunner(model), [tokens], 4)
+    assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = reference_logits(reference, tokens).to(logits.dtype)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+
+
+def test_in_float64_chunks_do_not_matter(llama):
+    model = load(llama[0], dtype="float64")
+    (tokens,) = random_prompts(lengths=(23,))
+    (at_once,) = all_logits(PagedRunner(model), [tokens], 64)
+    (in_parts,) = all_logits(PagedRunner(model), [tokens], 1)
+    torch.testing.assert_close(at_once, in_parts, rtol=0, atol=1e-12)
+
+
+def test_dtype_auto_is_float32_on_a_cpu_and_an_unknown_one_is_refused(llama):
+    assert load(llama[0], dtype="auto").config.dtype == torch.float32
+    for wrong in ("float7", torch.int8):
+        with pytest.raises(ValueError, match=str(wrong)):
+            load(llama[0], dtype=wrong)
+
+
+def test_a_missing_tensor_is_named(llama):
+    edit_tensors(llama[0], **{UP: None})
+    with pytest.raises(ValueError, match=f"lacks the tensor '{UP}'"):
+        load(llama[0])
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(llama):
+    edit_tensors(llama[0], **{UP: torch.zeros(48, 31)})
+    with pytest.raises(ValueError, match=rf"'{UP}' .*\[48, 32\].*\[48, 31\]"):
+        load(llama[0])
+
+
+def test_a_tensor_that_the_config_has_not_is_named(llama):
+    edit_tensors(llama[0], **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})
+    with pytest.raises(ValueError, match=r"q_proj\.bias"):
+        load(llama[0])
+
+
+def test_an_untied_checkpoint_needs_its_lm_head_and_a_tied_one_may_carry_it(llama):
+    folder = llama[0]
+    edit_config(folder, tie_word_embeddings=True)
+    model = load(folder)
+    assert model.lm_head is model.embedding
+    edit_config(folder, tie_word_embeddings=False)
+    edit_tensors(folder, **{"lm_head.weight": None})
+    with pytest.raises(ValueError, match="lm_head"):
+        load(folder)
+
+
+def test_every_end_token_of_the_generation_config_is_known(llama):
+    folder = llama[0]
+    assert load(folder).config.eos_token_ids == ()
+    edit_config(folder, eos_token_id=5)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert load(folder).config.eos_token_ids == (5,)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    assert load(folder).config.eos_token_ids == (3, 5)
+
+
+def test_the_spec_states_the_facts_of_the_model(tmp_path):
+    save_random(Qwen2Config(**SHAPE), tmp_path)
+    spec = load(tmp_path, max_model_len=99).config
+    assert (spec.architecture, spec.vocab_size, spec.hidden_size) == ("Qwen2ForCausalLM", 101, 32)
+    assert (spec.num_layers, spec.max_model_len) == (3, 99)
+    assert spec.kv_shapes == ((2, 8),) * 3
+
+
+@pytest.mark.parametrize("length", [0, 257])
+def test_a_length_beyond_the_model_is_refused(llama, length):
+    with pytest.raises(ValueError, match=rf"1\.\.256 .*got {length}"):
+        load(llama[0], max_model_len=length)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load(tmp_path)
+
+
+def test_an_unknown_architecture_is_refused(llama):
+    edit_config(llama[0], model_type="nonsense", architectures=["NonsenseForCausalLM"])
+    with pytest.raises(ValueError, match="nonsense"):
+        load(llama[0])
+
+
+def test_a_quantized_checkpoint_is_refused(llama):
+    edit_config(llama[0], quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="quantized"):
+        load(llama[0])
+
+
+def test_weights_in_another_format_are_refused(llama):
+    (llama[0] / "model.safetensors").rename(llama[0] / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        load(llama[0])
+
+
+def test_a_name_that_is_neither_folder_nor_repository_is_refused():
+    with pytest.raises(ValueError, match="'no such model'"):
+        resolve_model("no such model")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(llama):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        load_tokenizer(str(llama[0]))
