@@ -9,15 +9,16 @@ Run: python examples/03_sampling_seeded.py
 from folospec import LLM, SamplingParams
 
 PROMPTS = ["def parse(text):\n", "class Queue:\n    def "]
-PARAMS = SamplingParams(temperature=0.8, top_p=0.95, seed=7, n=2, max_tokens=32)
+OPTIONS = {"dtype": "float64", "num_blocks": 64}
+PARAMS = SamplingParams(temperature=0.8, top_p=0.95, seed=7, n=2, max_tokens=24)
 
 
 def main() -> None:
-    plain = LLM("folospec-demo", dtype="float64")
+    plain = LLM("folospec-demo", **OPTIONS)
     speculative = LLM(
         "folospec-demo",
         speculative={"method": "draft_model", "model": "folospec-demo-draft"},
-        dtype="float64",
+        **OPTIONS,
     )
     expected = plain.generate(PROMPTS, PARAMS, use_tqdm=False)
     # One request alone, the other way round: what else is in the batch does not matter either.

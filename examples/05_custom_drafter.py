@@ -18,8 +18,6 @@ class FollowerDrafter(Drafter):
         self.num_read: dict[str, int] = {}
 
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        for row in rows:
-            self._read(row)
         return [self._propose(row) for row in rows]
 
     def _read(self, row: DraftRow) -> None:
@@ -30,6 +28,7 @@ class FollowerDrafter(Drafter):
         self.num_read[row.seq_id] = len(row.token_ids) - 1
 
     def _propose(self, row: DraftRow) -> Proposal | None:
+        self._read(row)
         token_ids, parents = [], []
         for token in self.followers.get(row.token_ids[-1], []):
             parent = -1  # the root: the last committed token
@@ -51,8 +50,10 @@ if __name__ == "__main__":
     prompts = ["class A:\n    def get(self):\n        return self.", "import os, sys\nimport"]
     params = SamplingParams(temperature=0.5, seed=3, max_tokens=48)
     settings = {"method": "followers", "num_speculative_tokens": 8}
-    plain = LLM("folospec-demo", dtype="float64").generate(prompts, params, use_tqdm=False)
-    drafted = LLM("folospec-demo", settings, dtype="float64").generate(prompts, params, False)
-    for a, b in zip(plain, drafted, strict=True):
+    plain = LLM("folospec-demo", dtype="float64", num_blocks=64)
+    drafting = LLM("folospec-demo", settings, dtype="float64", num_blocks=64)
+    expected = plain.generate(prompts, params, use_tqdm=False)
+    found = drafting.generate(prompts, params, use_tqdm=False)
+    for a, b in zip(expected, found, strict=True):
         equal = "yes" if a.outputs[0].token_ids == b.outputs[0].token_ids else "no"
         print(f"tokens equal: {equal}, acceptance length {b.metrics.acceptance_length:.2f}")

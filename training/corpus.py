@@ -1,7 +1,8 @@
 """The text the demo models are trained on: the sources of Python's own standard library.
 
-`documents()` yields (name, text) pairs, `split()` says which side a module belongs to, and `prepare()` writes a byte-level
-BPE tokenizer and the token streams to a work folder. Whole modules, with their tests, are held out by name.
+`documents()` yields (name, text) pairs, `split()` says which side a module belongs to, and
+`prepare()` writes a byte-level BPE tokenizer and the token streams to a work folder. Whole modules,
+with their tests, are held out by name.
 """
 
 from __future__ import annotations
@@ -16,14 +17,33 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT = frozenset(
-    "bisect calendar cmd colorsys copy csv fnmatch fractions glob graphlib heapq json queue reprlib sched shlex "
-    "statistics textwrap".split()
+    [
+        "bisect",
+        "calendar",
+        "cmd",
+        "colorsys",
+        "copy",
+        "csv",
+        "fnmatch",
+        "fractions",
+        "glob",
+        "graphlib",
+        "heapq",
+        "json",
+        "queue",
+        "reprlib",
+        "sched",
+        "shlex",
+        "statistics",
+        "textwrap",
+    ]
 )
 SKIPPED_FOLDERS = frozenset({"site-packages", "encodings", "__pycache__", "bad_coding", "data"})
 
 
 def documents() -> Iterator[tuple[str, str]]:
-    """Yield (path below the standard library, text) in a fixed order; files that are not UTF-8 are left out."""
+    """Yield (path below the standard library, text) in a fixed order; files that are not UTF-8 are
+    left out."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -38,7 +58,8 @@ def documents() -> Iterator[tuple[str, str]]:
 
 
 def split(name: str) -> str:
-    """Return "held_out" for a held-out module, its package's files and its tests, otherwise "train"."""
+    """Return "held_out" for a held-out module, its package's files and its tests, otherwise
+    "train"."""
     parts = [part.removesuffix(".py").removeprefix("test_") for part in name.split("/")]
     return "held_out" if HELD_OUT.intersection(parts) else "train"
 
@@ -57,7 +78,8 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
 
 
 def prepare(work: Path) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, int]]:
-    """Return (tokenizer, token stream of each split as uint16, UTF-8 bytes of each split), cached below `work`."""
+    """Return (tokenizer, token stream of each split as uint16, UTF-8 bytes of each split), cached
+    below `work`."""
     work.mkdir(parents=True, exist_ok=True)
     tokenizer_file, streams_file = work / "tokenizer.json", work / "streams.npz"
     texts: dict[str, list[str]] = {"train": [], "held_out": []}
@@ -74,5 +96,7 @@ def prepare(work: Path) -> tuple[Tokenizer, dict[str, np.ndarray], dict[str, int
             arrays[side] = np.concatenate(rows)
         np.savez(streams_file, **arrays)
     with np.load(streams_file) as streams:
-        num_bytes = {side: sum(len(t.encode()) for t in side_texts) for side, side_texts in texts.items()}
+        num_bytes = {
+            side: sum(len(t.encode()) for t in side_texts) for side, side_texts in texts.items()
+        }
         return tokenizer, {side: streams[side] for side in texts}, num_bytes

@@ -1,11 +1,13 @@
 """Train `folospec-demo` (the target) and `folospec-demo-draft` together, on the CPU or a GPU.
 
-One pass over each batch trains three things: the target by cross-entropy, its early exit (the stream after layer
-`EXIT_LAYER`, through the target's own final norm and head, as in LayerSkip, arXiv 2404.16710) by cross-entropy on half of
-the batch, and the draft model by the Kullback-Leibler divergence from the target's distribution (distillation).
-Hidden matrices are updated by Muon, embeddings and norms by AdamW; warm-up, constant, then linear decay to zero.
+One pass over each batch trains three things: the target by cross-entropy, its early exit (the
+stream after layer `EXIT_LAYER`, through the target's own final norm and head, as in LayerSkip,
+arXiv 2404.16710) by cross-entropy on half of the batch, and the draft model by the Kullback-Leibler
+divergence from the target's distribution (distillation). Hidden matrices are updated by Muon,
+embeddings and norms by AdamW; warm-up, constant, then linear decay to zero.
 
-    python training/train.py --steps 3000          # resumes from build/demo/checkpoint.pt if there is one
+    python training/train.py --steps 3000          # resumes from build/demo/checkpoint.pt if there
+    is one
 """
 
 from __future__ import annotations
@@ -27,12 +29,18 @@ SEED = 20261121
 EXIT_LAYER = 3
 EXIT_WEIGHT = 0.3
 BATCH_TOKENS = 8192
-SHORT_WINDOW, LONG_WINDOW, LONG_FROM = 256, 1024, 0.75  # window lengths, and the progress at which the long one starts
+SHORT_WINDOW, LONG_WINDOW, LONG_FROM = (
+    256,
+    1024,
+    0.75,
+)  # window lengths, and the progress at which the long one starts
 WARMUP_STEPS, DECAY_FROM = 100, 0.6
 LEARNING_RATE = 3e-3
 
 
-def make_model(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int) -> LlamaForCausalLM:
+def make_model(
+    hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int
+) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=corpus.VOCAB_SIZE,
         hidden_size=hidden,
@@ -58,14 +66,17 @@ def make_models() -> nn.ModuleDict:
 
 
 def hidden_states(model: LlamaForCausalLM, token_ids: Tensor) -> list[Tensor]:
-    """Return the residual stream before layer 0, 1, ..., and after the last: each [batch, length, hidden]."""
+    """Return the residual stream before layer 0, 1, ..., and after the last: each [batch, length,
+    hidden]."""
     body = model.model
     stream = body.embed_tokens(token_ids)
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
     rotary = body.rotary_emb(stream, positions)
     states = [stream]
     for layer in body.layers:
-        stream = layer(stream, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        stream = layer(
+            stream, attention_mask=None, position_ids=positions, position_embeddings=rotary
+        )
         states.append(stream)
     return states
 
@@ -75,7 +86,8 @@ def logits_of(model: LlamaForCausalLM, state: Tensor) -> Tensor:
 
 
 def losses(models: nn.ModuleDict, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (target cross-entropy, exit cross-entropy, draft divergence), nats per token, of a [batch, length + 1] batch."""
+    """Return (target cross-entropy, exit cross-entropy, draft divergence), nats per token, of a
+    [batch, length + 1] batch."""
     inputs, labels = window[:, :-1], window[:, 1:].flatten()
     target, draft = models["target"], models["draft"]
     with torch.autocast(window.device.type, torch.bfloat16):
@@ -96,7 +108,9 @@ def make_optimizers(models: nn.ModuleDict) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in models.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in models.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
     return [
-        torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -108,7 +122,8 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def batch_of(stream: np.ndarray, step: int, length: int, device: torch.device) -> Tensor:
-    """Draw random windows, a function of the step alone, so that a resumed run sees what an unbroken one would."""
+    """Draw random windows, a function of the step alone, so that a resumed run sees what an
+    unbroken one would."""
     rng = np.random.default_rng([SEED, step])
     starts = rng.integers(0, len(stream) - length - 1, BATCH_TOKENS // length)
     rows = np.stack([stream[s : s + length + 1] for s in starts]).astype(np.int64)
@@ -141,7 +156,9 @@ def train(steps: int, work: Path, device: torch.device, compile_losses: bool) ->
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
-        target_loss, exit_loss, divergence = step_losses(models, batch_of(streams["train"], step, length, device))
+        target_loss, exit_loss, divergence = step_losses(
+            models, batch_of(streams["train"], step, length, device)
+        )
         (target_loss + EXIT_WEIGHT * exit_loss + divergence).backward()
         torch.nn.utils.clip_grad_norm_(models["target"].parameters(), 1.0)
         torch.nn.utils.clip_grad_norm_(models["draft"].parameters(), 1.0)
@@ -152,15 +169,24 @@ def train(steps: int, work: Path, device: torch.device, compile_losses: bool) ->
         if step % 20 == 0:
             row = {"step": step, "seconds": round(seconds), "target": target_loss.item()}
             with log.open("a") as file:
-                file.write(json.dumps({**row, "exit": exit_loss.item(), "draft_kl": divergence.item()}) + "\n")
+                file.write(
+                    json.dumps({**row, "exit": exit_loss.item(), "draft_kl": divergence.item()})
+                    + "\n"
+                )
         if (step + 1) % 100 == 0 or step + 1 == steps:
             save(step + 1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000, help=f"optimizer steps of {BATCH_TOKENS} tokens")
-    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="checkpoints, token streams, log")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3000, help=f"optimizer steps of {BATCH_TOKENS} tokens"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/demo"), help="checkpoints, token streams, log"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
     args = parser.parse_args()

@@ -208,9 +208,9 @@ class Scheduler:
         """
         output = SchedulerOutput()
         budget = self._schedule_running(output, self.max_num_batched_tokens)
-        if not output.preempted:
-            # Blocks that were just taken from somebody are not for those who wait.
-            budget = self._admit_waiting(output, budget)
+        # Who was preempted just now waits in front and cannot come back in this step: an older
+        # sequence has taken some of the blocks that it would need.
+        budget = self._admit_waiting(output, budget)
         self._reserve_drafts(output, budget, draft_lengths)
         return output
 

@@ -62,25 +62,21 @@ class InputProcessor:
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
 
-    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _read_prompt(self, prompt: Any) -> tuple[str | None, list[int]]:
+        text, token_ids = prompt, None
         if isinstance(prompt, Mapping):
-            unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
-            if unknown or not prompt:
+            if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
                 raise ValueError(
-                    "a prompt mapping has 'prompt' or 'prompt_token_ids', got the keys "
-                    f"{sorted(prompt)}"
+                    f"a prompt mapping has 'prompt' or 'prompt_token_ids', got {sorted(prompt)}"
                 )
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            prompt = prompt["prompt"]
-        if not isinstance(prompt, str):
-            return None, list(prompt)
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        elif not isinstance(prompt, str):
+            text, token_ids = None, prompt
+        if token_ids is not None:
+            return text, list(token_ids)
         if self.tokenizer is None:
-            raise ValueError(
-                "a text prompt needs a tokenizer, and skip_tokenizer_init is on; give "
-                "prompt_token_ids"
-            )
-        return prompt, list(self.tokenizer(prompt)["input_ids"])
+            raise ValueError("a text prompt needs a tokenizer, but skip_tokenizer_init is on")
+        return text, list(self.tokenizer(text)["input_ids"])
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:

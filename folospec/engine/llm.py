@@ -126,13 +126,11 @@ class LLM:
         return self.engine.stats()
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return [items]
-    return items
+    return [items] if items and all(isinstance(item, int) for item in items) else items
 
 
 def _params_list(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -97,9 +96,9 @@ class LLMEngine:
             request_id, prompt, params or SamplingParams(), self._num_requests
         )
         request.group.metrics.arrival_time = time.monotonic()
+        self.scheduler.add(request.group)
         self._num_requests += 1
         self.requests[request_id] = request
-        self.scheduler.add(request.group)
         return request_id
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -154,7 +153,7 @@ class LLMEngine:
         """Counts and times since the engine was made, the sizes it runs with, and the promise that
         holds."""
         return {
-            **asdict(self.engine_stats),
+            **self.engine_stats.as_dict(),
             "lossless": self._promise(),
             "attention_backend": self.parts.attention_backend,
             "device": str(self.parts.device),
@@ -180,6 +179,7 @@ class LLMEngine:
         for seq in output.preempted:
             self.speculation.drop(seq, finished=False)
             self.engine_stats.num_preemptions += 1
+            self._request(seq).group.metrics.num_preemptions += 1
         if output.copies:
             for runner in self.parts.runners.values():
                 assert runner.kv is not None

@@ -66,10 +66,6 @@ def key(seed: int, sample_index: int, position: int, purpose: int) -> int:
     return state - ((state >> 63) << 64)
 
 
-noise_key = key
-"""`key` for those who import it by name."""
-
-
 def derived_seed(engine_seed: int, ordinal: int) -> int:
     """The seed of the engine's request number `ordinal` when it brought none: 64 bits, unsigned."""
     state = _mix64(((engine_seed & _MASK64) + _GOLDEN64) & _MASK64)

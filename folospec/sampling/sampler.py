@@ -15,6 +15,7 @@ __all__ = ["NO_TOKEN", "draw_target", "gather_logprobs", "perturb"]
 NO_TOKEN = -1
 """What is drawn from a row that has no possible token (a draft after which nothing can follow)."""
 
+_NEG_INF = float("-inf")
 _SPARSE_SHARE = 16
 
 
@@ -36,16 +37,19 @@ def perturb(log_probs: Tensor, keys: Tensor | Sequence[int]) -> Tensor:
     if not isinstance(keys, Tensor):
         keys = key_tensor(keys, log_probs.device)
     vocab_size = log_probs.shape[1]
-    possible = log_probs > float("-inf")
-    if int(torch.count_nonzero(possible)) * _SPARSE_SHARE > log_probs.numel():
+    if _num_possible(log_probs) * _SPARSE_SHARE > log_probs.numel():
         token_ids = torch.arange(vocab_size, device=log_probs.device)
         return log_probs + elementwise_gumbel(keys[:, None], token_ids)
-    return _perturb_sparse(log_probs, keys, possible.nonzero(as_tuple=True))
+    return _perturb_sparse(log_probs, keys, (log_probs > _NEG_INF).nonzero(as_tuple=True))
+
+
+def _num_possible(log_probs: Tensor) -> int:
+    return int(torch.count_nonzero(log_probs > _NEG_INF))
 
 
 def _perturb_sparse(log_probs: Tensor, keys: Tensor, at: tuple[Tensor, ...]) -> Tensor:
     """The noise is looked up only where it can matter; each number is the same as in a full row."""
-    perturbed = torch.full_like(log_probs, float("-inf"))
+    perturbed = torch.full_like(log_probs, _NEG_INF)
     perturbed[at] = log_probs[at] + elementwise_gumbel(keys[at[0]], at[1])
     return perturbed
 
@@ -63,7 +67,7 @@ def draw_target(log_probs: Tensor, keys: Tensor | Sequence[int]) -> Tensor:
     """
     best = log_probs.argmax(-1)
     best_log_prob = log_probs.gather(-1, best[:, None])[:, 0]
-    if bool((best_log_prob == 0).all()):  # one-hot rows: no noise can change them
-        return best
+    if bool((best_log_prob == 0).all()) and _num_possible(log_probs) == len(best):
+        return best  # one-hot rows: no noise can change them
     perturbed = perturb(log_probs, keys)
-    return perturbed.argmax(-1).masked_fill_(best_log_prob == float("-inf"), NO_TOKEN)
+    return perturbed.argmax(-1).masked_fill_(best_log_prob == _NEG_INF, NO_TOKEN)

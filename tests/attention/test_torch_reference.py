@@ -40,7 +40,7 @@ def attend(step: Step, *, window: int | None = None, softcap: float | None = Non
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 2.0), (7, 2.0)])
 def test_every_row_equals_dense_attention_over_the_keys_it_may_see(mix, heads, window, softcap):
-    for seed in range(3):
+    for seed in range(2):
         step = random_step(MIXES[mix], heads, seed=seed)
         expected = naive(step, window=window, softcap=softcap)
         result = attend(step, window=window, softcap=softcap)

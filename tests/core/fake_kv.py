@@ -1,9 +1,9 @@
-"""KV memory and a runner without a model: a KV row *is* the tokens it depends on, so a lost one shows."""
+"""KV memory and a runner without a model. A KV row *is* the tokens it depends on."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Sequence as Seq
 
 from folospec.core import (
     BlockCopy,
@@ -181,7 +181,11 @@ def make_runner(
 
 
 def computed(
-    manager: KVCacheManager, prompt: list[int], seq_id: str = "main", *, num_tokens: int | None = None
+    manager: KVCacheManager,
+    prompt: list[int],
+    seq_id: str = "main",
+    *,
+    num_tokens: int | None = None,
 ) -> Sequence:
     """An admitted sequence whose first `num_tokens` tokens (default: all) have been computed."""
     seq = Sequence(seq_id, prompt)
@@ -190,6 +194,3 @@ def computed(
     assert manager.allocate_slots(seq, stop - num_cached) is not None
     manager.commit(seq, stop)
     return seq
-
-
-DraftLengths = Callable[[Sequence], int]

@@ -25,7 +25,11 @@ def manager() -> KVCacheManager:
 def test_tokens_are_prompt_then_output(original: Sequence) -> None:
     original.add_token_id(7)
     assert original.token_ids == [1, 2, 3, 7]
-    assert (original.num_prompt_tokens, original.num_output_tokens, original.num_tokens) == (3, 1, 4)
+    assert (original.num_prompt_tokens, original.num_output_tokens, original.num_tokens) == (
+        3,
+        1,
+        4,
+    )
 
 
 def test_sequence_does_not_share_the_callers_list() -> None:

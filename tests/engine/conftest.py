@@ -8,7 +8,8 @@ import pytest
 
 @dataclass(frozen=True)
 class Models:
-    """Folders of a tiny target, a draft model that often agrees with it, and one that knows nothing."""
+    """Folders of a tiny target, a draft model that often agrees with it, and one that knows
+    nothing."""
 
     target: str
     near: str

@@ -1,4 +1,5 @@
-"""Runs of the real engine on tiny float64 models, drafters that lie, and what makes a proof vacuous.
+"""Runs of the real engine on tiny float64 models, drafters that lie, and what makes a proof
+vacuous.
 
 Nothing here excuses a difference: float64 leaves no near ties on these models, so speculative and
 plain runs must agree to the last token, and to the last bit of every count that they share.
@@ -77,7 +78,9 @@ def mixed_params(max_tokens: int = 20) -> list[SamplingParams]:
         SamplingParams(temperature=1.0, n=3, seed=4, logprobs=0, **common),
         SamplingParams(temperature=0, repetition_penalty=1.3, frequency_penalty=0.4, **common),
         SamplingParams(temperature=1.2, top_p=0.8, min_p=0.02, presence_penalty=0.5, **common),
-        SamplingParams(temperature=0.7, logit_bias={7: 2.0, 8: -3.0}, seed=9, min_tokens=5, **common),
+        SamplingParams(
+            temperature=0.7, logit_bias={7: 2.0, 8: -3.0}, seed=9, min_tokens=5, **common
+        ),
     ]
 
 

@@ -26,7 +26,7 @@ SHAPE = {
     "pad_token_id": None,
 }
 LENGTHS = (5, 23, 1, 12)
-NUM_NEW_TOKENS = 14
+NUM_NEW_TOKENS = 10
 
 
 def save_random(config: Any, folder: Path, **save_options: Any) -> Any:

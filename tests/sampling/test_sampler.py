@@ -1,5 +1,7 @@
 """Drawing with keyed noise follows the law, and the same key gives the same token anywhere."""
 
+import math
+
 import pytest
 import torch
 from chi_square import FALSE_ALARM, chi_square_p_value
@@ -118,12 +120,14 @@ def test_greedy_rows_ignore_the_noise():
         assert torch.equal(tokens, logits.argmax(-1))
 
 
-def test_a_near_certain_token_beats_all_noise():
-    """Why a logprob of 0 may skip the noise: what it rounds away lies 30 nats below."""
-    log_probs = torch.full((2000, 50), -30.0)
-    log_probs[:, 9] = 0.0
-    (keys,) = target_keys((1,), range(2000))
-    assert (perturb(log_probs, keys).argmax(-1) == 9).all()
+def test_a_logprob_that_rounds_to_zero_does_not_silence_the_others():
+    log_probs = torch.full((NUM_DRAWS, 2), -8.0)
+    log_probs[:, 0] = 0.0
+    (keys,) = target_keys((1,))
+    expected = torch.tensor([1.0, math.exp(-8)]).div(1 + math.exp(-8)) * NUM_DRAWS
+    observed = torch.bincount(draw_target(log_probs, keys), minlength=2)
+    assert chi_square_p_value(observed, expected) > FALSE_ALARM
+    assert observed[1] > 0
 
 
 def test_a_row_without_a_possible_token_draws_none():

@@ -1,0 +1,101 @@
+"""The promise of `rejection` and `block`: the law of plain sampling, from the engine as users run
+it.
+
+3,000 sequences draw three tokens after one prompt, from four that are allowed, with a draft model
+that knows nothing; their joint frequencies are held against the exact law of plain sampling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import harness
+import pytest
+import torch
+from harness import make_llm, run
+from transformers import LlamaForCausalLM
+
+from folospec import SamplingParams
+from folospec.sampling import noise
+from folospec.spec.drafters.draft_model import DraftModelDrafter
+
+PROMPT = [5, 6, 7, 8]
+ALLOWED = [3, 8, 17, 40]
+LENGTH = 3
+NUM_SEQUENCES = 3000
+
+
+def exact_law(folder: str) -> dict[tuple[int, ...], float]:
+    """Probability of every output of `LENGTH` allowed tokens at temperature 1, in float64."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    law = {(): 1.0}
+    for _ in range(LENGTH):
+        longer = {}
+        with torch.no_grad():
+            for output, weight in law.items():
+                logits = model(torch.tensor([[*PROMPT, *output]])).logits[0, -1]
+                for token, prob in zip(ALLOWED, logits[ALLOWED].softmax(-1), strict=True):
+                    longer[(*output, token)] = weight * float(prob)
+        law = longer
+    return law
+
+
+def chi_square(law: dict[tuple[int, ...], float], outputs: list[tuple[int, ...]]) -> float:
+    """Chi-square in standard deviations above its mean; cells that expect less than 5 are
+    pooled."""
+    counts = Counter(outputs)
+    assert set(counts) <= set(law), "a token that the law calls impossible"
+    cells: list[tuple[float, float]] = []
+    rest_expected = rest_seen = 0.0
+    for output, prob in law.items():
+        expected, seen = prob * len(outputs), counts[output]
+        if expected >= 5:
+            cells.append((expected, seen))
+        else:
+            rest_expected, rest_seen = rest_expected + expected, rest_seen + seen
+    if rest_expected:
+        cells.append((max(rest_expected, 1.0), rest_seen))
+    statistic = sum((seen - expected) ** 2 / expected for expected, seen in cells)
+    freedom = len(cells) - 1
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+def sample(models: Any, acceptance: str) -> tuple[list[tuple[int, ...]], dict[str, Any]]:
+    speculative = {
+        "method": "draft_model",
+        "model": models.far,
+        "num_speculative_tokens": 2,
+        "acceptance": acceptance,
+    }
+    llm = make_llm(models.target, speculative, max_num_seqs=500, num_blocks=2000, seed=12)
+    params = SamplingParams(
+        temperature=1.0, allowed_token_ids=ALLOWED, max_tokens=LENGTH, ignore_eos=True, n=100
+    )
+    result = run(llm, [PROMPT] * (NUM_SEQUENCES // 100), params)
+    outputs = [tuple(c.token_ids) for o in result.outputs for c in o.outputs]
+    assert len(outputs) == NUM_SEQUENCES
+    return outputs, result.stats
+
+
+@pytest.mark.parametrize("acceptance", ["coupled", "rejection", "block"])
+def test_outputs_follow_the_law_of_plain_sampling(acceptance: str, models: Any) -> None:
+    outputs, stats = sample(models, acceptance)
+    harness.assert_speculated(stats)
+    # With about 60 cells, 8 standard deviations are a false alarm of about 1e-9.
+    assert chi_square(exact_law(models.target), outputs) < 8
+
+
+def test_drafts_that_share_the_targets_noise_break_the_ratio_rule(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: the drafter draws with the very noise that the residual is drawn with."""
+
+    def shared_key(self: Any, row: Any, num_drafts: int) -> int:
+        purpose = noise.purpose_code(noise.Purpose.RESIDUAL, row=num_drafts)
+        return noise.key(row.seed, row.sample_index, row.root_position, purpose)
+
+    monkeypatch.setattr(DraftModelDrafter, "_noise_key", shared_key)
+    outputs, _ = sample(models, "rejection")
+    assert chi_square(exact_law(models.target), outputs) > 12
