@@ -125,6 +125,12 @@ class EngineConfig:
             self.model,
             "a path, a hub id or a name",
         )
+        _require(
+            self.speculative is None or isinstance(self.speculative, SpeculativeConfig),
+            "speculative",
+            self.speculative,
+            "None or a SpeculativeConfig (SpeculativeConfig.of makes one from a name or mapping)",
+        )
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):

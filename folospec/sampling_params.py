@@ -191,7 +191,7 @@ class SamplingParams:
         )
         bias = self.logit_bias
         _require(
-            bias is None or all(_is_int(t) and _is_number(b) for t, b in bias.items()),
+            bias is None or all(_is_int(t) and _is_number(b) and b == b for t, b in bias.items()),
             "logit_bias",
             bias,
             "None or a map from token ids to numbers",

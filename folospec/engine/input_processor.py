@@ -43,6 +43,8 @@ class InputProcessor:
     def process(
         self, request_id: str, prompt: Prompt, params: SamplingParams, ordinal: int
     ) -> Request:
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         text, token_ids = self._read_prompt(prompt)
         self._check_prompt(token_ids)
         self._check_params(params)

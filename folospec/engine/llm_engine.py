@@ -20,7 +20,7 @@ from folospec.engine.input_processor import InputProcessor, Limits, Prompt
 from folospec.engine.judge import Judgement, find_judgement, judge
 from folospec.engine.loading import load_parts
 from folospec.engine.logprobs import LogprobsTaker
-from folospec.engine.output_processor import Increment, increments, make_output
+from folospec.engine.output_processor import Increment, Sent, increments, make_output
 from folospec.engine.request import Request
 from folospec.engine.speculation import Candidate, Speculation
 from folospec.outputs import RequestOutput
@@ -140,7 +140,7 @@ class LLMEngine:
         """Run one request, yielding its text and tokens as they come. Closing the iterator aborts
         the request."""
         request_id = self.add_request(prompt, params)
-        sent: dict[int, tuple[int, int]] = {}
+        sent: dict[int, Sent] = {}
         try:
             while request_id in self.requests:
                 for output in self.step():

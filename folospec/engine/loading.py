@@ -45,7 +45,9 @@ def load_parts(config: EngineConfig) -> Parts:
     dtype = _dtype(config.dtype, device)
     tokenizer = None
     if not config.skip_tokenizer_init:
-        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        tokenizer = load_tokenizer(
+            config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
+        )
     attention = get_backend(config.attention_backend)
 
     def load_runner(path: str, row_at_a_time: bool = False) -> ModelRunner:

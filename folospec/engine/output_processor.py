@@ -111,11 +111,22 @@ class Increment:
     finish_reason: str | None
 
 
-def increments(output: RequestOutput, sent: dict[int, tuple[int, int]]) -> Iterator[Increment]:
-    """Yield what a snapshot has beyond what was sent: characters and tokens, by completion."""
+@dataclass(slots=True)
+class Sent:
+    """How much of a completion has been streamed."""
+
+    num_chars: int = 0
+    num_tokens: int = 0
+    finished: bool = False
+
+
+def increments(output: RequestOutput, sent: dict[int, Sent]) -> Iterator[Increment]:
+    """Yield what a snapshot has beyond what was sent, by completion; an end is sent once."""
     for completion in output.outputs:
-        num_chars, num_tokens = sent.get(completion.index, (0, 0))
-        text, token_ids = completion.text[num_chars:], completion.token_ids[num_tokens:]
-        if text or token_ids:
-            sent[completion.index] = (len(completion.text), len(completion.token_ids))
+        before = sent.setdefault(completion.index, Sent())
+        text = completion.text[before.num_chars :]
+        token_ids = completion.token_ids[before.num_tokens :]
+        finished = completion.finish_reason is not None
+        if text or token_ids or finished != before.finished:
+            sent[completion.index] = Sent(len(completion.text), len(completion.token_ids), finished)
             yield Increment(completion.index, text, token_ids, completion.finish_reason)

@@ -36,6 +36,13 @@ class SamplingRow:
     """Every tokenization of `params.bad_words` that is to be prevented."""
     stop_ids: frozenset[int] = frozenset()
     """EOS and stop token ids, which may not come before `params.min_tokens` tokens."""
+    is_draft: bool = False
+    """The row is a drafter's: it is hypothetical even without drafts above it."""
+
+    @property
+    def hypothetical(self) -> bool:
+        """Whether plain decoding might never come to this row."""
+        return self.is_draft or len(self.draft_token_ids) > 0
 
     @property
     def num_output_tokens(self) -> int:
@@ -220,7 +227,7 @@ def _call_processors(logits: Tensor, rows: Sequence[SamplingRow], indices: list[
             except Exception as error:
                 # Plain decoding might never ask for what follows a draft, so its failure must not
                 # be seen there.
-                if not row.draft_token_ids:
+                if not row.hypothetical:
                     name = f"logits_processors[{ordinal}]"
                     raise NoTokenError(index, f"{name} failed: {error!r}") from error
                 values = torch.full_like(logits[index], NEG_INF)

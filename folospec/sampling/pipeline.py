@@ -65,7 +65,7 @@ def process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def _require_token(possible: list[bool], peaks: list[float], rows: Sequence[SamplingRow]) -> None:
     for index, row in enumerate(rows):
-        if possible[index] or row.draft_token_ids:
+        if possible[index] or row.hypothetical:
             continue
         if peaks[index] != NEG_INF:
             raise NoTokenError(index, f"logits must not be NaN or +inf, got {peaks[index]}")

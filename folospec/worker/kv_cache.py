@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from folospec.attention.base import LayerKV
@@ -35,10 +37,8 @@ class KVCache:
     ) -> None:
         self.block_size = block_size
         num_slots = num_blocks * block_size
-        # Zeros, not empty: attention multiplies masked rows by 0, and a stray NaN would survive
-        # that.
         self.layers = [
-            LayerKV(*(torch.zeros(num_slots, h, d, dtype=dtype, device=device) for _ in range(2)))
+            LayerKV(*(_zeros((num_slots, h, d), dtype, device) for _ in range(2)))
             for h, d in kv_shapes
         ]
 
@@ -66,3 +66,12 @@ class KVCache:
         for layer in self.layers:
             for tensor in layer:
                 tensor[targets] = tensor[sources]
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, since attention multiplies masked rows by 0 and a stray NaN would survive that. On a
+    CPU they come from numpy, which leaves untouched pages unbacked: a pool costs what is used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)

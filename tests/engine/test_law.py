@@ -18,8 +18,7 @@ from harness import make_llm, run
 from transformers import LlamaForCausalLM
 
 from folospec import SamplingParams
-from folospec.sampling import noise
-from folospec.spec.drafters.draft_model import DraftModelDrafter
+from folospec.spec import verify
 
 PROMPT = [5, 6, 7, 8]
 ALLOWED = [3, 8, 17, 40]
@@ -87,15 +86,13 @@ def test_outputs_follow_the_law_of_plain_sampling(acceptance: str, models: Any) 
     assert chi_square(exact_law(models.target), outputs) < 8
 
 
-def test_drafts_that_share_the_targets_noise_break_the_ratio_rule(
+def test_resampling_without_the_residual_is_noticed(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Control: the drafter draws with the very noise that the residual is drawn with."""
+    """Control: after a rejection the next token is drawn from the target's whole law.
 
-    def shared_key(self: Any, row: Any, num_drafts: int) -> int:
-        purpose = noise.purpose_code(noise.Purpose.RESIDUAL, row=num_drafts)
-        return noise.key(row.seed, row.sample_index, row.root_position, purpose)
-
-    monkeypatch.setattr(DraftModelDrafter, "_noise_key", shared_key)
+    (Noise shared between drafts and residual is the control of tests/spec/test_sampled_law.py.)
+    """
+    monkeypatch.setattr(verify, "_residual", lambda law, *_, **__: law)
     outputs, _ = sample(models, "rejection")
     assert chi_square(exact_law(models.target), outputs) > 12

@@ -14,6 +14,7 @@ a rule, more after it was off, preempted, or met a cached prefix.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,10 +24,35 @@ from folospec.sampling import noise
 from folospec.sampling.constraints import SamplingRow
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import process
-from folospec.sampling.sampler import draw_target
+from folospec.sampling.sampler import NO_TOKEN, draw_target
 from folospec.spec.draft_runner import Rows
 from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, read_options
 from folospec.spec.proposal import Proposal
+
+
+@dataclass(slots=True)
+class _Chain:
+    """The draft of one sequence as it grows: `laws` are log-probabilities [vocab_size] each."""
+
+    row: DraftRow
+    token_ids: list[int] = field(default_factory=list)
+    laws: list[Tensor] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def has_room(self) -> bool:
+        return not self.ended and len(self.token_ids) < self.row.max_draft_tokens
+
+    def sampling_row(self) -> SamplingRow:
+        row = self.row
+        return SamplingRow(
+            params=row.params,
+            prompt_token_ids=row.token_ids[: row.num_prompt_tokens],
+            output_token_ids=row.token_ids[row.num_prompt_tokens :],
+            draft_token_ids=self.token_ids,
+            is_draft=True,
+        )
 
 
 class DraftModelDrafter(Drafter):
@@ -56,34 +82,40 @@ class DraftModelDrafter(Drafter):
         return "draft_model"
 
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        drafts: list[list[int]] = [[] for _ in rows]
-        laws: list[list[Tensor]] = [[] for _ in rows]
+        chains = [_Chain(row) for row in rows]
+        active = chains
         logits = self._forward([self._catch_up_rows(row) for row in rows])
         for row in rows:
             row.num_draft_computed = len(row.token_ids)
-        active = list(range(len(rows)))
         while active:
-            log_probs = self._draft_law(
-                logits, [rows[i] for i in active], [drafts[i] for i in active]
-            )
-            token_ids = self._draw(
-                log_probs, [rows[i] for i in active], [drafts[i] for i in active]
-            )
-            for i, token_id, law in zip(active, token_ids, log_probs.exp(), strict=True):
-                drafts[i].append(token_id)
-                laws[i].append(law)
-            active = [i for i in active if len(drafts[i]) < rows[i].max_draft_tokens]
+            self._extend(active, logits)
+            active = [chain for chain in active if chain.has_room]
             if active:
-                logits = self._forward([self._next_rows(rows[i], drafts[i]) for i in active])
-        return [self._proposal(d, law) for d, law in zip(drafts, laws, strict=True)]
+                logits = self._forward([self._next_rows(chain) for chain in active])
+        return [self._proposal(chain) for chain in chains]
+
+    def _extend(self, chains: list[_Chain], logits: Tensor) -> None:
+        """Draw the next draft token of each chain; logits are [num_chains, vocab_size]."""
+        log_probs = process(logits, [chain.sampling_row() for chain in chains])
+        token_ids = self._draw(log_probs, chains)
+        confidence = logits.log_softmax(-1).exp().gather(-1, token_ids.clamp(min=0)[:, None])
+        for index, chain in enumerate(chains):
+            token_id = int(token_ids[index])
+            if token_id == NO_TOKEN:  # the request's options leave nothing to draft here
+                chain.ended = True
+            else:
+                chain.token_ids.append(token_id)
+                chain.laws.append(log_probs[index])
+                chain.confidence.append(float(confidence[index]))
 
     def _catch_up_rows(self, row: DraftRow) -> Rows:
         # The root is fed even where its KV exists: its logits are the first draft's.
         start = min(row.num_draft_computed, row.root_position)
         return Rows(self._fit(row.token_ids[start:]), start, row.block_table)
 
-    def _next_rows(self, row: DraftRow, drafts: list[int]) -> Rows:
-        return Rows(self._fit(drafts[-1:]), row.root_position + len(drafts), row.block_table)
+    def _next_rows(self, chain: _Chain) -> Rows:
+        start = chain.row.root_position + len(chain.token_ids)
+        return Rows(self._fit(chain.token_ids[-1:]), start, chain.row.block_table)
 
     def _fit(self, token_ids: Sequence[int]) -> list[int]:
         """Ids of padding rows that only the target has are read as the draft's last: a poor guess,
@@ -98,39 +130,30 @@ class DraftModelDrafter(Drafter):
             torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
         )
 
-    def _draft_law(self, logits: Tensor, rows: list[DraftRow], drafts: list[list[int]]) -> Tensor:
-        """Log-probabilities float [num_rows, vocab_size] of the next draft token, each row with its
-        own history."""
-        sampling_rows = [
-            SamplingRow(
-                params=row.params,
-                prompt_token_ids=row.token_ids[: row.num_prompt_tokens],
-                output_token_ids=row.token_ids[row.num_prompt_tokens :],
-                draft_token_ids=draft,
-            )
-            for row, draft in zip(rows, drafts, strict=True)
-        ]
-        return process(logits, sampling_rows)
-
-    def _draw(self, log_probs: Tensor, rows: list[DraftRow], drafts: list[list[int]]) -> list[int]:
+    def _draw(self, log_probs: Tensor, chains: list[_Chain]) -> Tensor:
         if self.greedy_drafts:
-            return log_probs.argmax(-1).tolist()
-        keys = [self._noise_key(row, len(draft)) for row, draft in zip(rows, drafts, strict=True)]
-        return draw_target(log_probs, noise.key_tensor(keys, log_probs.device)).tolist()
+            possible = log_probs.amax(-1) > -torch.inf
+            return torch.where(possible, log_probs.argmax(-1), NO_TOKEN)
+        keys = [self._noise_key(chain.row, len(chain.token_ids)) for chain in chains]
+        return draw_target(log_probs, noise.key_tensor(keys, log_probs.device))
 
     def _noise_key(self, row: DraftRow, num_drafts: int) -> int:
         if self.coupled:
             position, purpose = row.root_position + 1 + num_drafts, int(Purpose.TARGET)
         else:
-            position, purpose = row.root_position, noise.purpose_code(Purpose.DRAFT, row=num_drafts)
+            position, purpose = (
+                row.root_position,
+                noise.purpose_code(Purpose.DRAFT, row=num_drafts),
+            )
         return noise.key(row.seed, row.sample_index, position, purpose)
 
-    def _proposal(self, drafts: list[int], laws: list[Tensor]) -> Proposal:
-        draft_probs = torch.stack(laws)
-        confidence = draft_probs[torch.arange(len(drafts)), torch.tensor(drafts)].tolist()
+    def _proposal(self, chain: _Chain) -> Proposal | None:
+        if not chain.token_ids:
+            return None
+        one_hot = self.greedy_drafts or self.coupled
         return Proposal(
-            TokenTree.chain(drafts),
-            draft_probs=None if self.greedy_drafts or self.coupled else draft_probs,
-            confidence=confidence,
-            draft_slots=[*range(1, len(drafts)), None],
+            TokenTree.chain(chain.token_ids),
+            draft_probs=None if one_hot else torch.stack(chain.laws).exp(),
+            confidence=chain.confidence,
+            draft_slots=[*range(1, len(chain.token_ids)), None],
         )

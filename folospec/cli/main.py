@@ -1,0 +1,170 @@
+"""The `folospec` command: options in, one call of a command's own module. torch is imported only
+when a command runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import folospec
+from folospec.cli.runner import bad_input, ctrl_c_exits
+
+app = typer.Typer(
+    name="folospec",
+    help="Complete text with a language model and speculative decoding, with the same tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"folospec {folospec.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Read the options that stand before the command."""
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="What to complete. Default: stdin."),
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A file with one prompt, or a .jsonl file with one per line; - is stdin. "
+            "Its last newline is left out. May be repeated."
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A folder, a hub id, or a bundled name.")
+    ] = "folospec-demo",
+    speculative: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|JSON",
+            help='ngram, draft_model:PATH, or {"method": ..., ...}. folospec-demo has a draft '
+            "model of its own.",
+        ),
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(help="Most draft tokens per step. Default: 5.")
+    ] = None,
+    acceptance: Annotated[
+        str | None, typer.Option(help="coupled (default), rejection or block.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens per completion.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus; 1 keeps all.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Most likely tokens; -1 keeps all.")] = -1,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the output. May be repeated.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Run plain and speculative in turns and show both."),
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each with --compare. Default: 3.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Complete prompts.
+
+    One prompt is streamed; several run as one batch. Completions go to stdout,
+    counts and progress to stderr. Exit code 1: --compare found different tokens
+    where there may be none; 2: wrong input; 130: Ctrl-C, what is done is printed.
+    """
+    from folospec.cli import generate as commands
+    from folospec.cli.runner import make_engine
+    from folospec.sampling_params import SamplingParams
+
+    with ctrl_c_exits():
+        with bad_input():
+            found = commands.read_prompts(prompts or [], file or [])
+            config = commands.read_speculative(
+                speculative,
+                target=model,
+                num_speculative_tokens=num_speculative_tokens,
+                acceptance=acceptance,
+            )
+            params = SamplingParams(
+                n=n,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                stop=stop or (),
+            )
+            if compare and config is None:
+                raise ValueError("--compare needs --speculative")
+            if rounds is not None and not compare:
+                raise ValueError("--rounds needs --compare")
+        options = {"speculative": config, "dtype": dtype, "device": device}
+        engine = make_engine(model, warm_cache=not compare, **options)
+        if compare:
+            from folospec.cli.compare import compare as run_comparison
+
+            code = run_comparison(engine, found, params, rounds=rounds or 3, as_json=json)
+        else:
+            code = commands.complete(engine, found, params, as_json=json)
+    raise typer.Exit(code)
+
+
+@app.command()
+def demo(
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per completion.")] = 64,
+    num_speculative_tokens: Annotated[
+        int, typer.Option(min=1, help="Most draft tokens per step.")
+    ] = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Show the claim: plain, ngram and draft_model side by side, on code held out of training.
+
+    Takes under a minute. Exit code 1 if any token differs.
+    """
+    with ctrl_c_exits():
+        from folospec.cli.demo import run_demo
+
+        code = run_demo(
+            max_tokens=max_tokens,
+            num_speculative_tokens=num_speculative_tokens,
+            dtype=dtype,
+            device=device,
+        )
+    raise typer.Exit(code)
+
+
+@app.command()
+def info(json: Json = False) -> None:
+    """Show versions, hardware, and what folospec chooses here and why."""
+    with ctrl_c_exits():
+        from folospec.cli.info import run_info
+
+        run_info(as_json=json)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,172 @@
+"""What every command needs to run requests: one-line errors, Ctrl-C between steps, and counts."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from folospec.engine.llm_engine import LLMEngine
+    from folospec.outputs import RequestOutput
+    from folospec.sampling_params import SamplingParams
+
+EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Turn the refusal of what the user gave into one line on stderr and exit code 2.
+
+    Only admission belongs inside: a ValueError from anywhere else is a defect, and keeps its
+    traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"folospec: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
+@contextmanager
+def ctrl_c_exits() -> Iterator[None]:
+    """Turn a Ctrl-C that nothing else took, while a model loads for example, into exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("folospec: interrupted", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+class Interrupt:
+    """While entered, the first Ctrl-C only sets `requested`, so that a step is never cut in two; a
+    second one raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the engine counted during a run; the names are those of its `stats()`."""
+
+    num_target_passes: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """1 + accepted / drafts; None without drafts."""
+        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
+
+
+@dataclass(slots=True)
+class Run:
+    """The requests of one batch, in the order they were given, those cut off by Ctrl-C included."""
+
+    outputs: list[RequestOutput]
+    seconds: float
+    """From the first step to the end of the last request: prompts are computed in it."""
+    interrupted: bool = False
+    counts: Counts = field(default_factory=Counts)
+
+    @property
+    def token_ids(self) -> list[list[list[int]]]:
+        """Output token ids, by prompt and completion."""
+        return [[c.token_ids for c in output.outputs] for output in self.outputs]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(token_ids) for prompt in self.token_ids for token_ids in prompt)
+
+
+def make_engine(
+    model: str, *, speculative: Any = None, warm_cache: bool = True, **options: Any
+) -> LLMEngine:
+    """Load an engine. `options` are fields of `EngineConfig`.
+
+    Args:
+        warm_cache: let later requests reuse the KV of earlier ones; off where runs are timed.
+    """
+    from folospec import EngineConfig, LLMEngine
+
+    with bad_input():
+        config = EngineConfig(
+            model=model, speculative=speculative, enable_prefix_caching=warm_cache, **options
+        )
+        return LLMEngine(config)
+
+
+def submit(
+    engine: LLMEngine, prompts: Sequence[Any], params: Sequence[SamplingParams]
+) -> list[str]:
+    """Queue every prompt with its parameters; exits with one line where one cannot be served."""
+    with bad_input():
+        return [engine.add_request(p, one) for p, one in zip(prompts, params, strict=True)]
+
+
+def drive(
+    engine: LLMEngine,
+    request_ids: Sequence[str],
+    interrupt: Interrupt,
+    on_step: Callable[[list[RequestOutput]], None] | None = None,
+) -> Run:
+    """Step until the requests are done or Ctrl-C came; what is unfinished then is aborted and
+    returned as it is.
+
+    Args:
+        on_step: is shown a snapshot of the requests that a step touched.
+    """
+    before = engine.stats()
+    begin = time.perf_counter()
+    done: dict[str, RequestOutput] = {}
+    while engine.has_unfinished_requests and not interrupt.requested:
+        touched = engine.step()
+        done.update((output.request_id, output) for output in touched if output.finished)
+        if on_step is not None:
+            on_step(touched)
+    seconds = time.perf_counter() - begin
+    cut = {i: output for i in request_ids if (output := engine.abort(i)) is not None}
+    after = engine.stats()
+    counts = Counts(*(after[f.name] - before[f.name] for f in fields(Counts)))
+    return Run([(done | cut)[i] for i in request_ids], seconds, bool(cut), counts)
+
+
+def first_difference(
+    left: list[list[list[int]]], right: list[list[list[int]]]
+) -> tuple[int, int, int] | None:
+    """Return (prompt, completion, token) where two runs of the same prompts first differ, counted
+    from 0; None if they are equal."""
+    for prompt, (one, other) in enumerate(zip(left, right, strict=True)):
+        for completion, (a, b) in enumerate(zip(one, other, strict=True)):
+            if a != b:
+                same = (x == y for x, y in zip(a, b, strict=False))
+                return (
+                    prompt,
+                    completion,
+                    next((i for i, ok in enumerate(same) if not ok), min(len(a), len(b))),
+                )
+    return None

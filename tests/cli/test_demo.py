@@ -1,0 +1,80 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from folospec.cli import demo
+from folospec.cli.runner import make_engine
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, target, draft):
+    """The demo on tiny models, for two short prompts."""
+    monkeypatch.setattr(demo, "TARGET", target)
+    monkeypatch.setattr(demo, "DRAFT", draft)
+    monkeypatch.setattr(
+        demo, "held_out_prompts", lambda: [("a.one", "w1 w2 w3"), ("b.two", "w5 w6 w5 w6")]
+    )
+
+
+def test_the_demo_compares_three_methods(folospec):
+    result = folospec("demo", "--max-tokens", "24")
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.split()}
+    assert result.exit_code == 0
+    assert rows["plain"][2:] == ["1.00x", "48", "1.00", "-", "-"]
+    for method in ("ngram", "draft_model"):
+        assert rows[method][-1] == "yes"
+        assert int(rows[method][3]) < 48
+        assert float(rows[method][5]) > 1
+    assert result.stdout.endswith("tokens equal: yes\n")
+    for words in ("batch 1, temperature 0", "5 draft tokens", "float32", "medians of 3 runs"):
+        assert words in result.stdout
+
+
+def test_other_tokens_are_exit_code_1(folospec, monkeypatch, stranger):
+    real = demo._engines
+
+    def engines(*arguments):
+        found = real(*arguments)
+        found["ngram"] = make_engine(stranger, speculative=None, max_num_seqs=1)
+        return found
+
+    monkeypatch.setattr(demo, "_engines", engines)
+    result = folospec("demo", "--max-tokens", "12")
+    assert result.exit_code == 1
+    assert result.stdout.endswith("tokens equal: no\n")
+    assert [line.split()[-1] for line in result.stdout.splitlines() if " ngram " in line] == ["no"]
+
+
+def test_the_time_limit_ends_the_measuring_and_is_said(folospec, monkeypatch):
+    monkeypatch.setattr(demo, "TIME_LIMIT", 0.0)
+    result = folospec("demo", "--max-tokens", "8")
+    assert result.exit_code == 0
+    assert "1 of 2 held-out functions" in result.stdout
+
+
+def test_ctrl_c_shows_what_was_done(folospec, ctrl_c_at_step):
+    ctrl_c_at_step(3 * demo.WARM_UP_TOKENS + 100)
+    result = folospec("demo", "--max-tokens", "24")
+    assert result.exit_code == 130
+    assert "interrupted: the table has what was done" in result.stdout
+
+
+def test_wrong_options_are_one_line(folospec):
+    result = folospec("demo", "--dtype", "float8")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_prompts_are_functions_of_modules_held_out_of_training(monkeypatch):
+    monkeypatch.undo()
+    path = Path(__file__).parents[2] / "training" / "corpus.py"
+    spec = importlib.util.spec_from_file_location("demo_corpus", path)
+    corpus = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(corpus)
+    prompts = demo.held_out_prompts()
+    assert [name for name, _ in prompts] == [".".join(pair) for pair in demo.FUNCTIONS]
+    assert {name.split(".")[0] for name, _ in prompts} <= corpus.HELD_OUT
+    for name, prompt in prompts:
+        assert prompt.startswith(f"def {name.split('.')[1]}(")
+        assert prompt.endswith(('"""', "'''"))

@@ -1,0 +1,174 @@
+import json
+
+import pytest
+
+from folospec import LLM, SamplingParams
+from folospec.cli.generate import read_speculative
+from folospec.config import SpeculativeConfig
+
+PROMPT = "w1 w2 w3 w4 w5"
+
+
+def completions(target, prompts, **params):
+    outputs = LLM(target).generate(prompts, SamplingParams(**params), use_tqdm=False)
+    return [completion.text for output in outputs for completion in output.outputs]
+
+
+def test_stdout_has_the_completion_and_stderr_the_counts(folospec, target):
+    result = folospec("generate", PROMPT, "--model", target, "--max-tokens", "9")
+    [expected] = completions(target, PROMPT, temperature=0, max_tokens=9)
+    assert result.exit_code == 0
+    assert result.stdout == expected + "\n"
+    assert "9 tokens in" in result.stderr
+    assert "9 target passes" in result.stderr
+
+
+@pytest.mark.parametrize("speculative", ["ngram", "draft_model"])
+def test_speculation_prints_the_same_text_in_fewer_passes(folospec, target, draft, speculative):
+    speculative = {
+        "ngram": '{"method": "ngram", "prompt_lookup_min": 1}',
+        "draft_model": f"draft_model:{draft}",
+    }[speculative]
+    sampling = ("--temperature", "0.7", "--seed", "3", "--max-tokens", "48")
+    plain = folospec("generate", PROMPT, "--model", target, "--json", *sampling)
+    result = folospec(
+        "generate", PROMPT, "--model", target, "--json", *sampling, "--speculative", speculative
+    )
+    one, other = json.loads(plain.stdout), json.loads(result.stdout)
+    assert one["outputs"] == other["outputs"]
+    assert one["metrics"]["num_drafts"] == 0 < other["metrics"]["num_accepted_tokens"]
+    assert other["metrics"]["num_target_passes"] < one["metrics"]["num_target_passes"] == 48
+
+
+def test_argument_file_and_stdin_are_the_same_prompt(folospec, target, tmp_path):
+    options = ("--model", target, "--max-tokens", "7")
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n")
+    argument = folospec("generate", PROMPT, *options)
+    assert folospec("generate", "--file", file, *options).stdout == argument.stdout
+    assert folospec("generate", *options, input=PROMPT + "\n").stdout == argument.stdout
+    assert folospec("generate", "--file", "-", *options, input=PROMPT).stdout == argument.stdout
+    other = folospec("generate", *options, input="w9 " + PROMPT)
+    assert other.stdout != argument.stdout
+
+
+def test_many_prompts_come_in_order_under_their_titles(folospec, target, tmp_path):
+    prompts = ["w1 w2", "w7", "w9 w9 w9"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'"{prompts[1]}"\n\n{{"prompt": "{prompts[2]}"}}\n')
+    result = folospec(
+        "generate", prompts[0], "--file", file, "--model", target, "--max-tokens", "5"
+    )
+    lines = result.stdout.splitlines()
+    assert [line.split(" ─")[0] for line in lines[::2]] == [
+        f"{i}/3: {prompt}" for i, prompt in enumerate(prompts, start=1)
+    ]
+    assert lines[1::2] == completions(target, prompts, temperature=0, max_tokens=5)
+
+
+def test_sampling_options_reach_the_engine(folospec, target):
+    given = ("-n", "2", "--temperature", "0.9", "--top-p", "0.8", "--top-k", "9", "--seed", "5")
+    limits = ("--max-tokens", "20", "--stop", "w63")
+    result = folospec("generate", PROMPT, "--model", target, "--json", *given, *limits)
+    sampling = {"temperature": 0.9, "top_p": 0.8, "top_k": 9, "seed": 5, "max_tokens": 20}
+    expected = completions(target, PROMPT, n=2, stop="w63", **sampling)
+    texts = [completion["text"] for completion in json.loads(result.stdout)["outputs"]]
+    assert texts == expected
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([PROMPT, "--speculative", "nope"], "must be one of draft_model, ngram, got 'nope'"),
+        ([PROMPT, "--speculative", '{"method"'], "--speculative is not valid JSON"),
+        ([PROMPT, "--speculative", '{"model": "x"}'], "needs a 'method'"),
+        (
+            [PROMPT, "--speculative", '{"method": "ngram", "window": 3}'],
+            "unknown options ['window']",
+        ),
+        ([PROMPT, "--speculative", "draft_model"], "needs the draft model's path"),
+        ([PROMPT, "--speculative", "ngram", "--acceptance", "hope"], "acceptance must be one of"),
+        ([PROMPT, "--acceptance", "block"], "--acceptance needs --speculative"),
+        ([PROMPT, "--num-speculative-tokens", "3"], "--num-speculative-tokens needs --speculative"),
+        ([PROMPT, "--compare"], "--compare needs --speculative"),
+        ([PROMPT, "--rounds", "2"], "--rounds needs --compare"),
+        ([PROMPT, "--model", "/no/such/folder"], "'/no/such/folder' is neither a folder"),
+        ([PROMPT, "--dtype", "float8"], "dtype must be one of"),
+        ([PROMPT, "--device", "toaster"], "'toaster'"),
+        ([PROMPT, "--temperature", "-1"], "temperature must be"),
+        ([PROMPT, "-n", "2"], "1 at temperature 0"),
+        ([PROMPT, "--max-tokens", "0"], "max_tokens must be"),
+        (["--file", "/no/such/file"], "--file /no/such/file: No such file"),
+        ([""], "the prompt is empty"),
+        ([], "the prompt is empty"),
+        (["w1 " * 8192], "the prompt has 8192 tokens"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(folospec, target, arguments, words):
+    model = [] if "--model" in arguments else ["--model", target]
+    result = folospec("generate", *arguments, *model)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert isinstance(result.exception, SystemExit)
+    [line] = result.stderr.splitlines()
+    assert line.startswith("folospec: ")
+    assert words in line
+
+
+@pytest.mark.parametrize("text", ["not json", '{"text": "w1"}', "[1]"])
+def test_a_bad_line_of_a_jsonl_file_is_named(folospec, target, tmp_path, text):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'"w1"\n{text}\n')
+    result = folospec("generate", "--file", file, "--model", target)
+    assert result.exit_code == 2
+    assert "prompts.jsonl, line 2" in result.stderr
+
+
+def test_a_file_that_is_not_text_is_refused(folospec, target, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xff\xfe\xff")
+    result = folospec("generate", "--file", file, "--model", target)
+    assert result.exit_code == 2
+    assert "not UTF-8" in result.stderr
+
+
+def test_a_defect_keeps_its_traceback(folospec, target, monkeypatch):
+    def step(self):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("folospec.engine.llm_engine.LLMEngine.step", step)
+    result = folospec("generate", PROMPT, "--model", target)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ValueError)
+
+
+def read(text, target="somewhere", num_speculative_tokens=None, acceptance=None):
+    return read_speculative(
+        text,
+        target=target,
+        num_speculative_tokens=num_speculative_tokens,
+        acceptance=acceptance,
+    )
+
+
+def test_speculative_is_a_name_a_name_with_a_model_or_json():
+    assert read(None) is None
+    assert read("ngram") == SpeculativeConfig(method="ngram")
+    assert read("draft_model:C:\\small") == SpeculativeConfig(
+        method="draft_model", model="C:\\small"
+    )
+    assert read('{"method": "ngram", "prompt_lookup_max": 3}') == SpeculativeConfig(
+        method="ngram", options={"prompt_lookup_max": 3}
+    )
+
+
+def test_options_stand_above_json():
+    config = read('{"method": "ngram", "num_speculative_tokens": 2}', None, 4, "block")
+    assert (config.num_speculative_tokens, config.acceptance) == (4, "block")
+
+
+@pytest.mark.parametrize("text", ["draft_model", '{"method": "draft_model"}'])
+def test_the_demo_model_has_its_own_draft(text):
+    assert read(text, "folospec-demo").model == "folospec-demo-draft"
+    assert read("draft_model:other", "folospec-demo").model == "other"
+    assert read("ngram", "folospec-demo").model is None

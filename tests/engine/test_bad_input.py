@@ -1,0 +1,157 @@
+"""Bad input is refused at the door, in words, with the value; nothing has changed afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from harness import make_llm, run, save_tiny_llama
+
+from folospec import LLM, SamplingParams, SpeculativeConfig
+
+BAD_PARAMS = [
+    ({"n": 0}, "n must be"),
+    ({"n": 2, "best_of": 1}, "best_of must be"),
+    ({"n": 2, "temperature": 0}, "temperature 0"),
+    ({"temperature": -0.1}, "temperature must be"),
+    ({"temperature": float("nan")}, "temperature must be"),
+    ({"top_p": 0.0}, "top_p must be"),
+    ({"top_p": 1.5}, "top_p must be"),
+    ({"top_k": -2}, "top_k must be"),
+    ({"min_p": 1.1}, "min_p must be"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty must be"),
+    ({"presence_penalty": 3}, "presence_penalty must be"),
+    ({"frequency_penalty": -3}, "frequency_penalty must be"),
+    ({"max_tokens": 0}, "max_tokens must be"),
+    ({"min_tokens": 20, "max_tokens": 5}, "min_tokens must be"),
+    ({"logprobs": -1}, "logprobs must be"),
+    ({"seed": "x"}, "seed must be"),
+    ({"stop": ""}, "stop must be"),
+    ({"bad_words": "word"}, "bad_words must be"),
+    ({"allowed_token_ids": []}, "allowed_token_ids must be"),
+    ({"logit_bias": {"a": 1.0}}, "logit_bias must be"),
+    ({"logit_bias": {1: float("nan")}}, "logit_bias must be"),
+    ({"logits_processors": [3]}, "logits_processors must be"),
+    ({"num_speculative_tokens": -1}, "num_speculative_tokens must be"),
+]
+
+BAD_REQUESTS = [
+    ([], {}, "prompt is empty"),
+    ([61], {}, "between 0 and 60, got 61"),
+    ([-1], {}, "got -1"),
+    ([1.5], {}, "got 1.5"),
+    ([1] * 192, {}, "at most 191"),
+    ({"tokens": [1]}, {}, "prompt_token_ids"),
+    ("text", {}, "skip_tokenizer_init"),
+    ([1], {"stop": "x"}, "need a tokenizer"),
+    ([1], {"bad_words": ["x"]}, "need a tokenizer"),
+    ([1], {"stop_token_ids": [61]}, "stop_token_ids"),
+    ([1], {"allowed_token_ids": [99]}, "allowed_token_ids"),
+    ([1], {"logit_bias": {99: 1.0}}, "logit_bias"),
+    ([1], {"logprobs": 62}, "logprobs must be at most"),
+    ([1], {"n": 9, "temperature": 1.0}, "max_num_seqs=8, got 9"),
+    ([1], {"num_speculative_tokens": 5}, "at most the engine's 4, got 5"),
+    ([1] * 20, {"max_tokens": 150}, "do not fit the KV pool of 128"),
+]
+
+BAD_OPTIONS = [
+    ({"model": "no-such-model-anywhere"}, "no-such-model-anywhere"),
+    ({"block_size": 0}, "block_size must be"),
+    ({"dtype": "int7"}, "dtype must be"),
+    ({"device": "abacus"}, "device must be"),
+    ({"num_blocks": 4, "kv_cache_memory": 1000}, "kv_cache_memory must be"),
+    ({"kv_cache_memory": 10}, "must hold one block"),
+    ({"max_model_len": 10_000}, "max_model_len"),
+    ({"attention_backend": "crystal"}, "attention_backend must be"),
+    ({"deterministic": "maybe"}, "deterministic must be"),
+    ({"max_batch": 3}, "unknown options"),
+    ({"speculative": 7}, "speculative must be"),
+    ({"speculative": {"model": "x"}}, "needs a 'method'"),
+    ({"speculative": "telepathy"}, "must be one of"),
+    ({"speculative": {"method": "ngram", "gamma": 4}}, "unknown options"),
+    ({"speculative": {"method": "ngram", "prompt_lookup_min": 5}}, "prompt_lookup_min"),
+    ({"speculative": {"method": "ngram", "num_speculative_tokens": 0}}, "num_speculative_tokens"),
+    ({"speculative": {"method": "ngram", "acceptance": "typical"}}, "acceptance must be"),
+    ({"speculative": "draft_model"}, "needs the draft model"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_PARAMS)
+def test_sampling_params_refuse(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**settings)
+
+
+@pytest.fixture(scope="module")
+def engine(models: Any) -> Any:
+    settings = {"method": "ngram", "num_speculative_tokens": 4}
+    return make_llm(models.target, settings, num_blocks=8, max_num_seqs=8)
+
+
+@pytest.mark.parametrize(("prompt", "settings", "message"), BAD_REQUESTS)
+def test_admission_refuses_and_nothing_changes(
+    prompt: Any, settings: dict[str, Any], message: str, engine: LLM
+) -> None:
+    if isinstance(prompt, list):
+        prompt = {"prompt_token_ids": prompt}
+    with pytest.raises(ValueError, match=message):
+        engine.generate([prompt], SamplingParams(**{"max_tokens": 4, **settings}), use_tqdm=False)
+    assert not engine.engine.has_unfinished_requests
+    assert not engine.engine.scheduler.has_unfinished
+    assert engine.engine.manager.num_free_blocks == 8
+
+
+def test_one_bad_prompt_among_many_runs_none_of_them(engine: LLM) -> None:
+    before = engine.stats()["num_steps"]
+    with pytest.raises(ValueError, match="got 61"):
+        engine.generate([{"prompt_token_ids": [1]}, {"prompt_token_ids": [61]}], use_tqdm=False)
+    assert engine.stats()["num_steps"] == before
+    assert len(run(engine, [[1]], SamplingParams(max_tokens=2)).tokens) == 1
+
+
+def test_a_request_id_is_used_once(engine: LLM) -> None:
+    engine.engine.add_request([1], SamplingParams(max_tokens=2), request_id="twin")
+    with pytest.raises(ValueError, match="'twin' is in use"):
+        engine.engine.add_request([1], SamplingParams(max_tokens=2), request_id="twin")
+    engine.engine.abort("twin")
+
+
+def test_as_many_params_as_prompts_or_one(engine: LLM) -> None:
+    with pytest.raises(ValueError, match="got 3"):
+        engine.generate([[1], [2]], [SamplingParams()] * 3, use_tqdm=False)
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_an_engine_refuses(options: dict[str, Any], message: str, models: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_llm(**{"model": models.target, **options})
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused(models: Any, tmp_path: Any) -> None:
+    import json
+
+    other = save_tiny_llama(tmp_path / "other", layers=1, hidden=16, seed=3)
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["vocab_size"] == 61
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.VOCAB_SIZE", 67)
+        other = save_tiny_llama(tmp_path / "wider", layers=1, hidden=16, seed=3)
+    with pytest.raises(ValueError, match="another vocabulary"):
+        make_llm(models.target, {"method": "draft_model", "model": other})
+
+
+def test_a_prompt_without_chunked_prefill_must_fit_one_step(models: Any) -> None:
+    llm = make_llm(models.target, enable_chunked_prefill=False, max_num_batched_tokens=8)
+    with pytest.raises(ValueError, match="max_num_batched_tokens=8"):
+        llm.generate([{"prompt_token_ids": [1] * 9}], use_tqdm=False)
+
+
+def test_speculative_configs_read_every_form() -> None:
+    assert SpeculativeConfig.of(None) is None
+    assert SpeculativeConfig.of("ngram") == SpeculativeConfig(method="ngram")
+    settings = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 6}
+    config = SpeculativeConfig.of(settings)
+    assert config is not None
+    assert config.num_speculative_tokens == 3
+    assert config.options == {"prompt_lookup_max": 6}
+    assert SpeculativeConfig.of(config) is config
