@@ -41,7 +41,15 @@ class SpeculativeConfig:
             self.method,
             "the name of a drafter",
         )
+        _require(
+            self.model is None or (isinstance(self.model, str) and self.model != ""),
+            "model",
+            self.model,
+            "None, a path, a hub id or a bundled name",
+        )
         _require_count("num_speculative_tokens", self.num_speculative_tokens)
+        _require_bool("adaptive", self.adaptive)
+        _require(isinstance(self.options, Mapping), "options", self.options, "a mapping")
         _require_choice("acceptance", self.acceptance, ACCEPTANCE_RULES)
 
     @classmethod
@@ -63,7 +71,9 @@ class SpeculativeConfig:
         if "method" not in value:
             raise ValueError(f"speculative needs a 'method', got the keys {sorted(value)}")
         own = {f.name for f in fields(cls)}
-        options = {**value.get("options", {}), **{k: v for k, v in value.items() if k not in own}}
+        given = value.get("options", {})
+        _require(isinstance(given, Mapping), "options", given, "a mapping")
+        options = {**given, **{k: v for k, v in value.items() if k not in own}}
         return cls(
             **{k: v for k, v in value.items() if k in own and k != "options"}, options=options
         )
@@ -150,6 +160,10 @@ class EngineConfig:
             self.deterministic,
             "None, True or False",
         )
+        for name in ("skip_tokenizer_init", "enable_prefix_caching", "enable_chunked_prefill"):
+            _require_bool(name, getattr(self, name))
+        for name in ("strict_drafters", "trust_remote_code"):
+            _require_bool(name, getattr(self, name))
         _require(isinstance(self.seed, int), "seed", self.seed, "an integer")
 
 
@@ -161,6 +175,10 @@ def _require(ok: bool, name: str, value: object, allowed: str) -> None:
 def _require_count(name: str, value: object) -> None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     _require(ok, name, value, "an integer of at least 1")
+
+
+def _require_bool(name: str, value: object) -> None:
+    _require(isinstance(value, bool), name, value, "True or False")
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ def capabilities() -> Capabilities:
     return Capabilities(
         attention_backends=known_backends(),
         auto_attention_backend=get_backend("auto").name,
-        drafters=tuple(sorted(drafters._REGISTRY)),
+        drafters=drafters.known_drafters(),
         bundled_models={name: _folder(name) for name in BUNDLED},
     )
 

@@ -11,7 +11,7 @@ import torch
 from folospec.attention.base import get_backend
 from folospec.config import EngineConfig
 from folospec.models.loader import load_model, load_tokenizer
-from folospec.spec.drafters.base import Drafter, DrafterContext, make_drafter
+from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
 from folospec.worker.kv_cache import kv_bytes_per_block
 from folospec.worker.model_runner import ModelRunner
 
@@ -41,6 +41,10 @@ def load_parts(config: EngineConfig) -> Parts:
     Raises:
         ValueError: a model, tokenizer, drafter or size cannot be used; the message says why.
     """
+    if config.speculative is not None:
+        import folospec.spec.drafters  # noqa: F401 - registers the drafters that come with folospec
+
+        check_drafter(config.speculative.method)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     tokenizer = None
@@ -76,8 +80,6 @@ def load_parts(config: EngineConfig) -> Parts:
 
     drafter = None
     if config.speculative is not None:
-        import folospec.spec.drafters  # noqa: F401 - registers the drafters that come with folospec
-
         context = DrafterContext(config.speculative, target.vocab_size, load_draft_model)
         drafter = make_drafter(context)
     num_blocks = _num_blocks(config, runners, max_model_len)

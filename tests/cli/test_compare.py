@@ -75,9 +75,8 @@ def test_other_tokens_are_found_and_exit_code_is_1(run, speculative_runs_lie):
     result = run()
     assert result.exit_code == 1
     assert "tokens equal: no" in result.stdout
-    pattern = (
-        r"prompt 2, completion 1, token 24: plain 'w\d+' \(\d+\), the other run 'w\d+' \(\d+\)"
-    )
+    token = r"'w\d+' \(\d+\)"
+    pattern = rf"prompt 2, completion 1, token 24: plain {token}, the other run {token}"
     assert re.search(pattern, result.stdout)
 
 

@@ -9,7 +9,8 @@ from folospec.cli.runner import make_engine
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, target, draft):
-    """The demo on tiny models, for two short prompts."""
+    """The demo on tiny models, for two short prompts, however busy the machine is."""
+    monkeypatch.setattr(demo, "TIME_LIMIT", float("inf"))
     monkeypatch.setattr(demo, "TARGET", target)
     monkeypatch.setattr(demo, "DRAFT", draft)
     monkeypatch.setattr(
@@ -18,13 +19,13 @@ def tiny(monkeypatch, target, draft):
 
 
 def test_the_demo_compares_three_methods(folospec):
-    result = folospec("demo", "--max-tokens", "24")
+    result = folospec("demo", "--max-tokens", "100")
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.split()}
     assert result.exit_code == 0
-    assert rows["plain"][2:] == ["1.00x", "48", "1.00", "-", "-"]
+    assert rows["plain"][2:] == ["1.00x", "200", "1.00", "-", "-"]
     for method in ("ngram", "draft_model"):
         assert rows[method][-1] == "yes"
-        assert int(rows[method][3]) < 48
+        assert int(rows[method][3]) < 200
         assert float(rows[method][5]) > 1
     assert result.stdout.endswith("tokens equal: yes\n")
     for words in ("batch 1, temperature 0", "5 draft tokens", "float32", "medians of 3 runs"):

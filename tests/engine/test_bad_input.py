@@ -73,6 +73,11 @@ BAD_OPTIONS = [
     ({"speculative": {"method": "ngram", "num_speculative_tokens": 0}}, "num_speculative_tokens"),
     ({"speculative": {"method": "ngram", "acceptance": "typical"}}, "acceptance must be"),
     ({"speculative": "draft_model"}, "needs the draft model"),
+    ({"speculative": {"method": "ngram", "model": "x"}}, "has no model"),
+    ({"speculative": {"method": "ngram", "options": 3}}, "options must be"),
+    ({"speculative": {"method": "draft_model", "model": 5}}, "model must be"),
+    ({"speculative": {"method": "ngram", "adaptive": "yes"}}, "adaptive must be"),
+    ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be"),
 ]
 
 

@@ -114,12 +114,25 @@ def make_drafter(context: DrafterContext) -> Drafter:
     Raises:
         ValueError: no drafter has that name, or the drafter refuses its settings.
     """
-    method = context.config.method
+    check_drafter(context.config.method)
+    return _REGISTRY[context.config.method](context)
+
+
+def known_drafters() -> tuple[str, ...]:
+    """The names that are registered, in order."""
+    return tuple(sorted(_REGISTRY))
+
+
+def check_drafter(method: str) -> None:
+    """Refuse a name that is not registered; models are loaded after that, not before.
+
+    Raises:
+        ValueError: no drafter has that name.
+    """
     if method not in _REGISTRY:
         raise ValueError(
             f"speculative method must be one of {', '.join(sorted(_REGISTRY))}, got {method!r}"
         )
-    return _REGISTRY[method](context)
 
 
 def read_options(

@@ -51,6 +51,8 @@ class NgramDrafter(Drafter):
 
     def __init__(self, context: DrafterContext) -> None:
         super().__init__(context)
+        if context.config.model is not None:
+            raise ValueError(f"the ngram drafter has no model, got model={context.config.model!r}")
         defaults = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
         options = read_options("ngram", context.config.options, defaults)
         self.min_n, self.max_n = options["prompt_lookup_min"], options["prompt_lookup_max"]
