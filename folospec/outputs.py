@@ -60,6 +60,10 @@ class RequestMetrics:
     acceptance_histogram: list[int] = field(default_factory=list)
     """Entry i counts the drafts with exactly i accepted tokens."""
     num_drafter_errors: int = 0
+    draft_time: float = 0.0
+    target_time: float = 0.0
+    sampling_time: float = 0.0
+    """The three are times of whole steps: the requests of a batch share a step, each counts it."""
 
     @property
     def acceptance_length(self) -> float:
@@ -70,6 +74,11 @@ class RequestMetrics:
     def acceptance_rate(self) -> float:
         """Accepted / draft tokens; 0.0 without drafts."""
         return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def acceptance_rate_per_pos(self) -> list[float]:
+        """Entry i is the share of the drafts whose accepted path has more than i tokens."""
+        return [count / self.num_drafts for count in self.num_accepted_tokens_per_pos]
 
 
 @dataclass(slots=True)

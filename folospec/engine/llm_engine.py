@@ -124,6 +124,7 @@ class LLMEngine:
         if not self.requests:
             return []
         scheduled = self._schedule()
+        assert scheduled, "there are requests, and the oldest can always run"
         proposals = self._propose(scheduled)
         judgements, rows = self._forward_and_judge(scheduled, proposals)
         touched = self.committer.commit(scheduled, judgements, rows)
@@ -188,15 +189,23 @@ class LLMEngine:
 
     def _propose(self, scheduled: list[ScheduledSequence]) -> dict[str, Proposal]:
         begin = time.perf_counter()
-        proposals = self.speculation.propose(
-            [
-                Candidate(self._request(item.seq), item.seq, item.num_draft_slots)
-                for item in scheduled
-                if item.num_draft_slots > 0
-            ]
-        )
-        self.engine_stats.draft_time += time.perf_counter() - begin
+        candidates = [
+            Candidate(self._request(item.seq), item.seq, item.num_draft_slots)
+            for item in scheduled
+            if item.num_draft_slots > 0
+        ]
+        proposals = self.speculation.propose(candidates)
+        self._add_time("draft_time", begin, [c.seq for c in candidates])
         return proposals
+
+    def _add_time(self, part: str, begin: float, sequences: list[Sequence]) -> float:
+        """Add the time since `begin` to the engine and to each request that took part; return the
+        time now."""
+        now = time.perf_counter()
+        requests = {id(seq.group): self._request(seq).group.metrics for seq in sequences}
+        for counts in (self.engine_stats, *requests.values()):
+            setattr(counts, part, getattr(counts, part) + now - begin)
+        return now
 
     def _forward_and_judge(
         self, scheduled: list[ScheduledSequence], proposals: dict[str, Proposal]
@@ -207,8 +216,8 @@ class LLMEngine:
         result = self.parts.target.forward(
             [self._rows(item, proposals.get(item.seq.seq_id)) for item in scheduled]
         )
-        judged_at = time.perf_counter()
-        self.engine_stats.target_time += judged_at - begin
+        sequences = [item.seq for item in scheduled]
+        begin = self._add_time("target_time", begin, sequences)
         self.engine_stats.num_target_passes += 1
         judgements: list[Judgement] = []
         first = 0
@@ -226,7 +235,7 @@ class LLMEngine:
                 judgements.append(Judgement(request, item.seq, proposal, rows, num_draws))
             first = last
         rows_shown = self._judge(judgements, result.logits)
-        self.engine_stats.sampling_time += time.perf_counter() - judged_at
+        self._add_time("sampling_time", begin, sequences)
         return judgements, rows_shown
 
     def _judge(self, judgements: list[Judgement], logits: Tensor) -> Tensor:

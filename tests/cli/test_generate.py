@@ -80,7 +80,7 @@ def test_sampling_options_reach_the_engine(folospec, target):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([PROMPT, "--speculative", "nope"], "must be one of draft_model, ngram, got 'nope'"),
+        ([PROMPT, "--speculative", "nope"], "got 'nope'"),
         ([PROMPT, "--speculative", '{"method"'], "--speculative is not valid JSON"),
         ([PROMPT, "--speculative", '{"model": "x"}'], "needs a 'method'"),
         (

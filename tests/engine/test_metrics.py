@@ -60,6 +60,10 @@ def test_times_are_ordered_and_add_up(models: Any) -> None:
         assert counts.first_token_time is not None
         assert counts.finished_time is not None
         assert counts.arrival_time <= counts.first_token_time <= counts.finished_time
+        spent = counts.draft_time + counts.target_time + counts.sampling_time
+        assert 0 < spent <= counts.finished_time - counts.arrival_time
+        for part in ("draft_time", "target_time", "sampling_time"):
+            assert 0 < getattr(counts, part) <= result.stats[part]
     assert result.stats["draft_time"] > 0
     assert result.stats["target_time"] > 0
     assert result.stats["sampling_time"] > 0
