@@ -6,15 +6,16 @@ import time
 
 from torch import Tensor
 
-from folospec.core.scheduler import ScheduledSequence, Scheduler
+from folospec.core.scheduler import Scheduler
 from folospec.core.sequence import Sequence, SequenceStatus
 from folospec.core.stats import EngineStats
 from folospec.engine.judge import Judgement
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.output_processor import append_token
 from folospec.engine.request import Request
-from folospec.engine.speculation import Speculation, Verified
+from folospec.engine.speculation import Observed, Speculation
 from folospec.sampling.sampler import NO_TOKEN
+from folospec.spec.draft_runner import ForwardResult
 from folospec.spec.verify import Verdict
 from folospec.worker.kv_cache import KVCache
 
@@ -44,24 +45,21 @@ class Committer:
         self.stats, self.logprobs = stats, logprobs
 
     def commit(
-        self, scheduled: list[ScheduledSequence], judgements: list[Judgement], rows: Tensor
+        self, judgements: list[Judgement], result: ForwardResult, shown: Tensor
     ) -> list[Request]:
         """Commit a step; return the requests that got tokens.
 
         Args:
-            rows: float [num_rows, vocab_size], what logprobs are taken from; `Judgement.rows` are
-                its indices.
+            judgements: one for each sequence of the step.
+            result: the target's forward pass; `Judgement.rows` are indices of its logits.
+            shown: float [num_rows, vocab_size], the same rows, what logprobs are taken from.
         """
-        for item in scheduled:
-            if not item.samples and item.seq.kv is not None:
-                self.manager.commit(item.seq, item.start + item.num_tokens)
-        verified: list[Verified] = []
+        observed: list[Observed] = []
         emitted: list[tuple[Request, Sequence]] = []
         for judgement in judgements:
-            emitted.extend(
-                (judgement.request, seq) for seq in self._commit(judgement, rows, verified)
-            )
-        self.speculation.observe(verified)
+            sequences = self._commit(judgement, shown, observed)
+            emitted.extend((judgement.request, seq) for seq in sequences)
+        self.speculation.observe(observed, result)
         for request, seq in emitted:
             reason = request.outputs[seq.seq_id].finish_reason
             if reason is not None:
@@ -73,20 +71,24 @@ class Committer:
         return list(requests.values())
 
     def _commit(
-        self, judgement: Judgement, rows: Tensor, verified: list[Verified]
+        self, judgement: Judgement, shown: Tensor, observed: list[Observed]
     ) -> list[Sequence]:
-        assert judgement.verdicts is not None
+        """Commit one sequence's part; return the sequences that got tokens."""
+        if not judgement.verdicts:
+            self.manager.commit(judgement.seq, judgement.start + judgement.num_tokens)
+            observed.append(_observed(judgement, [], []))
+            return []
         seq, verdict, root = judgement.seq, judgement.verdicts[0], judgement.seq.num_tokens - 1
         siblings = self._fork_siblings(judgement)
-        new_ids = self._emit(judgement, seq, verdict, rows)
+        new_ids = self._emit(judgement, seq, verdict, shown)
         path = verdict.path[: len(new_ids)]
         if judgement.proposal is not None:
             self._move_accepted(seq, path, root)
             self.speculation.commit_kv(seq, judgement.proposal, path, root)
-            verified.append(Verified(judgement.request, seq, judgement.proposal, verdict, new_ids))
+        observed.append(_observed(judgement, path, new_ids))
         self._advance(seq, root + 1 + len(path))
         for sibling, sibling_verdict in zip(siblings, judgement.verdicts[1:], strict=True):
-            self._emit(judgement, sibling, sibling_verdict, rows)
+            self._emit(judgement, sibling, sibling_verdict, shown)
             self._advance(sibling, root + 1)
         return [seq, *siblings]
 
@@ -104,7 +106,7 @@ class Committer:
         return siblings
 
     def _emit(
-        self, judgement: Judgement, seq: Sequence, verdict: Verdict, rows: Tensor
+        self, judgement: Judgement, seq: Sequence, verdict: Verdict, shown: Tensor
     ) -> list[int]:
         """Append a verdict's tokens up to the first that ends the output; return those appended.
 
@@ -122,7 +124,7 @@ class Committer:
         self.stats.num_output_tokens += len(new_ids)
         if request.needs_logprobs and new_ids:
             places = [judgement.rows.start + 1 + node for node in [-1, *verdict.path]]
-            self.logprobs.take_output(request, seq, rows[places[: len(new_ids)]], new_ids)
+            self.logprobs.take_output(request, seq, shown[places[: len(new_ids)]], new_ids)
         return new_ids
 
     def _move_accepted(self, seq: Sequence, path: list[int], root: int) -> None:
@@ -146,3 +148,17 @@ def _note_times(request: Request) -> None:
         metrics.first_token_time = now
     if request.group.is_finished:
         metrics.finished_time = now
+
+
+def _observed(judgement: Judgement, path: list[int], new_token_ids: list[int]) -> Observed:
+    end = judgement.first_row + judgement.num_tokens
+    return Observed(
+        judgement.request,
+        judgement.seq,
+        judgement.proposal,
+        judgement.verdicts[0] if judgement.verdicts else None,
+        new_token_ids,
+        start=judgement.start,
+        rows=[*range(judgement.first_row, end), *(end + node for node in path)],
+        judged_rows=judgement.rows,
+    )

@@ -27,13 +27,22 @@ _NO_DRAFT = TokenTree.chain([])
 
 @dataclass(slots=True)
 class Judgement:
-    """One sequence's part of a step. `rows` are its rows of logits, root first; `verdicts` has one
-    entry, or one per sibling where a request with n > 1 draws its first tokens from one row."""
+    """One sequence's part of a step: its committed tokens [start, start + num_tokens), then the
+    nodes of its proposal.
+
+    `first_row` is its first row among the packed rows of the step. `rows` are its rows of logits,
+    root first; none if the last token is not among the step's, and then there is nothing to judge.
+    `verdicts` has one entry, or one per sibling where a request with n > 1 draws its first tokens
+    from one row.
+    """
 
     request: Request
     seq: Sequence
-    proposal: Proposal | None
-    rows: range
+    start: int
+    num_tokens: int
+    first_row: int
+    proposal: Proposal | None = None
+    rows: range = range(0)
     num_draws: int = 1
     verdicts: list[Verdict] | None = None
 
@@ -43,7 +52,7 @@ class Judgement:
 
 
 def judge(judgements: list[Judgement], logits: Tensor, acceptance: str) -> Tensor:
-    """Fill in every verdict.
+    """Fill in the verdict of every judgement that has rows.
 
     Args:
         logits: float [num_rows, vocab_size]; `Judgement.rows` are its indices, and it may have
@@ -57,6 +66,9 @@ def judge(judgements: list[Judgement], logits: Tensor, acceptance: str) -> Tenso
     Raises:
         NoTokenError: the options of a request leave no token; its `row` counts the judged rows.
     """
+    judgements = [judgement for judgement in judgements if judgement.rows]
+    if not judgements:
+        return logits
     indices = [row for judgement in judgements for row in judgement.rows]
     sampling_rows = [row for judgement in judgements for row in _sampling_rows(judgement)]
     if len(indices) == len(logits):

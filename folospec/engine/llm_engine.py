@@ -26,7 +26,7 @@ from folospec.engine.speculation import Candidate, Speculation
 from folospec.outputs import RequestOutput
 from folospec.sampling.constraints import NoTokenError
 from folospec.sampling_params import SamplingParams
-from folospec.spec.draft_runner import Rows
+from folospec.spec.draft_runner import ForwardResult, Rows
 from folospec.spec.proposal import Proposal
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,9 @@ class LLMEngine:
         scheduled = self._schedule()
         assert scheduled, "there are requests, and the oldest can always run"
         proposals = self._propose(scheduled)
-        judgements, rows = self._forward_and_judge(scheduled, proposals)
-        touched = self.committer.commit(scheduled, judgements, rows)
+        judgements, result = self._forward(scheduled, proposals)
+        shown = self._judge(judgements, result.logits)
+        touched = self.committer.commit(judgements, result, shown)
         self.engine_stats.num_steps += 1
         outputs = [self.abort(request.group.request_id) for request in self._aborted]
         self._aborted.clear()
@@ -207,51 +208,49 @@ class LLMEngine:
             setattr(counts, part, getattr(counts, part) + now - begin)
         return now
 
-    def _forward_and_judge(
+    def _forward(
         self, scheduled: list[ScheduledSequence], proposals: dict[str, Proposal]
-    ) -> tuple[list[Judgement], Tensor]:
-        """Run the target over all rows; judge those that emit tokens; take prompt logprobs from the
-        others."""
+    ) -> tuple[list[Judgement], ForwardResult]:
+        """Run the target over all rows; say which rows are whose."""
         begin = time.perf_counter()
-        result = self.parts.target.forward(
-            [self._rows(item, proposals.get(item.seq.seq_id)) for item in scheduled]
-        )
-        sequences = [item.seq for item in scheduled]
-        begin = self._add_time("target_time", begin, sequences)
+        batch = [self._rows(item, proposals.get(item.seq.seq_id)) for item in scheduled]
+        result = self.parts.target.forward(batch, self.speculation.needs.taps)
+        self._add_time("target_time", begin, [item.seq for item in scheduled])
         self.engine_stats.num_target_passes += 1
-        judgements: list[Judgement] = []
-        first = 0
-        for item in scheduled:
+        judgements = []
+        row = last = 0
+        for item, rows in zip(scheduled, batch, strict=True):
             request, proposal = self._request(item.seq), proposals.get(item.seq.seq_id)
-            request.group.metrics.num_target_passes += 1
-            self.engine_stats.num_scheduled_tokens += item.num_tokens + _num_nodes(proposal)
-            last = first + self._num_logits(item, proposal)
-            if request.wants_prompt_logprobs:
-                self.logprobs.take_prompt(request, item.start, result.logits[first:last])
+            judgement = Judgement(request, item.seq, item.start, item.num_tokens, row, proposal)
+            row += len(rows.token_ids)
+            last += rows.num_logits
             if item.samples:
-                rows = range(last - 1 - _num_nodes(proposal), last)
+                judgement.rows = range(last - 1 - _num_nodes(proposal), last)
                 pending = item.seq is request.group.sequences[0]
-                num_draws = 1 + (request.group.num_pending_siblings if pending else 0)
-                judgements.append(Judgement(request, item.seq, proposal, rows, num_draws))
-            first = last
-        rows_shown = self._judge(judgements, result.logits)
-        self._add_time("sampling_time", begin, sequences)
-        return judgements, rows_shown
+                judgement.num_draws += request.group.num_pending_siblings if pending else 0
+            if request.wants_prompt_logprobs:
+                logits = result.logits[last - rows.num_logits : last]
+                self.logprobs.take_prompt(request, item.start, logits)
+            request.group.metrics.num_target_passes += 1
+            judgements.append(judgement)
+        self.engine_stats.num_scheduled_tokens += row
+        return judgements, result
 
     def _judge(self, judgements: list[Judgement], logits: Tensor) -> Tensor:
         """Fill in the verdicts; return the rows that logprobs are taken from. A request for which
         no token is possible is ended, and the others go on."""
+        begin, sequences = time.perf_counter(), [j.seq for j in judgements]
         acceptance = self.config.speculative.acceptance if self.config.speculative else "coupled"
-        while judgements:
+        log_probs = None
+        while log_probs is None:
             try:
                 log_probs = judge(judgements, logits, acceptance)
             except NoTokenError as error:
                 failed = find_judgement(judgements, error.row)
                 self._fail(failed.request, error)
                 judgements[:] = [j for j in judgements if j.request is not failed.request]
-            else:
-                return log_probs if self.config.logprobs_mode == "processed_logprobs" else logits
-        return logits
+        self._add_time("sampling_time", begin, sequences)
+        return log_probs if self.config.logprobs_mode == "processed_logprobs" else logits
 
     def _fail(self, request: Request, error: Exception) -> None:
         logger.error("request %s is aborted: %s", request.group.request_id, error)

@@ -11,7 +11,8 @@ from folospec.core.kv_cache_manager import KVCacheManager
 from folospec.core.sequence import Sequence
 from folospec.core.stats import EngineStats
 from folospec.engine.request import Request
-from folospec.spec.drafters.base import Drafter, DraftRow, Outcome
+from folospec.spec.draft_runner import ForwardResult
+from folospec.spec.drafters.base import Drafter, DraftRow, Needs, Outcome
 from folospec.spec.planner import Planner
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE, Verdict
@@ -31,14 +32,18 @@ class Candidate:
 
 
 @dataclass(slots=True)
-class Verified:
-    """A proposal after its step: the verdict, and the tokens that were appended."""
+class Observed:
+    """A sequence after its step: the verdict on its proposal, if it had one, the tokens that were
+    appended, and the packed rows of the step that are committed now."""
 
     request: Request
     seq: Sequence
-    proposal: Proposal
-    verdict: Verdict
+    proposal: Proposal | None
+    verdict: Verdict | None
     new_token_ids: list[int]
+    start: int
+    rows: list[int]
+    judged_rows: range
 
 
 class Speculation:
@@ -169,17 +174,25 @@ class Speculation:
             self.kv.move_rows(sources, targets)
         self.manager.mark_draft(seq, owner, root + 1 + len(sources))
 
-    def observe(self, verified: list[Verified]) -> None:
+    @property
+    def needs(self) -> Needs:
+        return self.drafter.needs if self.drafter else Needs()
+
+    def observe(self, observed: list[Observed], result: ForwardResult) -> None:
         """Count verified proposals, and tell planner and drafter what became of them."""
-        if self.drafter is None or not verified:
+        if self.drafter is None:
             return
-        told = []
-        for v in verified:
-            num_drafts, num_accepted = v.proposal.num_draft_tokens, v.verdict.num_accepted
-            if num_drafts > 0:
-                self.stats.record_draft(v.request.group.metrics, num_drafts, num_accepted)
-                self.planner.observe(v.seq.seq_id, num_drafts, num_accepted)
-            told.append(Outcome(v.seq.seq_id, v.proposal, v.verdict, v.new_token_ids))
+        needs, told = self.needs, []
+        for seen in observed:
+            if seen.proposal is not None and seen.verdict is not None:
+                num_drafts, num_accepted = seen.proposal.num_draft_tokens, seen.verdict.num_accepted
+                if num_drafts > 0:
+                    self.stats.record_draft(seen.request.group.metrics, num_drafts, num_accepted)
+                    self.planner.observe(seen.seq.seq_id, num_drafts, num_accepted)
+            if seen.proposal is not None or needs != Needs():
+                told.append(_outcome(seen, needs, result))
+        if not told:
+            return
         try:
             self.drafter.observe(told)
         except Exception:
@@ -197,3 +210,19 @@ class Speculation:
             self.drafter.drop(seq.seq_id)
         if finished:
             self.planner.drop(seq.seq_id)
+
+
+def _outcome(seen: Observed, needs: Needs, result: ForwardResult) -> Outcome:
+    top_token_ids = None
+    if needs.num_top_logits and len(seen.judged_rows):
+        rows = result.logits[seen.judged_rows.start : seen.judged_rows.stop]
+        top_token_ids = rows.topk(needs.num_top_logits).indices
+    return Outcome(
+        seen.seq.seq_id,
+        seen.proposal,
+        seen.verdict,
+        seen.new_token_ids,
+        start=seen.start,
+        taps={layer: result.taps[layer][seen.rows] for layer in needs.taps},
+        top_token_ids=top_token_ids,
+    )

@@ -51,6 +51,8 @@ def record(monkeypatch: pytest.MonkeyPatch, speculative: Any, params: SamplingPa
     def recording(judgements: list[Any], logits: torch.Tensor, acceptance: str) -> torch.Tensor:
         log_probs = judge.judge(judgements, logits, acceptance)
         for j in judgements:
+            if not j.verdicts:
+                continue
             for depth, node in enumerate([-1, *j.verdicts[0].path]):
                 key = (j.seq.seq_id, j.seq.num_output_tokens + depth)
                 recorded.rows[key] = logits[j.rows.start + 1 + node].clone()

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from folospec.config import SpeculativeConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from folospec.sampling_params import SamplingParams
     from folospec.spec.draft_runner import DraftRunner
     from folospec.spec.proposal import Proposal
@@ -46,15 +48,37 @@ class DraftRow:
         return len(self.token_ids) - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a drafter asks of the target's forward passes, besides its tokens."""
+
+    taps: tuple[int, ...] = ()
+    """Layers: the residual stream before each of them, at every committed position."""
+    num_top_logits: int = 0
+    """The target's most likely tokens after every judged row, accepted or not."""
+
+
 @dataclass(slots=True)
 class Outcome:
-    """What became of a proposal: the verdict, and the tokens that were committed (a stop may cut
-    them short)."""
+    """What a step did to a sequence.
+
+    Without `needs`, one for each verified proposal. A drafter that needs taps or top logits gets
+    one for every sequence of the step, `proposal` and `verdict` None where there was none.
+    """
 
     seq_id: str
-    proposal: Proposal
-    verdict: Verdict
+    proposal: Proposal | None
+    verdict: Verdict | None
     new_token_ids: Sequence[int]
+    """The tokens that were committed; a stop may have cut them short."""
+    start: int = 0
+    """Position of the first row of `taps`."""
+    taps: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> [num_committed_rows, hidden_size], for positions `start`, `start` + 1, ... A sibling
+    of n > 1 begins at the end of the prompt, whose rows the request's first sequence was told."""
+    top_token_ids: Tensor | None = None
+    """int64 [num_judged_rows, num_top_logits], most likely first; row 0 is the root, row i + 1 node
+    i. None where nothing was judged."""
 
 
 @dataclass(slots=True)
@@ -76,6 +100,11 @@ class Drafter(ABC):
         self.config = context.config
 
     @property
+    def needs(self) -> Needs:
+        """What `observe` is to be told."""
+        return Needs()
+
+    @property
     def kv_owner(self) -> str | None:
         """The name under which the drafter's KV progress is kept, None for a drafter without KV."""
         return None
@@ -86,7 +115,7 @@ class Drafter(ABC):
         is nothing to say."""
 
     def observe(self, outcomes: list[Outcome]) -> None:  # noqa: B027 - most drafters learn nothing
-        """Learn from verified proposals, those of this drafter."""
+        """Learn from what became of the step."""
 
     def drop(self, seq_id: str) -> None:  # noqa: B027 - most drafters keep no state
         """Forget a sequence: it is finished, or was preempted."""
