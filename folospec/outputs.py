@@ -35,23 +35,16 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
-class RequestMetrics:
-    """What one request cost. Times are in seconds on the engine's monotonic clock; counts sum over
-    its sequences.
+class SpeculationCounts:
+    """What speculation did, counted alike for a request and for the engine. Times are in seconds.
 
     A draft is one proposal that was verified, with at least one draft token. `num_accepted_tokens`
-    leaves the bonus token out, `acceptance_length` has it in: 1 + accepted / drafts.
+    counts what the verifier accepted, before a stop cut the output; it leaves the bonus token out,
+    `acceptance_length` has it in.
     """
 
-    arrival_time: float = 0.0
-    first_token_time: float | None = None
-    finished_time: float | None = None
-    num_cached_tokens: int = 0
-    """Prompt tokens whose KV came from the prefix cache."""
-    num_preemptions: int = 0
     num_target_passes: int = 0
-    """Forward passes of the target in which the request had rows; a pass with rows of two siblings
-    counts twice."""
+    num_preemptions: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -63,7 +56,6 @@ class RequestMetrics:
     draft_time: float = 0.0
     target_time: float = 0.0
     sampling_time: float = 0.0
-    """The three are times of whole steps: the requests of a batch share a step, each counts it."""
 
     @property
     def acceptance_length(self) -> float:
@@ -79,6 +71,22 @@ class RequestMetrics:
     def acceptance_rate_per_pos(self) -> list[float]:
         """Entry i is the share of the drafts whose accepted path has more than i tokens."""
         return [count / self.num_drafts for count in self.num_accepted_tokens_per_pos]
+
+
+@dataclass(slots=True)
+class RequestMetrics(SpeculationCounts):
+    """What one request cost; counts sum over its sequences.
+
+    The sequences of a batch share a step: `num_target_passes` counts the passes in which the
+    request had rows, once for each of its sequences, and the three times are those of whole steps.
+    """
+
+    arrival_time: float = 0.0
+    """This and the next two are readings of `time.monotonic`."""
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens whose KV came from the prefix cache."""
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from folospec.outputs import RequestMetrics
+from folospec.outputs import RequestMetrics, SpeculationCounts
 
 
 @dataclass(slots=True)
@@ -23,35 +23,16 @@ class PrefixCacheStats:
 
 
 @dataclass(slots=True)
-class EngineStats:
-    """What the engine has done since it started. Times are in seconds.
-
-    A draft is one proposal that was verified, with at least one draft token. `num_accepted_tokens`
-    counts what the verifier accepted, before a stop cut the output; it leaves the bonus token out,
-    `acceptance_length` has it in.
-    """
+class EngineStats(SpeculationCounts):
+    """What the engine has done since it started; a target pass counts once, whoever is in it."""
 
     num_steps: int = 0
-    num_target_passes: int = 0
-    """Forward passes of the target, whatever the number of sequences in them."""
     num_scheduled_tokens: int = 0
     """Rows that the target computed, draft nodes included."""
     num_output_tokens: int = 0
     """Tokens that requests received."""
-    num_preemptions: int = 0
-    num_drafts: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
-    """Entry i counts the drafts whose accepted path has more than i tokens."""
-    acceptance_histogram: list[int] = field(default_factory=list)
-    """Entry i counts the drafts with exactly i accepted tokens."""
-    num_drafter_errors: int = 0
     num_moved_rows: int = 0
     """KV rows of accepted nodes that a tree's commit moved; 0 for chains."""
-    draft_time: float = 0.0
-    target_time: float = 0.0
-    sampling_time: float = 0.0
     prefix_cache: PrefixCacheStats = field(default_factory=PrefixCacheStats)
     """The cache manager's own counts: pass `KVCacheManager.stats`."""
 
@@ -67,21 +48,6 @@ class EngineStats:
             "prefix_cache_hits": self.prefix_cache.hits,
         }
 
-    @property
-    def acceptance_length(self) -> float:
-        """Mean tokens per verified draft, bonus included; 1.0 without drafts."""
-        return 1.0 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted / draft tokens; 0.0 without drafts."""
-        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
-
-    @property
-    def acceptance_rate_per_pos(self) -> list[float]:
-        """Entry i is the share of the drafts whose accepted path has more than i tokens."""
-        return [count / self.num_drafts for count in self.num_accepted_tokens_per_pos]
-
     def record_draft(
         self, metrics: RequestMetrics, num_draft_tokens: int, num_accepted: int
     ) -> None:
@@ -96,7 +62,8 @@ class EngineStats:
             )
         if not 0 <= num_accepted <= num_draft_tokens:
             raise ValueError(f"num_accepted must be in [0, {num_draft_tokens}], got {num_accepted}")
-        for counts in (metrics, self):
+        both: tuple[SpeculationCounts, SpeculationCounts] = (metrics, self)
+        for counts in both:
             counts.num_drafts += 1
             counts.num_draft_tokens += num_draft_tokens
             counts.num_accepted_tokens += num_accepted
