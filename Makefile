@@ -1,7 +1,7 @@
 # make install | demo | test | lint | bench | train
 PYTHON ?= python3
 PIP_ARGS ?=
-TRAIN_STEPS ?= 2000
+TRAIN_STEPS ?= 1700
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed

@@ -6,7 +6,7 @@ arXiv 2404.16710) by cross-entropy on half of the batch, and the draft model by 
 divergence from the target's distribution (distillation). Hidden matrices are updated by Muon,
 embeddings and norms by AdamW; warm-up, constant, then linear decay to zero.
 
-    python training/train.py --steps 3000          # resumes from build/demo/checkpoint.pt if there
+    python training/train.py --steps 1700          # resumes from build/demo/checkpoint.pt if there
     is one
 """
 
@@ -182,7 +182,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--steps", type=int, default=3000, help=f"optimizer steps of {BATCH_TOKENS} tokens"
+        "--steps", type=int, default=1700, help=f"optimizer steps of {BATCH_TOKENS} tokens"
     )
     parser.add_argument(
         "--work", type=Path, default=Path("build/demo"), help="checkpoints, token streams, log"
