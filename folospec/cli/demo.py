@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 
 TARGET, DRAFT = "folospec-demo", "folospec-demo-draft"
 FUNCTIONS = (
-    ("textwrap", "shorten"),
-    ("bisect", "insort_right"),
-    ("calendar", "monthrange"),
-    ("copy", "deepcopy"),
-    ("fnmatch", "filter"),
+    ("bisect", "bisect_left"),
+    ("textwrap", "indent"),
+    ("copy", "copy"),
+    ("shlex", "quote"),
     ("heapq", "heappushpop"),
-    ("shlex", "join"),
+    ("calendar", "monthrange"),
+    ("glob", "escape"),
     ("statistics", "covariance"),
 )
 """All of modules that training/corpus.py holds out."""
