@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Throughput of folospec and transformers.")
     parser.add_argument("--batches", type=_counts, default=[1, 8, 32], help="such as 1,8,32")
-    parser.add_argument("--rounds", type=_count, default=3)
+    parser.add_argument("--rounds", type=_count, default=5)
     parser.add_argument("--max-tokens", type=_count, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--num-speculative-tokens", type=_count, default=5)
