@@ -20,6 +20,9 @@ from folospec import LLM, SamplingParams
 from folospec.models.loader import resolve_model
 
 PROMPT_LOOKUP_NGRAM = 2
+ASSISTANT_CONFIDENCE = 0.4
+"""What transformers takes by default: a draft ends at a token less likely than this. Set here so
+that the rows can say it."""
 _BATCHED_TOKENS = 2048
 _COUNTS = (
     "num_steps",
@@ -124,6 +127,7 @@ class TransformersModels:
         self.draft = self._load(setup.draft_model, setup)
         self.draft.generation_config.num_assistant_tokens = setup.num_speculative_tokens
         self.draft.generation_config.num_assistant_tokens_schedule = "constant"
+        self.draft.generation_config.assistant_confidence_threshold = ASSISTANT_CONFIDENCE
 
     def _load(self, name: str, setup: Setup) -> Any:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -235,9 +239,7 @@ def make_contestants(setup: Setup) -> Sequence[Contestant]:
                 "assistant_model": setup.draft_model,
                 "num_assistant_tokens": k,
                 "num_assistant_tokens_schedule": "constant",
-                "assistant_confidence_threshold": (
-                    models.draft.generation_config.assistant_confidence_threshold
-                ),
+                "assistant_confidence_threshold": ASSISTANT_CONFIDENCE,
             },
             assistant_model=models.draft,
         ),

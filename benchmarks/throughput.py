@@ -207,7 +207,8 @@ def rate_table(rows: list[Row]) -> Table:
         "Acceptance length: 1 + accepted / drafts.",
     )
     for header in ("batch", "contestant", "median", "range", "x generate", "x plain"):
-        table.add_column(header, justify="left" if header == "contestant" else "right")
+        name = header == "contestant"
+        table.add_column(header, justify="left" if name else "right", no_wrap=name)
     table.add_column("acceptance\nlength", justify="right")
     table.add_column("tokens as plain")
     for row in rows:
