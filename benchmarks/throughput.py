@@ -6,7 +6,8 @@
 Every contestant completes the same held-out code, greedily, a fixed number of tokens. In each round
 every contestant runs once, and the round starts with another one each time, so that a drift of the
 machine meets all. A ratio is the median of the rounds' own ratios. Tokens per second count the
-generated tokens over the whole call, prompts included. At batch 1 the prompts run one by one.
+generated tokens over the whole call, prompts included; for `generate_batch` over the requests' own
+lifespans, which leaves the start of its thread out. At batch 1 the prompts run one by one.
 """
 
 from __future__ import annotations

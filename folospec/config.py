@@ -155,7 +155,7 @@ class EngineConfig:
             f"None when num_blocks={self.num_blocks} is given",
         )
         _require(
-            self.deterministic in (None, True, False),
+            self.deterministic is None or isinstance(self.deterministic, bool),
             "deterministic",
             self.deterministic,
             "None, True or False",
@@ -164,7 +164,10 @@ class EngineConfig:
             _require_bool(name, getattr(self, name))
         for name in ("strict_drafters", "trust_remote_code"):
             _require_bool(name, getattr(self, name))
-        _require(isinstance(self.seed, int), "seed", self.seed, "an integer")
+        is_int = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        _require(is_int, "seed", self.seed, "an integer")
+        named = self.tokenizer is None or isinstance(self.tokenizer, str)
+        _require(named, "tokenizer", self.tokenizer, "None, a path, a hub id or a bundled name")
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

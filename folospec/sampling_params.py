@@ -3,7 +3,7 @@ same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ class SamplingParams:
     """No EOS and no stop before this many tokens."""
     max_tokens: int | None = 16
     """Most tokens generated; None is as many as `max_model_len` leaves."""
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     """Strings that end the output; the string itself is left out unless
     `include_stop_str_in_output`."""
     stop_token_ids: Sequence[int] = ()
@@ -76,7 +76,14 @@ class SamplingParams:
     _stop: tuple[str, ...] = field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for name in ("stop", "bad_words", "stop_token_ids", "logits_processors"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, ())
+        for name in ("stop", "bad_words", "stop_token_ids", "logits_processors"):
+            _require(
+                isinstance(getattr(self, name), Collection), name, getattr(self, name), "a list"
+            )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "_stop", stop)
         self._check_counts()
         self._check_ranges()
@@ -132,6 +139,8 @@ class SamplingParams:
                 "None or an integer of at least 0",
             )
         _require(self.seed is None or _is_int(self.seed), "seed", self.seed, "None or an integer")
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
 
     def _check_ranges(self) -> None:
         _require(
@@ -184,17 +193,26 @@ class SamplingParams:
         )
         allowed = self.allowed_token_ids
         _require(
-            allowed is None or (len(allowed) > 0 and all(_is_int(t) for t in allowed)),
+            allowed is None
+            or (
+                isinstance(allowed, Collection)
+                and len(allowed) > 0
+                and all(_is_int(t) for t in allowed)
+            ),
             "allowed_token_ids",
             allowed,
             "None or a non-empty list of token ids",
         )
         bias = self.logit_bias
         _require(
-            bias is None or all(_is_int(t) and _is_number(b) and b == b for t, b in bias.items()),
+            bias is None
+            or (
+                isinstance(bias, Mapping)
+                and all(_is_int(t) and _is_number(b) and b < float("inf") for t, b in bias.items())
+            ),
             "logit_bias",
             bias,
-            "None or a map from token ids to numbers",
+            "None or a map from token ids to numbers below infinity",
         )
         _require(
             all(callable(p) for p in self.logits_processors),

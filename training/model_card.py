@@ -131,7 +131,8 @@ def training_section(results: dict[str, Any]) -> str:
     cost = paragraph(
         f"""`{made["command"]}`: {training["steps"]:,} steps of {training["batch_tokens"]:,}
         tokens, {training["tokens"] / 1e6:.1f} million tokens in all ({epochs:.1f} times the
-        training text), {training["seconds"] / 60:.0f} minutes on {made["hardware"]}."""
+        training text), {training["seconds"] / 60:.0f} minutes on {made["hardware"]}. The run was
+        resumed on the way with fewer steps in all; training/README.md says how."""
     )
     settings = paragraph(
         f"""Target, exit and draft are trained in one pass: cross-entropy for the target,

@@ -25,9 +25,6 @@ class AttentionBackend(ABC):
     """How rows see paged KV."""
 
     name: str
-    promises_bit: bool
-    """Whether a row's result, bit for bit, depends on nothing but its query and its keys in logical
-    order, whatever else is in the batch."""
 
     @abstractmethod
     def supports(self, dtype: torch.dtype, head_size: int, block_size: int) -> str | None:

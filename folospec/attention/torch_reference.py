@@ -22,7 +22,6 @@ class TorchAttention(AttentionBackend):
     """Gather the keys, then torch's scaled_dot_product_attention."""
 
     name = "torch"
-    promises_bit = False
 
     def __init__(self) -> None:
         self._scratch: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}

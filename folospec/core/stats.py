@@ -17,10 +17,6 @@ class PrefixCacheStats:
     hits: int = 0
     """Of those, the tokens whose KV was found."""
 
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / self.queries if self.queries else 0.0
-
 
 @dataclass(slots=True)
 class EngineStats(SpeculationCounts):

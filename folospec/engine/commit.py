@@ -15,7 +15,6 @@ from folospec.engine.output_processor import append_token
 from folospec.engine.request import Request
 from folospec.engine.speculation import Observed, Speculation
 from folospec.sampling.sampler import NO_TOKEN
-from folospec.spec.draft_runner import ForwardResult
 from folospec.spec.verify import Verdict
 from folospec.worker.kv_cache import KVCache
 
@@ -45,30 +44,33 @@ class Committer:
         self.stats, self.logprobs = stats, logprobs
 
     def commit(
-        self, judgements: list[Judgement], result: ForwardResult, shown: Tensor
-    ) -> list[Request]:
-        """Commit a step; return the requests that got tokens.
+        self, judgements: list[Judgement], shown: Tensor
+    ) -> tuple[list[Request], list[Observed]]:
+        """Commit a step.
 
         Args:
             judgements: one for each sequence of the step.
-            result: the target's forward pass; `Judgement.rows` are indices of its logits.
-            shown: float [num_rows, vocab_size], the same rows, what logprobs are taken from.
+            shown: float [num_rows, vocab_size], what logprobs are taken from; `Judgement.rows` are
+                its indices.
+
+        Returns:
+            the requests that got tokens, and what the drafter is to be told of each sequence. That
+            is the caller's to do, when everything here is done: a drafter may fail.
         """
         observed: list[Observed] = []
         emitted: list[tuple[Request, Sequence]] = []
         for judgement in judgements:
             sequences = self._commit(judgement, shown, observed)
             emitted.extend((judgement.request, seq) for seq in sequences)
-        self.speculation.observe(observed, result)
         for request, seq in emitted:
             reason = request.outputs[seq.seq_id].finish_reason
             if reason is not None:
                 self.scheduler.finish(seq, _STATUS[reason])
-                self.speculation.drop(seq, finished=True)
         requests = {id(request): request for request, _ in emitted}
         for request in requests.values():
             _note_times(request)
-        return list(requests.values())
+        self.speculation.count(observed)
+        return list(requests.values()), observed
 
     def _commit(
         self, judgement: Judgement, shown: Tensor, observed: list[Observed]
@@ -76,7 +78,7 @@ class Committer:
         """Commit one sequence's part; return the sequences that got tokens."""
         if not judgement.verdicts:
             self.manager.commit(judgement.seq, judgement.start + judgement.num_tokens)
-            observed.append(_observed(judgement, [], []))
+            observed.append(_observed(judgement, [], [], []))
             return []
         seq, verdict, root = judgement.seq, judgement.verdicts[0], judgement.seq.num_tokens - 1
         siblings = self._fork_siblings(judgement)
@@ -85,7 +87,7 @@ class Committer:
         if judgement.proposal is not None:
             self._move_accepted(seq, path, root)
             self.speculation.commit_kv(seq, judgement.proposal, path, root)
-        observed.append(_observed(judgement, path, new_ids))
+        observed.append(_observed(judgement, path, new_ids, siblings))
         self._advance(seq, root + 1 + len(path))
         for sibling, sibling_verdict in zip(siblings, judgement.verdicts[1:], strict=True):
             self._emit(judgement, sibling, sibling_verdict, shown)
@@ -150,7 +152,9 @@ def _note_times(request: Request) -> None:
         metrics.finished_time = now
 
 
-def _observed(judgement: Judgement, path: list[int], new_token_ids: list[int]) -> Observed:
+def _observed(
+    judgement: Judgement, path: list[int], new_token_ids: list[int], siblings: list[Sequence]
+) -> Observed:
     end = judgement.first_row + judgement.num_tokens
     return Observed(
         judgement.request,
@@ -161,4 +165,5 @@ def _observed(judgement: Judgement, path: list[int], new_token_ids: list[int]) -
         start=judgement.start,
         rows=[*range(judgement.first_row, end), *(end + node for node in path)],
         judged_rows=judgement.rows,
+        siblings=siblings,
     )

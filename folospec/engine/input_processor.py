@@ -3,7 +3,7 @@ changes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,10 @@ class InputProcessor:
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         elif not isinstance(prompt, str):
             text, token_ids = None, prompt
-        if token_ids is not None:
+        if token_ids is not None and not isinstance(token_ids, str) and _is_list(token_ids):
             return text, list(token_ids)
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt must be a text or a list of token ids, got {prompt!r}")
         if self.tokenizer is None:
             raise ValueError("a text prompt needs a tokenizer, but skip_tokenizer_init is on")
         return text, list(self.tokenizer(text)["input_ids"])
@@ -84,7 +86,8 @@ class InputProcessor:
         if not token_ids:
             raise ValueError("the prompt is empty; it must have at least one token")
         for token_id in token_ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < self.limits.vocab_size:
+            is_int = isinstance(token_id, int) and not isinstance(token_id, bool)
+            if not is_int or not 0 <= token_id < self.limits.vocab_size:
                 raise ValueError(
                     f"prompt token ids must be integers between 0 and "
                     f"{self.limits.vocab_size - 1}, got {token_id!r}"
@@ -157,3 +160,7 @@ class InputProcessor:
         if self.tokenizer is None:
             return None
         return Detokenizer(self.tokenizer, token_ids, params.skip_special_tokens)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, Mapping)

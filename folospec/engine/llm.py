@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -33,7 +34,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         speculative: None | str | Mapping[str, Any] | SpeculativeConfig = None,
         **options: Any,
     ) -> None:
@@ -42,7 +43,9 @@ class LLM:
         if unknown:
             raise ValueError(f"unknown options {unknown}; LLM has: {', '.join(sorted(known))}")
         config = EngineConfig(
-            model=str(model), speculative=SpeculativeConfig.of(speculative), **options
+            model=os.fspath(model) if isinstance(model, os.PathLike) else model,
+            speculative=SpeculativeConfig.of(speculative),
+            **options,
         )
         self.engine = LLMEngine(config)
 
@@ -78,18 +81,18 @@ class LLM:
         try:
             for prompt, one in zip(prompt_list, params, strict=True):
                 request_ids.append(self.engine.add_request(prompt, one))
-            self._run(results, len(request_ids), use_tqdm)
+            self._run(results, set(request_ids), use_tqdm)
         finally:
             for request_id in request_ids:
                 self.engine.abort(request_id)
         return [results[request_id] for request_id in request_ids]
 
-    def _run(self, results: dict[str, RequestOutput], total: int, use_tqdm: bool) -> None:
-        num_tokens = 0
+    def _run(self, results: dict[str, RequestOutput], wanted: set[str], use_tqdm: bool) -> None:
+        num_tokens, total = 0, len(wanted)
         with tqdm(total=total, desc="Prompts", unit="prompt", disable=not use_tqdm) as bar:
-            while self.engine.has_unfinished_requests:
+            while len(results) < total:
                 for output in self.engine.step():
-                    if output.finished:
+                    if output.finished and output.request_id in wanted:
                         results[output.request_id] = output
                         num_tokens += sum(len(c.token_ids) for c in output.outputs)
                         bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
@@ -129,6 +132,8 @@ class LLM:
 def _as_list(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if not isinstance(prompts, Collection):
+        raise ValueError(f"prompts must be a prompt or a list of them, got {prompts!r}")
     items = list(prompts)
     return [items] if items and all(isinstance(item, int) for item in items) else items
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +78,8 @@ class LLMEngine:
         self.committer = Committer(
             self.scheduler, self.speculation, parts.target.kv, self.engine_stats, self.logprobs
         )
-        self._aborted: list[Request] = []
+        self._failed: list[Request] = []
+        self._streams: dict[str, deque[RequestOutput]] = {}
         self.requests: dict[str, Request] = {}
         self._num_requests = 0
 
@@ -89,7 +91,10 @@ class LLMEngine:
         Raises:
             ValueError: the request cannot be served, or the id is in use. Nothing has changed then.
         """
-        request_id = request_id if request_id is not None else f"request-{self._num_requests}"
+        if request_id is None:
+            request_id = f"request-{self._num_requests}"
+            while request_id in self.requests:
+                request_id += "'"
         if request_id in self.requests:
             raise ValueError(f"request_id {request_id!r} is in use")
         request = self.inputs.process(
@@ -110,8 +115,8 @@ class LLMEngine:
         for seq in request.group.sequences:
             if not seq.status.is_finished:
                 request.outputs[seq.seq_id].finish_reason = "abort"
-            self.speculation.drop(seq, finished=True)
         self.scheduler.abort(request_id)
+        self.speculation.drop(request.group.sequences, finished=True)
         request.group.metrics.finished_time = time.monotonic()
         return make_output(request)
 
@@ -128,27 +133,42 @@ class LLMEngine:
         proposals = self._propose(scheduled)
         judgements, result = self._forward(scheduled, proposals)
         shown = self._judge(judgements, result.logits)
-        touched = self.committer.commit(judgements, result, shown)
+        touched, observed = self.committer.commit(judgements, shown)
         self.engine_stats.num_steps += 1
-        outputs = [self.abort(request.group.request_id) for request in self._aborted]
-        self._aborted.clear()
+        outputs = self._take_outputs(touched)
+        # Last, when every request is in order: in strict mode a drafter's failure ends the step.
+        self.speculation.observe(observed, result)
+        return outputs
+
+    def _take_outputs(self, touched: list[Request]) -> list[RequestOutput]:
+        """End what failed, forget what is finished, and take a snapshot of both and of the rest."""
+        failed, self._failed = self._failed, []
+        outputs = [self.abort(request.group.request_id) for request in failed]
         for request in touched:
             if request.group.is_finished:
                 del self.requests[request.group.request_id]
             outputs.append(make_output(request))
-        return [output for output in outputs if output is not None]
+        taken = [output for output in outputs if output is not None]
+        for output in taken:
+            if output.request_id in self._streams:
+                self._streams[output.request_id].append(output)
+        return taken
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
         """Run one request, yielding its text and tokens as they come. Closing the iterator aborts
         the request."""
         request_id = self.add_request(prompt, params)
         sent: dict[int, Sent] = {}
+        # Whoever calls `step`, another stream among them, this one's outputs come here.
+        arrived = self._streams[request_id] = deque()
         try:
-            while request_id in self.requests:
-                for output in self.step():
-                    if output.request_id == request_id:
-                        yield from increments(output, sent)
+            while arrived or request_id in self.requests:
+                if not arrived:
+                    self.step()
+                while arrived:
+                    yield from increments(arrived.popleft(), sent)
         finally:
+            del self._streams[request_id]
             self.abort(request_id)
 
     def stats(self) -> dict[str, Any]:
@@ -172,20 +192,20 @@ class LLMEngine:
         rule = self.speculation.rule
         if rule is not None and rule.promise == "law":
             return "law"
-        return "bit" if self.config.deterministic else "path"
+        return "bit" if self.config.deterministic is True else "path"
 
     def _schedule(self) -> list[ScheduledSequence]:
         output = self.scheduler.schedule(
             lambda seq: self.speculation.draft_length(self._request(seq), seq)
         )
-        for seq in output.preempted:
-            self.speculation.drop(seq, finished=False)
-            self.engine_stats.num_preemptions += 1
-            self._request(seq).group.metrics.num_preemptions += 1
         if output.copies:
             for runner in self.parts.runners.values():
                 assert runner.kv is not None
                 runner.kv.copy_blocks(output.copies)
+        for seq in output.preempted:
+            self.engine_stats.num_preemptions += 1
+            self._request(seq).group.metrics.num_preemptions += 1
+        self.speculation.drop(output.preempted, finished=False)
         return output.scheduled
 
     def _propose(self, scheduled: list[ScheduledSequence]) -> dict[str, Proposal]:
@@ -255,8 +275,9 @@ class LLMEngine:
     def _fail(self, request: Request, error: Exception) -> None:
         logger.error("request %s is aborted: %s", request.group.request_id, error)
         for seq in request.group.sequences:
-            request.outputs[seq.seq_id].stop_reason = str(error)
-        self._aborted.append(request)
+            if not seq.status.is_finished:
+                request.outputs[seq.seq_id].stop_reason = str(error)
+        self._failed.append(request)
 
     def _rows(self, item: ScheduledSequence, proposal: Proposal | None) -> Rows:
         seq = item.seq

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from folospec.attention.base import get_backend
+from folospec.attention.base import AttentionBackend, get_backend
 from folospec.config import EngineConfig
+from folospec.models.base import Model
 from folospec.models.loader import load_model, load_tokenizer
 from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
 from folospec.worker.kv_cache import kv_bytes_per_block
@@ -63,6 +64,7 @@ def load_parts(config: EngineConfig) -> Parts:
             max_model_len=config.max_model_len,
             trust_remote_code=config.trust_remote_code,
         )
+        _check_attention(attention, model, config.block_size)
         return ModelRunner(
             model,
             max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
@@ -95,6 +97,13 @@ def load_parts(config: EngineConfig) -> Parts:
         num_blocks,
         attention.name,
     )
+
+
+def _check_attention(attention: AttentionBackend, model: Model, block_size: int) -> None:
+    for head_size in sorted({size for _, size in model.config.kv_shapes}):
+        reason = attention.supports(model.config.dtype, head_size, block_size)
+        if reason is not None:
+            raise ValueError(f"attention_backend {attention.name!r} cannot serve this: {reason}")
 
 
 def _device(name: str) -> torch.device:

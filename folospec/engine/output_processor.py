@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from folospec.core.sequence import Sequence
 from folospec.engine.request import Request, SequenceOutput
@@ -69,12 +69,13 @@ def safe_text(request: Request, output: SequenceOutput) -> str:
 
 
 def make_output(request: Request) -> RequestOutput:
-    """Return a snapshot of a request; with `best_of`, of its best `n` sequences once all have
-    finished."""
+    """Return a snapshot of a request. With `best_of` it has no outputs until all sequences have
+    finished and the best `n` are known."""
     group, params = request.group, request.params
     sequences = list(group.sequences)
-    if group.is_finished and params.num_sequences > params.n:
+    if params.num_sequences > params.n:
         sequences.sort(key=lambda s: -request.outputs[s.seq_id].cumulative_logprob)
+        sequences = sequences if group.is_finished else []
     completions = []
     for index, seq in enumerate(sequences[: params.n]):
         output = request.outputs[seq.seq_id]
@@ -96,7 +97,11 @@ def make_output(request: Request) -> RequestOutput:
         outputs=completions,
         finished=group.is_finished,
         prompt_logprobs=list(request.prompt_logprobs) if request.prompt_logprobs else None,
-        metrics=group.metrics,
+        metrics=replace(
+            group.metrics,
+            num_accepted_tokens_per_pos=list(group.metrics.num_accepted_tokens_per_pos),
+            acceptance_histogram=list(group.metrics.acceptance_histogram),
+        ),
     )
 
 

@@ -4,6 +4,7 @@ its KV."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from folospec.config import SpeculativeConfig
@@ -44,6 +45,7 @@ class Observed:
     start: int
     rows: list[int]
     judged_rows: range
+    siblings: list[Sequence]
 
 
 class Speculation:
@@ -133,25 +135,52 @@ class Speculation:
             logger.exception(
                 "the drafter failed; sequence %s goes on without a draft", rows[0].seq_id
             )
-            candidates[0].request.group.metrics.num_drafter_errors += 1
-            self.stats.num_drafter_errors += 1
+            self._count_error(candidates[0].request)
             rows[0].num_draft_computed = 0
-            drafter.drop(rows[0].seq_id)
+            self._forget(drafter, rows[0].seq_id)
             return [None]
+
+    def _count_error(self, request: Request) -> None:
+        request.group.metrics.num_drafter_errors += 1
+        self.stats.num_drafter_errors += 1
+
+    def _forget(self, drafter: Drafter, seq_id: str) -> None:
+        try:
+            drafter.drop(seq_id)
+        except Exception:
+            if self.strict:
+                raise
+            self.stats.num_drafter_errors += 1
+            logger.exception("the drafter failed to forget sequence %s", seq_id)
 
     def _check(self, row: DraftRow, proposal: Proposal | None) -> None:
         """A proposal that would write where it may not, or cannot be judged, is the drafter's
         failure."""
+        known = len(row.token_ids)
+        if not 0 <= row.num_draft_computed <= known:
+            raise ValueError(
+                f"num_draft_computed must be in [0, {known}], got {row.num_draft_computed}"
+            )
         if proposal is None:
             return
-        if len(proposal) > row.max_draft_tokens:
-            raise ValueError(
-                f"at most {row.max_draft_tokens} draft tokens were allowed, got {len(proposal)}"
-            )
+        most = row.max_draft_tokens
+        if len(proposal) > most:
+            raise ValueError(f"at most {most} draft tokens were allowed, got {len(proposal)}")
+        for offset in proposal.draft_slots or ():
+            if offset is not None and not 1 <= offset <= most:
+                raise ValueError(f"draft_slots must be None or in [1, {most}], got {offset}")
         for token_id in proposal.tree.token_ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"draft token ids must be below {self.vocab_size}, got {token_id}")
         assert self.rule is not None
+        law = proposal.draft_probs
+        if law is not None and not self.rule.shares_noise:
+            if law.shape[1] != self.vocab_size:
+                raise ValueError(
+                    f"draft_probs must cover {self.vocab_size} tokens, got {law.shape[1]}"
+                )
+            if not bool((law >= 0).all()) or not bool(law.isfinite().all()):
+                raise ValueError("draft_probs must be finite and at least 0")
         if not self.rule.takes_trees and not proposal.tree.is_chain:
             raise ValueError(
                 "acceptance='block' judges chains, got a tree; use 'coupled' or 'rejection'"
@@ -178,38 +207,54 @@ class Speculation:
     def needs(self) -> Needs:
         return self.drafter.needs if self.drafter else Needs()
 
-    def observe(self, observed: list[Observed], result: ForwardResult) -> None:
-        """Count verified proposals, and tell planner and drafter what became of them."""
-        if self.drafter is None:
-            return
-        needs, told = self.needs, []
+    def count(self, observed: list[Observed]) -> None:
+        """Count verified proposals, and tell the planner of them."""
         for seen in observed:
             if seen.proposal is not None and seen.verdict is not None:
                 num_drafts, num_accepted = seen.proposal.num_draft_tokens, seen.verdict.num_accepted
                 if num_drafts > 0:
                     self.stats.record_draft(seen.request.group.metrics, num_drafts, num_accepted)
                     self.planner.observe(seen.seq.seq_id, num_drafts, num_accepted)
-            if seen.proposal is not None or needs != Needs():
-                told.append(_outcome(seen, needs, result))
-        if not told:
+
+    def observe(self, observed: list[Observed], result: ForwardResult) -> None:
+        """Tell the drafter what became of the step, then to forget what is finished."""
+        if self.drafter is None:
             return
+        needs = self.needs
+        told = [
+            _outcome(seen, needs, result)
+            for seen in observed
+            if seen.proposal is not None or needs != Needs()
+        ]
         try:
-            self.drafter.observe(told)
+            if told:
+                self.drafter.observe(told)
         except Exception:
             if self.strict:
                 raise
             logger.exception(
                 "the drafter failed to observe; its state for these sequences is dropped"
             )
-            for outcome in told:
-                self.drafter.drop(outcome.seq_id)
+            for seen in observed:
+                self._count_error(seen.request)
+                self._forget(self.drafter, seen.seq.seq_id)
+        finally:
+            finished = [s for seen in observed for s in _family(seen) if s.status.is_finished]
+            self.drop(finished, finished=True)
 
-    def drop(self, seq: Sequence, *, finished: bool) -> None:
-        """Forget a preempted sequence's drafter state, and a finished one's draft length too."""
-        if self.drafter is not None:
-            self.drafter.drop(seq.seq_id)
-        if finished:
-            self.planner.drop(seq.seq_id)
+    def drop(self, sequences: Iterable[Sequence], *, finished: bool) -> None:
+        """Forget the drafter's state of preempted sequences, and of finished ones their draft
+        lengths too."""
+        for seq in sequences:
+            if finished:
+                self.planner.drop(seq.seq_id)
+            if self.drafter is not None:
+                self._forget(self.drafter, seq.seq_id)
+
+
+def _family(seen: Observed) -> list[Sequence]:
+    """The sequence and, where it has just been forked, its siblings."""
+    return [seen.seq, *seen.siblings]
 
 
 def _outcome(seen: Observed, needs: Needs, result: ForwardResult) -> Outcome:

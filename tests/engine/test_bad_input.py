@@ -32,6 +32,12 @@ BAD_PARAMS = [
     ({"logit_bias": {"a": 1.0}}, "logit_bias must be"),
     ({"logit_bias": {1: float("nan")}}, "logit_bias must be"),
     ({"logits_processors": [3]}, "logits_processors must be"),
+    ({"stop_token_ids": 5}, "stop_token_ids must be"),
+    ({"allowed_token_ids": 5}, "allowed_token_ids must be"),
+    ({"logit_bias": 5}, "logit_bias must be"),
+    ({"logit_bias": {1: float("inf")}}, "logit_bias must be"),
+    ({"ignore_eos": "no"}, "ignore_eos must be"),
+    ({"include_stop_str_in_output": 3}, "include_stop_str_in_output must be"),
     ({"num_speculative_tokens": -1}, "num_speculative_tokens must be"),
 ]
 
@@ -40,6 +46,10 @@ BAD_REQUESTS = [
     ([61], {}, "between 0 and 60, got 61"),
     ([-1], {}, "got -1"),
     ([1.5], {}, "got 1.5"),
+    ([True], {}, "got True"),
+    ([None], {}, "got None"),
+    ({"prompt_token_ids": 5}, {}, "a list of token ids"),
+    ({"prompt": None}, {}, "a list of token ids"),
     ([1] * 192, {}, "at most 191"),
     ({"tokens": [1]}, {}, "prompt_token_ids"),
     ("text", {}, "skip_tokenizer_init"),
@@ -64,6 +74,11 @@ BAD_OPTIONS = [
     ({"max_model_len": 10_000}, "max_model_len"),
     ({"attention_backend": "crystal"}, "attention_backend must be"),
     ({"deterministic": "maybe"}, "deterministic must be"),
+    ({"deterministic": 1}, "deterministic must be"),
+    ({"tokenizer": 3}, "tokenizer must be"),
+    ({"seed": True}, "seed must be"),
+    ({"model": None}, "model must be"),
+    ({"speculative": {"method": "ngram", "prompt_lookup_min": True}}, "prompt_lookup_min must be"),
     ({"max_batch": 3}, "unknown options"),
     ({"speculative": 7}, "speculative must be"),
     ({"speculative": {"model": "x"}}, "needs a 'method'"),
@@ -121,6 +136,16 @@ def test_a_request_id_is_used_once(engine: LLM) -> None:
     engine.engine.abort("twin")
 
 
+@pytest.mark.parametrize("prompts", [None, 5])
+def test_prompts_are_a_prompt_or_a_list(prompts: Any, engine: LLM) -> None:
+    with pytest.raises(ValueError, match=f"got {prompts}"):
+        engine.generate(prompts, use_tqdm=False)
+
+
+def test_none_stands_for_no_stops() -> None:
+    assert SamplingParams(stop=None) == SamplingParams()
+
+
 def test_as_many_params_as_prompts_or_one(engine: LLM) -> None:
     with pytest.raises(ValueError, match="got 3"):
         engine.generate([[1], [2]], [SamplingParams()] * 3, use_tqdm=False)
@@ -133,11 +158,6 @@ def test_an_engine_refuses(options: dict[str, Any], message: str, models: Any) -
 
 
 def test_a_draft_model_with_another_vocabulary_is_refused(models: Any, tmp_path: Any) -> None:
-    import json
-
-    other = save_tiny_llama(tmp_path / "other", layers=1, hidden=16, seed=3)
-    config = json.loads((tmp_path / "other" / "config.json").read_text())
-    assert config["vocab_size"] == 61
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("harness.VOCAB_SIZE", 67)
         other = save_tiny_llama(tmp_path / "wider", layers=1, hidden=16, seed=3)

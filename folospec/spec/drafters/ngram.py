@@ -57,7 +57,7 @@ class NgramDrafter(Drafter):
         options = read_options("ngram", context.config.options, defaults)
         self.min_n, self.max_n = options["prompt_lookup_min"], options["prompt_lookup_max"]
         for name, value in options.items():
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.min_n > self.max_n:
             raise ValueError(
