@@ -75,6 +75,7 @@ def _setting(rows: list[Row]) -> str:
         f"each prompt, up to {', '.join(map(str, sorted(drafts)))} draft tokens per step. "
         f"{machine}, {source['torch_threads']} torch threads, torch {source['torch']}, "
         f"transformers {source['transformers']}, commit {commit}{changed}. "
+        "`generate_batch` is timed without the start of its thread. "
         f"Acceptance length is 1 + accepted / drafts. Command: `{source['command']}`.\n"
     )
 
