@@ -9,7 +9,7 @@ from folospec import EngineConfig, LLMEngine, SamplingParams, SpeculativeConfig
 def main() -> None:
     config = EngineConfig(
         model="folospec-demo",
-        speculative=SpeculativeConfig(method="draft_model", model="folospec-demo-draft"),
+        speculative=SpeculativeConfig.of({"method": "draft_model", "model": "folospec-demo-draft"}),
     )
     engine = LLMEngine(config)
     prompt = "def count_words(text):\n"

@@ -17,7 +17,7 @@ def main() -> None:
     engine = LLMEngine(
         EngineConfig(
             model="folospec-demo",
-            speculative=SpeculativeConfig(method="ngram", num_speculative_tokens=4),
+            speculative=SpeculativeConfig.of({"method": "ngram", "num_speculative_tokens": 4}),
         )
     )
     step = 0

@@ -3,7 +3,7 @@ lives elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,63 +13,47 @@ LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculativeConfig:
-    """Which drafter proposes tokens, how many, and by which rule they are accepted.
+class DrafterConfig:
+    """One drafter: its name, its model if it has one, and its own options.
 
     Raises:
         ValueError: a value is out of range; the message names it and what is allowed.
     """
 
     method: str
-    """Name of a registered drafter: "ngram", "draft_model", or one of your own."""
+    """Name of a registered drafter: "ngram", "suffix", "draft_model", or one of your own."""
     model: str | None = None
     """Path, hub id or bundled name of the draft model, for the drafters that have one."""
-    num_speculative_tokens: int = 5
-    """Most draft tokens per sequence and step."""
-    acceptance: str = "coupled"
-    """"coupled": the same tokens as without speculation. "rejection" and "block": the same law."""
-    adaptive: bool = False
-    """Choose the draft length per request from its acceptance so far, at most
-    `num_speculative_tokens`."""
+    num_speculative_tokens: int | None = None
+    """Most draft tokens per sequence and step, the nodes of a tree; None is the drafter's own
+    default."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The drafter's own options; it refuses those that it does not know."""
 
     def __post_init__(self) -> None:
+        _require(_is_name(self.method), "method", self.method, "the name of a drafter")
         _require(
-            isinstance(self.method, str) and self.method != "",
-            "method",
-            self.method,
-            "the name of a drafter",
-        )
-        _require(
-            self.model is None or (isinstance(self.model, str) and self.model != ""),
+            self.model is None or _is_name(self.model),
             "model",
             self.model,
             "None, a path, a hub id or a bundled name",
         )
-        _require_count("num_speculative_tokens", self.num_speculative_tokens)
-        _require_bool("adaptive", self.adaptive)
+        if self.num_speculative_tokens is not None:
+            _require_count("num_speculative_tokens", self.num_speculative_tokens)
         _require(isinstance(self.options, Mapping), "options", self.options, "a mapping")
-        _require_choice("acceptance", self.acceptance, ACCEPTANCE_RULES)
 
     @classmethod
-    def of(
-        cls, value: None | str | Mapping[str, Any] | SpeculativeConfig
-    ) -> SpeculativeConfig | None:
-        """Read what users pass as `speculative=`: None, a drafter's name, a mapping, or a config.
-
-        Keys of a mapping that are no field of this class go to the drafter as its `options`.
-        """
-        if value is None or isinstance(value, cls):
+    def of(cls, value: str | Mapping[str, Any] | DrafterConfig) -> DrafterConfig:
+        """Read a drafter's name, or a mapping with a "method"; keys that are no field of this class
+        go to the drafter as its `options`."""
+        if isinstance(value, cls):
             return value
         if isinstance(value, str):
             return cls(method=value)
         if not isinstance(value, Mapping):
-            raise ValueError(
-                f"speculative must be None, a name, a mapping or a SpeculativeConfig, got {value!r}"
-            )
+            raise ValueError(f"a drafter must be a name or a mapping, got {value!r}")
         if "method" not in value:
-            raise ValueError(f"speculative needs a 'method', got the keys {sorted(value)}")
+            raise ValueError(f"a drafter needs a 'method', got the keys {sorted(value)}")
         own = {f.name for f in fields(cls)}
         given = value.get("options", {})
         _require(isinstance(given, Mapping), "options", given, "a mapping")
@@ -77,6 +61,81 @@ class SpeculativeConfig:
         return cls(
             **{k: v for k, v in value.items() if k in own and k != "options"}, options=options
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """Which drafters propose tokens, and by which rule they are accepted.
+
+    Raises:
+        ValueError: a value is out of range; the message names it and what is allowed.
+    """
+
+    drafters: tuple[DrafterConfig, ...]
+    """In order of precedence: for each sequence the first that has something to say drafts."""
+    merge: bool = False
+    """Ask all of them, and merge their proposals into one tree."""
+    acceptance: str = "coupled"
+    """"coupled": the same tokens as without speculation. "rejection" and "block": the same law."""
+    adaptive: bool = False
+    """Choose the draft length per request from its acceptance so far, at most
+    `num_speculative_tokens`."""
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.drafters, tuple) and len(self.drafters) > 0
+        ok = ok and all(isinstance(drafter, DrafterConfig) for drafter in self.drafters)
+        _require(ok, "drafters", self.drafters, "a tuple of at least one DrafterConfig")
+        for name in ("merge", "adaptive"):
+            _require_bool(name, getattr(self, name))
+        _require_choice("acceptance", self.acceptance, ACCEPTANCE_RULES)
+        _require(
+            not self.merge or self.acceptance != "block",
+            "merge",
+            self.merge,
+            "False with acceptance='block', which judges chains",
+        )
+
+    @property
+    def label(self) -> str:
+        """The drafters' names: "ngram,draft_model", or "ngram+draft_model" if they are merged."""
+        return ("+" if self.merge else ",").join(drafter.method for drafter in self.drafters)
+
+    @classmethod
+    def of(
+        cls, value: None | str | Mapping[str, Any] | Sequence[Any] | SpeculativeConfig
+    ) -> SpeculativeConfig | None:
+        """Read what users pass as `speculative=`: None, a drafter's name, a list of drafters in
+        order of precedence, a mapping, or a config.
+
+        A mapping describes one drafter by its "method", or several by a list of "drafters"; each of
+        them is a name or a mapping of its own. Keys that neither class has go to the drafter as its
+        `options`. So these are the same::
+
+            "ngram", ["ngram"], {"method": "ngram"}, {"drafters": ["ngram"]}
+        """
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(drafters=(DrafterConfig(method=value),))
+        if isinstance(value, (list, tuple)):
+            return cls(drafters=tuple(DrafterConfig.of(item) for item in value))
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                "speculative must be None, a name, a list, a mapping or a SpeculativeConfig, "
+                f"got {value!r}"
+            )
+        shared = {f.name for f in fields(cls)} - {"drafters"}
+        own = {k: v for k, v in value.items() if k in shared}
+        rest = {k: v for k, v in value.items() if k not in shared}
+        if "drafters" not in rest:
+            return cls(drafters=(DrafterConfig.of(rest),), **own)
+        if set(rest) != {"drafters"}:
+            raise ValueError(
+                f"with 'drafters', {sorted(set(rest) - {'drafters'})} must be set for each of them"
+            )
+        drafters = rest["drafters"]
+        _require(isinstance(drafters, (list, tuple)), "drafters", drafters, "a list")
+        return cls(drafters=tuple(DrafterConfig.of(item) for item in drafters), **own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +232,10 @@ class EngineConfig:
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _require_count(name: str, value: object) -> None:

@@ -72,6 +72,11 @@ class SamplingParams:
     num_speculative_tokens: int | None = None
     """Draft tokens per step for this request: None as the engine is set, 0 turns speculation off,
     and a larger number than the engine's is an error."""
+    drafters: Sequence[str] | None = None
+    """Those of the engine's drafters that may draft for this request, by name; None is all."""
+    prediction: str | Sequence[int] | None = None
+    """What the output is expected to be, as text or token ids, for drafters that can use it: an
+    edited file, say. It changes the speed, never the output."""
 
     _stop: tuple[str, ...] = field(init=False, repr=False, default=())
 
@@ -220,6 +225,13 @@ class SamplingParams:
             self.logits_processors,
             "callables",
         )
+        for name, kind in (("drafters", str), ("prediction", int)):
+            values = getattr(self, name)
+            if values is None or (name == "prediction" and isinstance(values, str)):
+                continue
+            ok = isinstance(values, Collection) and not isinstance(values, (str, Mapping))
+            ok = ok and all(isinstance(value, kind) for value in values)
+            _require(ok, name, values, f"None or a list of {'names' if kind is str else 'ids'}")
 
 
 def _is_int(value: object) -> bool:

@@ -86,7 +86,7 @@ def compare(
     submitted = submit(engine, prompts, keyed)  # whatever is wrong is said before anything runs
     for request_id in submitted:
         engine.abort(request_id)
-    comparison = Comparison(engine.config.speculative.method)
+    comparison = Comparison(engine.config.speculative.label)
     with Interrupt() as interrupt:
         _run(comparison, engine, prompts, keyed, rounds, interrupt)
     if not comparison.num_rounds:
@@ -147,7 +147,8 @@ def _print(engine: LLMEngine, comparison: Comparison, law_only: bool) -> None:
     out.print(rate_table(comparison.rows))
     stats = engine.stats()
     assert config is not None
-    drafting = f"up to {config.num_speculative_tokens} draft tokens, acceptance {config.acceptance}"
+    most = stats["num_speculative_tokens"]
+    drafting = f"up to {most} draft tokens, acceptance {config.acceptance}"
     out.print(f"{engine.config.model}, {stats['dtype']}, {stats['device']}, {drafting}")
     num_prompts, cut = len(runs[0].outputs), ", interrupted" if comparison.interrupted else ""
     batch = f"{num_prompts} prompts in one batch" if num_prompts > 1 else "1 prompt"

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine
 
 TARGET, DRAFT = "folospec-demo", "folospec-demo-draft"
+METHODS = ("ngram", "draft_model")
 FUNCTIONS = (
     ("bisect", "bisect_left"),
     ("textwrap", "indent"),
@@ -160,19 +161,13 @@ def _engines(num_speculative_tokens: int, options: dict[str, Any]) -> dict[str, 
     from folospec import SpeculativeConfig
 
     k = num_speculative_tokens
-    methods = {
-        "plain": None,
-        "ngram": SpeculativeConfig(method="ngram", num_speculative_tokens=k),
-        "draft_model": SpeculativeConfig(
-            method="draft_model", model=DRAFT, num_speculative_tokens=k
-        ),
-    }
-    return {
-        method: make_engine(
+    engines = {"plain": make_engine(TARGET, warm_cache=False, max_num_seqs=1, **options)}
+    for method in METHODS:
+        speculative = SpeculativeConfig.of({"method": method, "num_speculative_tokens": k})
+        engines[method] = make_engine(
             TARGET, speculative=speculative, warm_cache=False, max_num_seqs=1, **options
         )
-        for method, speculative in methods.items()
-    }
+    return engines
 
 
 def _warm_up(trial: Trial, interrupt: Interrupt) -> None:

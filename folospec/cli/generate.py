@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine
     from folospec.outputs import RequestOutput
     from folospec.sampling_params import SamplingParams
-
-DEFAULT_DRAFT_MODELS = {"folospec-demo": "folospec-demo-draft"}
 
 
 def read_prompts(prompts: Sequence[str], files: Sequence[str]) -> list[str]:
@@ -85,9 +83,10 @@ def _without_last_newline(text: str) -> str:
 
 
 def read_speculative(
-    text: str | None, *, target: str, num_speculative_tokens: int | None, acceptance: str | None
+    text: str | None, *, num_speculative_tokens: int | None, acceptance: str | None
 ) -> SpeculativeConfig | None:
-    """Read `--speculative`: a drafter's name, NAME:MODEL, or a JSON object.
+    """Read `--speculative`: a drafter's name, NAME:MODEL, several of them with commas between, or
+    JSON.
 
     Raises:
         ValueError: it is none of these, or the other two are given without it.
@@ -99,22 +98,24 @@ def read_speculative(
             option = next(iter(given)).replace("_", "-")
             raise ValueError(f"--{option} needs --speculative")
         return None
-    mapping = _read_object(text) if text.lstrip().startswith("{") else _read_name(text)
-    if mapping.get("method") == "draft_model" and target in DEFAULT_DRAFT_MODELS:
-        mapping.setdefault("model", DEFAULT_DRAFT_MODELS[target])
+    value = _read_json(text) if text.lstrip().startswith(("{", "[")) else _read_names(text)
+    mapping = value if isinstance(value, dict) else {"drafters": value}
     return SpeculativeConfig.of({**mapping, **given})
 
 
-def _read_object(text: str) -> dict[str, object]:
+def _read_json(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"--speculative is not valid JSON: {error}; got {text}") from None
 
 
-def _read_name(text: str) -> dict[str, object]:
-    method, _, model = text.partition(":")
-    return {"method": method, "model": model} if model else {"method": method}
+def _read_names(text: str) -> dict[str, str] | list[dict[str, str]]:
+    drafters = []
+    for name in text.split(","):
+        method, _, model = name.partition(":")
+        drafters.append({"method": method, "model": model} if model else {"method": method})
+    return drafters[0] if len(drafters) == 1 else drafters
 
 
 def complete(

@@ -104,7 +104,6 @@ def generate(
             found = commands.read_prompts(prompts or [], file or [])
             config = commands.read_speculative(
                 speculative,
-                target=model,
                 num_speculative_tokens=num_speculative_tokens,
                 acceptance=acceptance,
             )

@@ -11,6 +11,7 @@ from folospec.config import EngineConfig
 from folospec.core.sequence import SequenceGroup
 from folospec.engine.detokenizer import Detokenizer
 from folospec.engine.request import Request, SequenceOutput
+from folospec.engine.speculation import Speculation
 from folospec.sampling.constraints import check_token_ids
 from folospec.sampling.noise import derived_seed
 from folospec.sampling_params import SamplingParams
@@ -37,8 +38,11 @@ class InputProcessor:
         ValueError: the prompt or a parameter cannot be served; the message says which and why.
     """
 
-    def __init__(self, config: EngineConfig, limits: Limits, tokenizer: Any) -> None:
+    def __init__(
+        self, config: EngineConfig, limits: Limits, tokenizer: Any, speculation: Speculation
+    ) -> None:
         self.config, self.limits, self.tokenizer = config, limits, tokenizer
+        self.speculation = speculation
 
     def process(
         self, request_id: str, prompt: Prompt, params: SamplingParams, ordinal: int
@@ -62,6 +66,7 @@ class InputProcessor:
             bad_words_token_ids=self._bad_words(params.bad_words),
             outputs={first.seq_id: SequenceOutput(self._detokenizer(token_ids, params))},
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            prediction_token_ids=self._prediction(params),
         )
 
     def _read_prompt(self, prompt: Any) -> tuple[str | None, list[int]]:
@@ -85,19 +90,22 @@ class InputProcessor:
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
             raise ValueError("the prompt is empty; it must have at least one token")
-        for token_id in token_ids:
-            is_int = isinstance(token_id, int) and not isinstance(token_id, bool)
-            if not is_int or not 0 <= token_id < self.limits.vocab_size:
-                raise ValueError(
-                    f"prompt token ids must be integers between 0 and "
-                    f"{self.limits.vocab_size - 1}, got {token_id!r}"
-                )
+        self._check_token_ids("prompt", token_ids)
         limit = self.limits.max_model_len
         if len(token_ids) >= limit:
             raise ValueError(
                 f"the prompt has {len(token_ids)} tokens; with max_model_len={limit} it may have "
                 f"at most {limit - 1}"
             )
+
+    def _check_token_ids(self, what: str, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            is_int = isinstance(token_id, int) and not isinstance(token_id, bool)
+            if not is_int or not 0 <= token_id < self.limits.vocab_size:
+                raise ValueError(
+                    f"{what} token ids must be integers between 0 and "
+                    f"{self.limits.vocab_size - 1}, got {token_id!r}"
+                )
 
     def _check_params(self, params: SamplingParams) -> None:
         check_token_ids(params, self.limits.vocab_size)
@@ -118,12 +126,35 @@ class InputProcessor:
                 f"stop strings and bad_words need a tokenizer, and skip_tokenizer_init is on; "
                 f"got stop={params.stop!r}, bad_words={params.bad_words!r}"
             )
-        most = self.config.speculative.num_speculative_tokens if self.config.speculative else 0
+        self._check_speculation(params)
+
+    def _check_speculation(self, params: SamplingParams) -> None:
+        most = self.speculation.limit
         if (params.num_speculative_tokens or 0) > most:
             raise ValueError(
                 f"num_speculative_tokens must be at most the engine's {most}, got "
                 f"{params.num_speculative_tokens}"
             )
+        names = [drafter.name for drafter in self.speculation.drafters]
+        for name in params.drafters or ():
+            if name not in names:
+                raise ValueError(
+                    f"drafters must be among the engine's {names or 'none'}, got {name!r}"
+                )
+        if params.prediction is not None and not self.speculation.needs.prediction:
+            raise ValueError(
+                f"a prediction needs a drafter that reads it, and the engine has {names or 'none'}"
+            )
+
+    def _prediction(self, params: SamplingParams) -> list[int]:
+        if params.prediction is None:
+            return []
+        if isinstance(params.prediction, str):
+            if self.tokenizer is None:
+                raise ValueError("a text prediction needs a tokenizer; give token ids instead")
+            return list(self.tokenizer.encode(params.prediction, add_special_tokens=False))
+        self._check_token_ids("prediction", params.prediction)
+        return list(params.prediction)
 
     def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         limits = self.limits

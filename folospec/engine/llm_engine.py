@@ -61,19 +61,18 @@ class LLMEngine:
             num_slots=parts.num_blocks * config.block_size,
             eos_token_ids=frozenset(spec.eos_token_ids),
         )
-        self.inputs = InputProcessor(config, limits, parts.tokenizer)
         self.logprobs = LogprobsTaker(parts.tokenizer)
         self.engine_stats = EngineStats(prefix_cache=self.manager.stats)
         self.speculation = Speculation(
             config.speculative,
-            parts.drafter,
+            parts.drafters,
             self.manager,
             self.engine_stats,
             vocab_size=spec.vocab_size,
             strict=config.strict_drafters,
         )
-        owner = parts.drafter.kv_owner if parts.drafter else None
-        self.speculation.kv = parts.runners[owner].kv if owner in parts.runners else None
+        self.speculation.kv = {o: r.kv for o, r in parts.runners.items() if r.kv is not None}
+        self.inputs = InputProcessor(config, limits, parts.tokenizer, self.speculation)
         assert parts.target.kv is not None
         self.committer = Committer(
             self.scheduler, self.speculation, parts.target.kv, self.engine_stats, self.logprobs
@@ -177,6 +176,7 @@ class LLMEngine:
         return {
             **self.engine_stats.as_dict(),
             "lossless": self._promise(),
+            "num_speculative_tokens": self.speculation.limit,
             "attention_backend": self.parts.attention_backend,
             "device": str(self.parts.device),
             "dtype": str(self.parts.target.model.config.dtype).removeprefix("torch."),
@@ -184,6 +184,7 @@ class LLMEngine:
             "num_blocks": self.parts.num_blocks,
             "kv_cache_bytes": sum(r.kv.num_bytes for r in self.parts.runners.values() if r.kv),
             "num_free_blocks": self.manager.num_free_blocks,
+            "drafters": {drafter.name: drafter.stats() for drafter in self.parts.drafters},
         }
 
     def _promise(self) -> str:
@@ -196,7 +197,7 @@ class LLMEngine:
 
     def _schedule(self) -> list[ScheduledSequence]:
         output = self.scheduler.schedule(
-            lambda seq: self.speculation.draft_length(self._request(seq), seq)
+            lambda seq: self.speculation.num_draft_slots(self._request(seq), seq)
         )
         if output.copies:
             for runner in self.parts.runners.values():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from folospec.attention.base import AttentionBackend, get_backend
-from folospec.config import EngineConfig
+from folospec.config import EngineConfig, SpeculativeConfig
 from folospec.models.base import Model
-from folospec.models.loader import load_model, load_tokenizer
+from folospec.models.loader import BUNDLED_DRAFTS, load_model, load_tokenizer
+from folospec.models.views import view_of
 from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
 from folospec.worker.kv_cache import kv_bytes_per_block
 from folospec.worker.model_runner import ModelRunner
@@ -29,7 +32,7 @@ class Parts:
     device: torch.device
     tokenizer: Any
     target: ModelRunner
-    drafter: Drafter | None
+    drafters: list[Drafter]
     runners: dict[str, ModelRunner]
     max_model_len: int
     num_blocks: int
@@ -45,7 +48,8 @@ def load_parts(config: EngineConfig) -> Parts:
     if config.speculative is not None:
         import folospec.spec.drafters  # noqa: F401 - registers the drafters that come with folospec
 
-        check_drafter(config.speculative.method)
+        for drafter in config.speculative.drafters:
+            check_drafter(drafter.method)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     tokenizer = None
@@ -80,23 +84,59 @@ def load_parts(config: EngineConfig) -> Parts:
         _check_draft_model(path, runners[owner], config, target, max_model_len, tokenizer)
         return runners[owner]
 
-    drafter = None
-    if config.speculative is not None:
-        context = DrafterContext(config.speculative, target.vocab_size, load_draft_model)
-        drafter = make_drafter(context)
+    views: list[ModelRunner] = []
+
+    def view_of_target(**changes: Any) -> ModelRunner:
+        views.append(
+            ModelRunner(
+                view_of(target.model, **changes),
+                max_num_batched_tokens=target.max_num_batched_tokens,
+            )
+        )
+        return views[-1]
+
+    encode = tokenizer and partial(tokenizer.encode, add_special_tokens=False)
+    means = {
+        "target": target.model.config,
+        "encode": encode,
+        "default_draft_model": BUNDLED_DRAFTS.get(config.model),
+        "load_draft_model": load_draft_model,
+        "view_of_target": view_of_target,
+    }
+    drafters = _make_drafters(config.speculative, means)
     num_blocks = _num_blocks(config, runners, max_model_len)
     for runner in runners.values():
         runner.make_kv(num_blocks, config.block_size, device)
+    for view in views:
+        view.kv = target.kv
     return Parts(
         device,
         tokenizer,
         target,
-        drafter,
+        drafters,
         runners,
         max_model_len,
         num_blocks,
         attention.name,
     )
+
+
+def _make_drafters(config: SpeculativeConfig | None, means: dict[str, Any]) -> list[Drafter]:
+    """Build the drafters in their order; of several with one method the later ones are numbered."""
+    drafters: list[Drafter] = []
+    counts: Counter[str] = Counter()
+    for stream, drafter in enumerate(config.drafters if config else ()):
+        counts[drafter.method] += 1
+        number = counts[drafter.method]
+        context = DrafterContext(
+            config=drafter,
+            name=drafter.method if number == 1 else f"{drafter.method}-{number}",
+            stream=stream,
+            acceptance=config.acceptance if config else "coupled",
+            **means,
+        )
+        drafters.append(make_drafter(context))
+    return drafters
 
 
 def _check_attention(attention: AttentionBackend, model: Model, block_size: int) -> None:

@@ -40,6 +40,7 @@ class Request:
     bad_words_token_ids: list[list[int]]
     outputs: dict[str, SequenceOutput]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prediction_token_ids: list[int] = field(default_factory=list)
 
     @property
     def params(self) -> SamplingParams:

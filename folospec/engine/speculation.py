@@ -4,16 +4,19 @@ its KV."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from folospec.config import SpeculativeConfig
 from folospec.core.kv_cache_manager import KVCacheManager
 from folospec.core.sequence import Sequence
 from folospec.core.stats import EngineStats
 from folospec.engine.request import Request
+from folospec.spec.checks import check_answer
 from folospec.spec.draft_runner import ForwardResult
 from folospec.spec.drafters.base import Drafter, DraftRow, Needs, Outcome
+from folospec.spec.merge import merge_proposals
 from folospec.spec.planner import Planner
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE, Verdict
@@ -49,64 +52,117 @@ class Observed:
 
 
 class Speculation:
-    """One drafter, its planner, and its KV if it has any. Without a drafter nothing is ever
-    drafted."""
+    """The drafters in order of precedence, the planner, and the drafters' KV. Without drafters
+    nothing is ever drafted."""
 
     def __init__(
         self,
         config: SpeculativeConfig | None,
-        drafter: Drafter | None,
+        drafters: list[Drafter],
         manager: KVCacheManager,
         stats: EngineStats,
         *,
         vocab_size: int,
         strict: bool,
     ) -> None:
-        self.config, self.drafter, self.manager = config, drafter, manager
+        self.drafters, self.manager = drafters, manager
         self.stats = stats
         self.vocab_size, self.strict = vocab_size, strict
-        self.planner = Planner(config)
-        self.rule = ACCEPTANCE[config.acceptance] if config else None
-        self.kv: KVCache | None = None
-        """The drafter's KV tensors, set when the pool is made."""
+        self.merge = config.merge if config else False
+        self.rule = ACCEPTANCE[config.acceptance if config else "coupled"]
+        self.planner = Planner(self.limit, adaptive=config.adaptive if config else False)
+        self.needs = _union([drafter.needs for drafter in drafters])
+        self.kv: dict[str, KVCache] = {}
+        """The drafters' KV tensors by owner, set when the pool is made."""
+        self._own_nodes: dict[tuple[str, str], Mapping[int, int]] = {}
+        """Of this step: (drafter, seq_id) -> where the drafter's nodes are in the proposal."""
 
-    def draft_length(self, request: Request, seq: Sequence) -> int:
-        """How many slots to reserve for drafts; the last token of the output is never drafted, it
-        is the bonus."""
-        if self.drafter is None:
+    @property
+    def limit(self) -> int:
+        """Most draft tokens per sequence and step, of all drafters together."""
+        limits = [drafter.num_speculative_tokens for drafter in self.drafters]
+        return sum(limits) if self.merge else max(limits, default=0)
+
+    def num_draft_slots(self, request: Request, seq: Sequence) -> int:
+        """How many slots to reserve behind the root, scratch included; the last token of the output
+        is never drafted, it is the bonus."""
+        length = self.planner.draft_length(seq.seq_id, request.params.num_speculative_tokens)
+        drafters = self._allowed(request)
+        if not drafters or length == 0 or request.room(seq) <= 1:
             return 0
-        wanted = request.params.num_speculative_tokens
-        return self.planner.draft_length(seq.seq_id, wanted, request.room(seq) - 1)
+        if self.merge:
+            return length + max(drafter.max_scratch_slots for drafter in drafters)
+        return max(min(length, d.num_speculative_tokens) + d.max_scratch_slots for d in drafters)
+
+    def _allowed(self, request: Request) -> list[Drafter]:
+        names = request.params.drafters
+        return [d for d in self.drafters if names is None or d.name in names]
 
     def propose(self, candidates: list[Candidate]) -> dict[str, Proposal]:
-        """Return a proposal for each sequence, by seq_id, that the drafter has something to say
+        """Return a proposal for each sequence, by seq_id, that a drafter has something to say
         about."""
-        if self.drafter is None or not candidates:
-            return {}
-        rows = [self._row(c) for c in candidates]
-        proposals = self._ask(self.drafter, rows, candidates)
-        owner = self.drafter.kv_owner
-        if owner is not None:
-            for candidate, row in zip(candidates, rows, strict=True):
-                self.manager.mark_draft(candidate.seq, owner, row.num_draft_computed)
+        self._own_nodes = {}
+        found: dict[str, list[Proposal]] = {c.seq.seq_id: [] for c in candidates}
+        for drafter in self.drafters:
+            asked = [
+                c
+                for c in candidates
+                if drafter in self._allowed(c.request) and (self.merge or not found[c.seq.seq_id])
+            ]
+            for candidate, proposal in zip(asked, self._ask_all(drafter, asked), strict=True):
+                if proposal is not None and len(proposal) > 0:
+                    proposal.drafter = drafter.name
+                    found[candidate.seq.seq_id].append(proposal)
         return {
-            c.seq.seq_id: proposal
-            for c, proposal in zip(candidates, proposals, strict=True)
-            if proposal is not None and len(proposal) > 0
+            c.seq.seq_id: self._merged(c, found[c.seq.seq_id])
+            for c in candidates
+            if found[c.seq.seq_id]
         }
 
-    def _row(self, candidate: Candidate) -> DraftRow:
+    def _merged(self, candidate: Candidate, proposals: list[Proposal]) -> Proposal:
+        """One tree of the proposals, no deeper than the output can become."""
+        seq_id, max_depth = candidate.seq.seq_id, candidate.request.room(candidate.seq) - 1
+        if len(proposals) == 1 and max(proposals[0].tree.depths) <= max_depth:
+            merged = proposals[0]
+            sources = [{node: node for node in range(len(merged))}]
+        else:
+            merged, sources = merge_proposals(
+                proposals,
+                max_nodes=candidate.num_draft_slots,
+                max_depth=max_depth,
+                unite=self.rule.shares_noise,
+                vocab_size=self.vocab_size,
+            )
+        for proposal, nodes in zip(proposals, sources, strict=True):
+            self._own_nodes[proposal.drafter, seq_id] = nodes
+        return merged
+
+    def _ask_all(self, drafter: Drafter, asked: list[Candidate]) -> list[Proposal | None]:
+        if not asked:
+            return []
+        rows = [self._row(drafter, candidate) for candidate in asked]
+        proposals = self._ask(drafter, rows, asked)
+        if drafter.kv_owner is not None:
+            for candidate, row in zip(asked, rows, strict=True):
+                self.manager.mark_draft(candidate.seq, drafter.kv_owner, row.num_draft_computed)
+        return proposals
+
+    def _row(self, drafter: Drafter, candidate: Candidate) -> DraftRow:
         seq, request = candidate.seq, candidate.request
-        owner = self.drafter.kv_owner if self.drafter else None
+        length = self.planner.draft_length(seq.seq_id, request.params.num_speculative_tokens)
+        owner = drafter.kv_owner
         return DraftRow(
             seq_id=seq.seq_id,
             token_ids=seq.token_ids,
             num_prompt_tokens=seq.num_prompt_tokens,
-            max_draft_tokens=candidate.num_draft_slots,
+            max_draft_tokens=min(length, drafter.num_speculative_tokens, candidate.num_draft_slots),
+            max_depth=request.room(seq) - 1,
+            num_slots=candidate.num_draft_slots,
             params=request.params,
             seed=request.seed,
             sample_index=seq.sample_index,
             block_table=seq.block_table,
+            prediction_token_ids=request.prediction_token_ids,
             num_draft_computed=seq.draft_progress.get(owner, 0) if owner else 0,
         )
 
@@ -122,7 +178,7 @@ class Speculation:
                     f"a drafter must answer every row: {len(rows)} rows, {len(proposals)} answers"
                 )
             for row, proposal in zip(rows, proposals, strict=True):
-                self._check(row, proposal)
+                check_answer(row, proposal, self.rule, self.vocab_size)
             return proposals
         except Exception:
             if self.strict:
@@ -133,79 +189,43 @@ class Speculation:
                     for row, candidate in zip(rows, candidates, strict=True)
                 ]
             logger.exception(
-                "the drafter failed; sequence %s goes on without a draft", rows[0].seq_id
+                "the drafter %s failed; sequence %s goes on without its draft",
+                drafter.name,
+                rows[0].seq_id,
             )
             self._count_error(candidates[0].request)
             rows[0].num_draft_computed = 0
-            self._forget(drafter, rows[0].seq_id)
+            self._guard(drafter, drafter.drop, rows[0].seq_id)
             return [None]
 
     def _count_error(self, request: Request) -> None:
         request.group.metrics.num_drafter_errors += 1
         self.stats.num_drafter_errors += 1
 
-    def _forget(self, drafter: Drafter, seq_id: str) -> None:
+    def _guard(self, drafter: Drafter, hook: Callable[..., None], *args: Any) -> None:
+        """Call a hook of a drafter whose failure must not end the step."""
         try:
-            drafter.drop(seq_id)
+            hook(*args)
         except Exception:
             if self.strict:
                 raise
             self.stats.num_drafter_errors += 1
-            logger.exception("the drafter failed to forget sequence %s", seq_id)
-
-    def _check(self, row: DraftRow, proposal: Proposal | None) -> None:
-        """A proposal that would write where it may not, or cannot be judged, is the drafter's
-        failure."""
-        known = len(row.token_ids)
-        if not 0 <= row.num_draft_computed <= known:
-            raise ValueError(
-                f"num_draft_computed must be in [0, {known}], got {row.num_draft_computed}"
-            )
-        if proposal is None:
-            return
-        most = row.max_draft_tokens
-        if len(proposal) > most:
-            raise ValueError(f"at most {most} draft tokens were allowed, got {len(proposal)}")
-        for offset in proposal.draft_slots or ():
-            if offset is not None and not 1 <= offset <= most:
-                raise ValueError(f"draft_slots must be None or in [1, {most}], got {offset}")
-        for token_id in proposal.tree.token_ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"draft token ids must be below {self.vocab_size}, got {token_id}")
-        assert self.rule is not None
-        law = proposal.draft_probs
-        if law is not None and not self.rule.shares_noise:
-            if law.shape[1] != self.vocab_size:
-                raise ValueError(
-                    f"draft_probs must cover {self.vocab_size} tokens, got {law.shape[1]}"
-                )
-            if not bool((law >= 0).all()) or not bool(law.isfinite().all()):
-                raise ValueError("draft_probs must be finite and at least 0")
-        if not self.rule.takes_trees and not proposal.tree.is_chain:
-            raise ValueError(
-                "acceptance='block' judges chains, got a tree; use 'coupled' or 'rejection'"
-            )
+            logger.exception("the drafter %s failed in %s", drafter.name, hook.__name__)
 
     def commit_kv(self, seq: Sequence, proposal: Proposal, path: list[int], root: int) -> None:
-        """Move the accepted nodes' draft KV beside their target KV and advance the drafter's
+        """Move the accepted nodes' draft KV beside their target KV and advance the drafters'
         progress over them."""
-        owner = self.drafter.kv_owner if self.drafter else None
-        if owner is None or proposal.draft_slots is None:
-            return
-        sources, targets = [], []
-        for depth, node in enumerate(path, start=1):
-            offset = proposal.draft_slots[node]
-            if offset is None:
-                break
-            sources.append(self.manager.slot(seq, root + offset))
-            targets.append(self.manager.slot(seq, root + depth))
-        if self.kv is not None and sources != targets:
-            self.kv.move_rows(sources, targets)
-        self.manager.mark_draft(seq, owner, root + 1 + len(sources))
-
-    @property
-    def needs(self) -> Needs:
-        return self.drafter.needs if self.drafter else Needs()
+        for owner, draft_slots in proposal.draft_slots.items():
+            sources, targets = [], []
+            for depth, node in enumerate(path, start=1):
+                offset = draft_slots[node]
+                if offset is None:
+                    break
+                sources.append(self.manager.slot(seq, root + offset))
+                targets.append(self.manager.slot(seq, root + depth))
+            if sources != targets:
+                self.kv[owner].move_rows(sources, targets)
+            self.manager.mark_draft(seq, owner, root + 1 + len(sources))
 
     def count(self, observed: list[Observed]) -> None:
         """Count verified proposals, and tell the planner of them."""
@@ -217,57 +237,73 @@ class Speculation:
                     self.planner.observe(seen.seq.seq_id, num_drafts, num_accepted)
 
     def observe(self, observed: list[Observed], result: ForwardResult) -> None:
-        """Tell the drafter what became of the step, then to forget what is finished."""
-        if self.drafter is None:
-            return
-        needs = self.needs
-        told = [
-            _outcome(seen, needs, result)
-            for seen in observed
-            if seen.proposal is not None or needs != Needs()
-        ]
+        """Tell the drafters what became of the step, then to forget what is finished."""
         try:
-            if told:
-                self.drafter.observe(told)
-        except Exception:
-            if self.strict:
-                raise
-            logger.exception(
-                "the drafter failed to observe; its state for these sequences is dropped"
-            )
-            for seen in observed:
-                self._count_error(seen.request)
-                self._forget(self.drafter, seen.seq.seq_id)
+            for drafter in self.drafters:
+                self._tell(drafter, observed, result)
         finally:
             finished = [s for seen in observed for s in _family(seen) if s.status.is_finished]
             self.drop(finished, finished=True)
 
+    def _tell(self, drafter: Drafter, observed: list[Observed], result: ForwardResult) -> None:
+        needs = drafter.needs
+        told = [
+            self._outcome(drafter, seen, result)
+            for seen in observed
+            if seen.proposal is not None or needs.taps or needs.num_top_logits
+        ]
+        try:
+            if told:
+                drafter.observe(told)
+        except Exception:
+            if self.strict:
+                raise
+            logger.exception(
+                "the drafter %s failed to observe; its state for these sequences is dropped",
+                drafter.name,
+            )
+            for seen in observed:
+                self._count_error(seen.request)
+                self._guard(drafter, drafter.drop, seen.seq.seq_id)
+
+    def _outcome(self, drafter: Drafter, seen: Observed, result: ForwardResult) -> Outcome:
+        needs, top_token_ids = drafter.needs, None
+        if needs.num_top_logits and len(seen.judged_rows):
+            rows = result.logits[seen.judged_rows.start : seen.judged_rows.stop]
+            top_token_ids = rows.topk(min(needs.num_top_logits, rows.shape[1])).indices
+        return Outcome(
+            seen.seq.seq_id,
+            seen.proposal,
+            seen.verdict,
+            seen.new_token_ids,
+            own_nodes=self._own_nodes.get((drafter.name, seen.seq.seq_id), {}),
+            start=seen.start,
+            taps={layer: result.taps[layer][seen.rows] for layer in needs.taps},
+            top_token_ids=top_token_ids,
+        )
+
     def drop(self, sequences: Iterable[Sequence], *, finished: bool) -> None:
-        """Forget the drafter's state of preempted sequences, and of finished ones their draft
+        """Forget the drafters' state of preempted sequences, and of finished ones their draft
         lengths too."""
         for seq in sequences:
             if finished:
                 self.planner.drop(seq.seq_id)
-            if self.drafter is not None:
-                self._forget(self.drafter, seq.seq_id)
+            for drafter in self.drafters:
+                if finished:
+                    args = (seq.seq_id, seq.token_ids, seq.num_prompt_tokens)
+                    self._guard(drafter, drafter.finish, *args)
+                self._guard(drafter, drafter.drop, seq.seq_id)
+
+
+def _union(needs: list[Needs]) -> Needs:
+    """What the target's pass must give so that every drafter has what it needs."""
+    return Needs(
+        taps=tuple(sorted({tap for need in needs for tap in need.taps})),
+        num_top_logits=max((need.num_top_logits for need in needs), default=0),
+        prediction=any(need.prediction for need in needs),
+    )
 
 
 def _family(seen: Observed) -> list[Sequence]:
     """The sequence and, where it has just been forked, its siblings."""
     return [seen.seq, *seen.siblings]
-
-
-def _outcome(seen: Observed, needs: Needs, result: ForwardResult) -> Outcome:
-    top_token_ids = None
-    if needs.num_top_logits and len(seen.judged_rows):
-        rows = result.logits[seen.judged_rows.start : seen.judged_rows.stop]
-        top_token_ids = rows.topk(needs.num_top_logits).indices
-    return Outcome(
-        seen.seq.seq_id,
-        seen.proposal,
-        seen.verdict,
-        seen.new_token_ids,
-        start=seen.start,
-        taps={layer: result.taps[layer][seen.rows] for layer in needs.taps},
-        top_token_ids=top_token_ids,
-    )

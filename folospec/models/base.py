@@ -33,6 +33,8 @@ class ModelSpec:
     """Every token that ends an output, from the generation config where there is one."""
     dtype: torch.dtype
     """Type of weights, activations and KV."""
+    early_exit_layer: int | None = None
+    """The model was trained to speak after this many layers too, through the same norm and head."""
 
 
 class Model(Protocol):

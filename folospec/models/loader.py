@@ -17,6 +17,8 @@ from folospec.models import decoder, rope
 from folospec.models.base import Model, ModelSpec
 
 BUNDLED = ("folospec-demo", "folospec-demo-draft")
+BUNDLED_DRAFTS = {"folospec-demo": "folospec-demo-draft"}
+"""The draft model that was made for a bundled target."""
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DERIVED = ("rotary_emb.inv_freq",)
@@ -211,6 +213,7 @@ def _decoder_spec(
         sliding_windows=_windows(hf_config),
         eos_token_ids=read_eos_token_ids(folder, hf_config),
         dtype=dtype,
+        early_exit_layer=getattr(hf_config, "early_exit_layer", None),
     )
 
 

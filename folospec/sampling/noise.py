@@ -40,15 +40,16 @@ class Purpose(IntEnum):
     """The token drawn after a rejection."""
 
 
-def purpose_code(kind: Purpose, row: int | None = None) -> int:
+def purpose_code(kind: Purpose, row: int | None = None, stream: int = 0) -> int:
     """The purpose of a draw, as `key` takes it.
 
     Args:
         kind: what the draw is for.
         row: for noise keyed by the position of the root, the row of the step (0 is the root) that
             the draw belongs to.
+        stream: which of several independent sources draws, of those keyed by the root.
     """
-    return int(kind) if row is None else int(kind) + 8 * (row + 1)
+    return int(kind) if row is None else int(kind) + 8 * (row + 1) + (stream << 40)
 
 
 def key(seed: int, sample_index: int, position: int, purpose: int) -> int:

@@ -25,6 +25,14 @@ class Rows:
     """Logits are computed for this many rows, the last ones."""
     parents: Sequence[int] | None = None
     """Parent row of each row, -1 for row 0; None is a chain, where row r's parent is row r - 1."""
+    num_computed: int = 0
+    """This many leading rows have their KV from an earlier pass: they are seen, and not run. Only
+    with `parents`."""
+
+    @property
+    def num_run(self) -> int:
+        """Rows that the pass computes."""
+        return len(self.token_ids) - self.num_computed
 
 
 @dataclass(slots=True)

@@ -6,26 +6,27 @@ A length may depend on what was accepted before, never on the tokens being draft
 
 from __future__ import annotations
 
-from folospec.config import SpeculativeConfig
-
 
 class Planner:
-    """A fixed draft length, or per sequence an adaptive one: two more after a draft that was
-    accepted whole, one less after any other, between 1 and `num_speculative_tokens` (the schedule
-    of transformers' assisted generation)."""
+    """A fixed number of draft tokens, or per sequence an adaptive one: two more after a draft that
+    was accepted whole, one less after any other, between 1 and the limit (the schedule of
+    transformers' assisted generation).
 
-    def __init__(self, config: SpeculativeConfig | None) -> None:
-        self._limit = config.num_speculative_tokens if config else 0
-        self._adaptive = config.adaptive if config else False
+    Args:
+        limit: most draft tokens per sequence and step, of all drafters together.
+        adaptive: whether the number follows the acceptance.
+    """
+
+    def __init__(self, limit: int, *, adaptive: bool) -> None:
+        self._limit, self._adaptive = limit, adaptive
         self._lengths: dict[str, int] = {}
 
-    def draft_length(self, seq_id: str, wanted: int | None, room: int) -> int:
-        """Return the number of draft tokens: `wanted` is the request's own limit, `room` what it
-        has left to generate."""
+    def draft_length(self, seq_id: str, wanted: int | None) -> int:
+        """Return the number of draft tokens; `wanted` is the request's own limit."""
         limit = self._limit if wanted is None else min(wanted, self._limit)
         if self._adaptive:
             limit = min(limit, self._lengths.get(seq_id, self._limit))
-        return max(0, min(limit, room))
+        return limit
 
     def observe(self, seq_id: str, num_draft_tokens: int, num_accepted_tokens: int) -> None:
         """Learn from a verified draft."""

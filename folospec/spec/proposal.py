@@ -6,8 +6,8 @@ planner, and is judged by one of the rules in `spec.verify`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,17 +33,26 @@ class Proposal:
     same row for i.i.d. children, earlier siblings zeroed and renormalised for children without
     replacement, one-hot for a child that is a function of its context. None: all are one-hot."""
     confidence: list[float] | None = None  # [num_nodes]
-    """What the drafter expects of each node, in [0, 1]; None when it has no opinion."""
+    """The chance that a node is accepted, given that its parent was: in [0, 1], as far as the
+    drafter can tell before the target's pass. Siblings exclude each other, so theirs add up to at
+    most 1. None when it has no opinion."""
     candidate: list[bool] | None = None  # [num_nodes]
     """False: the row is computed but never judged (scratch). None: all are judged."""
-    draft_slots: list[int | None] | None = None  # [num_nodes]
-    """Where the drafter's own KV row of each node lies, as an offset from the root's slot index
-    (node i's own row is at i + 1), None for a node it has not run; None as a whole: no draft KV."""
+    draft_slots: Mapping[str, list[int | None]] = field(default_factory=dict)  # [num_nodes] each
+    """By KV owner, where the drafter's own KV row of each node lies, as an offset from the root's
+    slot index (node i's own row is at i + 1); None for a node it has not run."""
+    drafter: str = ""
+    """Name of the drafter, for metrics and traces; the engine fills it in."""
 
     def __post_init__(self) -> None:
         num_nodes = len(self.tree)
-        for name in ("confidence", "candidate", "draft_slots"):
-            values = getattr(self, name)
+        per_node: dict[str, list | None] = {
+            "confidence": self.confidence,
+            "candidate": self.candidate,
+        }
+        for owner, slots in self.draft_slots.items():
+            per_node[f"draft_slots[{owner!r}]"] = slots
+        for name, values in per_node.items():
             if values is not None and len(values) != num_nodes:
                 raise ValueError(
                     f"{name} must have one entry for each of the {num_nodes} nodes, "
@@ -86,7 +95,8 @@ class Proposal:
             draft_probs=None if self.draft_probs is None else self.draft_probs[rows],
             confidence=_pick(self.confidence, rows),
             candidate=_pick(self.candidate, rows),
-            draft_slots=_pick(self.draft_slots, rows),
+            draft_slots={o: [s[row] for row in rows] for o, s in self.draft_slots.items()},
+            drafter=self.drafter,
         )
 
 

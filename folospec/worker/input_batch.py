@@ -28,23 +28,30 @@ def make_batch(batch: Sequence[Rows], block_size: int, device: torch.device) -> 
     logits_indices: list[int] = []
     sequences = []
     for rows in batch:
-        count = len(rows.token_ids)
-        input_ids.extend(rows.token_ids)
+        input_ids.extend(rows.token_ids[rows.num_computed :])
         logits_indices.extend(range(len(input_ids) - rows.num_logits, len(input_ids)))
-        indices = range(rows.start, rows.start + count)
-        sequences.append(
-            SequenceRows(
-                positions=[rows.start + depth for depth in _depths(rows)],
-                slots=_slots(rows.block_table, indices, block_size),
-                context_len=rows.start,
-                block_table=rows.block_table,
-                suffix_mask=None if rows.parents is None else _ancestor_mask(rows.parents),
-            )
-        )
+        sequences.append(_sequence_rows(rows, block_size))
     return InputBatch(
         torch.tensor(input_ids, device=device),
         AttentionMetadata.from_rows(sequences, block_size, device),
         torch.tensor(logits_indices, dtype=torch.int64, device=device),
+    )
+
+
+def _sequence_rows(rows: Rows, block_size: int) -> SequenceRows:
+    """Rows with KV from an earlier pass are keys of the suffix only."""
+    done = rows.num_computed
+    indices = range(rows.start, rows.start + len(rows.token_ids))
+    slots = _slots(rows.block_table, indices, block_size)
+    positions = [rows.start + depth for depth in _depths(rows)]
+    return SequenceRows(
+        positions=positions[done:],
+        slots=slots[done:],
+        context_len=rows.start,
+        block_table=rows.block_table,
+        suffix_slots=slots,
+        suffix_positions=positions,
+        suffix_mask=None if rows.parents is None else _ancestor_mask(rows.parents)[done:],
     )
 
 

@@ -70,11 +70,11 @@ class ModelRunner:
                     part.append(head)
                 yield part
                 part, room = [], self.max_num_batched_tokens
-            if len(rows.token_ids) > room and part:
+            if rows.num_run > room and part:
                 yield part
                 part, room = [], self.max_num_batched_tokens
             part.append(rows)
-            room -= len(rows.token_ids)
+            room -= rows.num_run
         if part:
             yield part
 
@@ -92,7 +92,7 @@ class ModelRunner:
         self.num_passes += 1
         for rows in batch:
             first = len(rows.token_ids) - rows.num_logits
-            for row in range(len(rows.token_ids)):
+            for row in range(rows.num_computed, len(rows.token_ids)):
                 inputs = make_single(rows, row, self.kv.block_size, device)
                 hidden, row_taps = self.model.forward(
                     inputs.input_ids, inputs.metadata, self.kv.layers, taps

@@ -142,10 +142,9 @@ def test_a_defect_keeps_its_traceback(folospec, target, monkeypatch):
     assert isinstance(result.exception, ValueError)
 
 
-def read(text, target="somewhere", num_speculative_tokens=None, acceptance=None):
+def read(text, num_speculative_tokens=None, acceptance=None):
     return read_speculative(
         text,
-        target=target,
         num_speculative_tokens=num_speculative_tokens,
         acceptance=acceptance,
     )
@@ -153,22 +152,17 @@ def read(text, target="somewhere", num_speculative_tokens=None, acceptance=None)
 
 def test_speculative_is_a_name_a_name_with_a_model_or_json():
     assert read(None) is None
-    assert read("ngram") == SpeculativeConfig(method="ngram")
-    assert read("draft_model:C:\\small") == SpeculativeConfig(
-        method="draft_model", model="C:\\small"
+    of = SpeculativeConfig.of
+    assert read("ngram") == of("ngram")
+    small = {"method": "draft_model", "model": "C:\\small"}
+    assert read("draft_model:C:\\small") == of(small)
+    assert read("ngram,draft_model:C:\\small") == of(["ngram", small])
+    assert read('{"method": "ngram", "prompt_lookup_max": 3}') == of(
+        {"method": "ngram", "options": {"prompt_lookup_max": 3}}
     )
-    assert read('{"method": "ngram", "prompt_lookup_max": 3}') == SpeculativeConfig(
-        method="ngram", options={"prompt_lookup_max": 3}
-    )
+    assert read('["ngram"]') == of(["ngram"])
 
 
 def test_options_stand_above_json():
-    config = read('{"method": "ngram", "num_speculative_tokens": 2}', None, 4, "block")
-    assert (config.num_speculative_tokens, config.acceptance) == (4, "block")
-
-
-@pytest.mark.parametrize("text", ["draft_model", '{"method": "draft_model"}'])
-def test_the_demo_model_has_its_own_draft(text):
-    assert read(text, "folospec-demo").model == "folospec-demo-draft"
-    assert read("draft_model:other", "folospec-demo").model == "other"
-    assert read("ngram", "folospec-demo").model is None
+    config = read('{"method": "ngram", "num_speculative_tokens": 2}', 4, "block")
+    assert (config.drafters[0].num_speculative_tokens, config.acceptance) == (4, "block")

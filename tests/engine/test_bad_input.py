@@ -8,6 +8,7 @@ import pytest
 from harness import make_llm, run, save_tiny_llama
 
 from folospec import LLM, SamplingParams, SpeculativeConfig
+from folospec.config import DrafterConfig
 
 BAD_PARAMS = [
     ({"n": 0}, "n must be"),
@@ -173,10 +174,12 @@ def test_a_prompt_without_chunked_prefill_must_fit_one_step(models: Any) -> None
 
 def test_speculative_configs_read_every_form() -> None:
     assert SpeculativeConfig.of(None) is None
-    assert SpeculativeConfig.of("ngram") == SpeculativeConfig(method="ngram")
+    ngram = SpeculativeConfig(drafters=(DrafterConfig(method="ngram"),))
+    for same in ("ngram", ["ngram"], {"method": "ngram"}, {"drafters": ["ngram"]}):
+        assert SpeculativeConfig.of(same) == ngram
     settings = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 6}
     config = SpeculativeConfig.of(settings)
     assert config is not None
-    assert config.num_speculative_tokens == 3
-    assert config.options == {"prompt_lookup_max": 6}
+    assert config.drafters[0].num_speculative_tokens == 3
+    assert config.drafters[0].options == {"prompt_lookup_max": 6}
     assert SpeculativeConfig.of(config) is config

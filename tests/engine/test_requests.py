@@ -293,7 +293,7 @@ def test_logits_processors_see_the_nodes_own_history(models: Any) -> None:
         (Proposal(TokenTree([1, 2], [-1, -1])), "block", "judges chains"),
         (Proposal(TokenTree.chain([1]), torch.ones(1, 7) / 7), "rejection", "cover 61 tokens"),
         (Proposal(TokenTree.chain([1]), torch.full((1, 61), -1.0)), "rejection", "at least 0"),
-        (Proposal(TokenTree.chain([1]), draft_slots=[99]), "coupled", "got 99"),
+        (Proposal(TokenTree.chain([1]), draft_slots={"mine": [99]}), "coupled", "got 99"),
     ],
 )
 def test_a_proposal_that_may_not_be_is_the_drafters_failure(

@@ -29,7 +29,7 @@ def test_pruned_proposal_keeps_what_belongs_to_its_nodes():
         draft_probs=probs,
         confidence=[0.9, 0.8, 0.7, 0.6],
         candidate=[True, True, False, True],
-        draft_slots=[1, 2, None, 4],
+        draft_slots={"mine": [1, 2, None, 4]},
     )
     pruned = proposal.prune([0, 2])
     assert list(pruned.tree.token_ids) == [5, 7]
@@ -37,7 +37,7 @@ def test_pruned_proposal_keeps_what_belongs_to_its_nodes():
     assert torch.equal(pruned.draft_probs, probs[[0, 2]])
     assert pruned.confidence == [0.9, 0.7]
     assert pruned.candidate == [True, False]
-    assert pruned.draft_slots == [1, None]
+    assert pruned.draft_slots == {"mine": [1, None]}
     assert len(proposal) == 4
 
 
@@ -56,7 +56,7 @@ def test_proposal_pruned_to_nothing_is_empty():
     [
         ({"confidence": [0.5]}, "confidence .* 4 nodes, got 1"),
         ({"candidate": [True] * 5}, "candidate .* 4 nodes, got 5"),
-        ({"draft_slots": []}, "draft_slots .* 4 nodes, got 0"),
+        ({"draft_slots": {"mine": []}}, "draft_slots.* 4 nodes, got 0"),
         ({"draft_probs": torch.rand(3, 10)}, r"\[4, vocab_size\], got \[3, 10\]"),
         ({"draft_probs": torch.rand(4)}, r"\[4, vocab_size\], got \[4\]"),
     ],

@@ -2,8 +2,8 @@
 it, name it in `speculative=`.
 
 A drafter proposes and learns. It never sees blocks being allocated or freed, never judges its own
-tokens, and cannot change the
-output: whatever it proposes, the verifier emits what plain decoding would have.
+tokens, and cannot change the output: whatever it proposes, the verifier emits what plain decoding
+would have.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from folospec.config import SpeculativeConfig
+from folospec.config import DrafterConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from folospec.models.base import ModelSpec
     from folospec.sampling_params import SamplingParams
     from folospec.spec.draft_runner import DraftRunner
     from folospec.spec.proposal import Proposal
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class DraftRow:
     """What a drafter is told of one sequence: its committed tokens (the last of them is the root),
-    and how many it may propose.
+    and how much it may propose.
 
     A drafter that keeps KV finds in `num_draft_computed` how many committed tokens have it, and
     writes its new progress there.
@@ -37,10 +38,19 @@ class DraftRow:
     token_ids: Sequence[int]
     num_prompt_tokens: int
     max_draft_tokens: int
+    """Most nodes that are judged."""
+    max_depth: int
+    """Depth of the deepest node that could still be used; the engine leaves out what is deeper."""
+    num_slots: int
+    """Slots behind the root, at offsets 1 .. `num_slots`: most nodes of the proposal, scratch ones
+    included, and where a drafter may write KV while it drafts. Where blocks are short it may be
+    less than `max_draft_tokens` and the drafter's `max_scratch_slots` together."""
     params: SamplingParams
     seed: int
     sample_index: int
     block_table: Sequence[int]
+    prediction_token_ids: Sequence[int] = ()
+    """What the caller expects the output to be."""
     num_draft_computed: int = 0
 
     @property
@@ -55,7 +65,9 @@ class Needs:
     taps: tuple[int, ...] = ()
     """Layers: the residual stream before each of them, at every committed position."""
     num_top_logits: int = 0
-    """The target's most likely tokens after every judged row, accepted or not."""
+    """The target's most likely tokens after every row of a proposal, accepted or not."""
+    prediction: bool = False
+    """The texts that callers expect, `SamplingParams.prediction`."""
 
 
 @dataclass(slots=True)
@@ -71,37 +83,107 @@ class Outcome:
     verdict: Verdict | None
     new_token_ids: Sequence[int]
     """The tokens that were committed; a stop may have cut them short."""
+    own_nodes: Mapping[int, int] = field(default_factory=dict)
+    """Where this drafter's nodes are in `proposal`, which may be merged from several drafters'; a
+    node that was left out is missing, and all are where another drafter's proposal was taken."""
     start: int = 0
     """Position of the first row of `taps`."""
     taps: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> [num_committed_rows, hidden_size], for positions `start`, `start` + 1, ... A sibling
     of n > 1 begins at the end of the prompt, whose rows the request's first sequence was told."""
     top_token_ids: Tensor | None = None
-    """int64 [num_judged_rows, num_top_logits], most likely first; row 0 is the root, row i + 1 node
-    i. None where nothing was judged."""
+    """int64 [num_nodes + 1, num_top_logits], most likely first; row 0 is the root, row i + 1 is
+    node i. None where nothing was judged."""
+
+
+class TargetView(Protocol):
+    """Gives a runner for a cheaper copy of the target, which reads and writes the target's KV."""
+
+    def __call__(
+        self,
+        *,
+        quantized: bool = False,
+        skip_attention: frozenset[int] = frozenset(),
+        skip_mlp: frozenset[int] = frozenset(),
+    ) -> DraftRunner: ...
 
 
 @dataclass(slots=True)
 class DrafterContext:
-    """What a drafter is made from: the user's settings, the target's vocabulary, and a way to load
-    models with KV."""
+    """What a drafter is made from: the user's settings, the target's facts, and ways to load models
+    with KV."""
 
-    config: SpeculativeConfig
-    vocab_size: int
+    config: DrafterConfig
+    name: str
+    """The drafter's name in this engine: its method, numbered where there are several of it."""
+    stream: int
+    """Number of the drafter in this engine; part of the key of its own noise."""
+    acceptance: str
+    """The rule that judges proposals, a key of `spec.verify.ACCEPTANCE`."""
+    target: ModelSpec
+    encode: Callable[[str], list[int]] | None
+    """Text to token ids without special tokens; None without a tokenizer."""
+    default_draft_model: str | None
+    """The draft model that comes with the target, if one does."""
     load_draft_model: Callable[[str, str], DraftRunner]
     """`load_draft_model(path, owner)`: a runner for the model at `path`, whose KV belongs to
-    `owner`."""
+    `owner`, the drafter's `kv_owner`."""
+    view_of_target: TargetView
+    """A runner for a cheaper copy of the target. It has no progress to keep: whatever it writes at
+    the root's slot and behind, verification writes again. Raises ValueError for a target that
+    cannot be copied so."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.target.vocab_size
+
+    def read_options(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `defaults` updated by the user's options.
+
+        Raises:
+            ValueError: an option the drafter does not have.
+        """
+        method, options = self.config.method, self.config.options
+        unknown = sorted(set(options) - set(defaults))
+        if unknown:
+            known = ", ".join(sorted(defaults)) or "none"
+            raise ValueError(f"unknown options {unknown} of the {method} drafter; it has: {known}")
+        return {**defaults, **options}
+
+    def refuse_model(self) -> None:
+        """For drafters without a model.
+
+        Raises:
+            ValueError: the user named one.
+        """
+        if self.config.model is not None:
+            raise ValueError(
+                f"the {self.config.method} drafter has no model, got model={self.config.model!r}"
+            )
 
 
 class Drafter(ABC):
     """A source of draft tokens for the sequences of a batch."""
 
+    default_num_speculative_tokens = 5
+    """Most draft tokens per sequence and step where the user does not say; a drafter of trees sets
+    its own, on the class or on the instance."""
+    max_scratch_slots = 0
+    """Slots a drafter can use beside those of its draft tokens: for rows that are computed and
+    never judged, or for draft KV of nodes that it does not propose in the end."""
+
     def __init__(self, context: DrafterContext) -> None:
         self.config = context.config
+        self.name = context.name
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """Most draft tokens per sequence and step."""
+        return self.config.num_speculative_tokens or self.default_num_speculative_tokens
 
     @property
     def needs(self) -> Needs:
-        """What `observe` is to be told."""
+        """What it is to be told."""
         return Needs()
 
     @property
@@ -111,14 +193,21 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        """Return a proposal of at most `max_draft_tokens` nodes for each row, or None where there
-        is nothing to say."""
+        """Return a proposal within the limits of the row for each row, or None where there is
+        nothing to say."""
 
     def observe(self, outcomes: list[Outcome]) -> None:  # noqa: B027 - most drafters learn nothing
         """Learn from what became of the step."""
 
+    def finish(self, seq_id: str, token_ids: Sequence[int], num_prompt_tokens: int) -> None:  # noqa: B027
+        """A sequence has all its tokens: what is worth keeping of it for others. `drop` follows."""
+
     def drop(self, seq_id: str) -> None:  # noqa: B027 - most drafters keep no state
         """Forget a sequence: it is finished, or was preempted."""
+
+    def stats(self) -> dict[str, Any]:
+        """Figures about its state, the sizes of its stores among them, for `LLM.stats()`."""
+        return {}
 
 
 DrafterFactory = Callable[[DrafterContext], Drafter]
@@ -162,18 +251,3 @@ def check_drafter(method: str) -> None:
         raise ValueError(
             f"speculative method must be one of {', '.join(sorted(_REGISTRY))}, got {method!r}"
         )
-
-
-def read_options(
-    method: str, options: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return `defaults` updated by the user's options.
-
-    Raises:
-        ValueError: an option the drafter does not have.
-    """
-    unknown = sorted(set(options) - set(defaults))
-    if unknown:
-        known = ", ".join(sorted(defaults)) or "none"
-        raise ValueError(f"unknown options {unknown} of the {method} drafter; it has: {known}")
-    return {**defaults, **options}

@@ -13,149 +13,25 @@ a rule, more after it was off, preempted, or met a cached prefix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
-
-from folospec.core.token_tree import TokenTree
-from folospec.sampling import noise
-from folospec.sampling.constraints import SamplingRow
-from folospec.sampling.noise import Purpose
-from folospec.sampling.pipeline import process
-from folospec.sampling.sampler import NO_TOKEN, draw_target
-from folospec.spec.draft_runner import Rows
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, read_options
-from folospec.spec.proposal import Proposal
+from folospec.spec.drafters.base import DrafterContext
+from folospec.spec.drafters.model_drafter import DRAFTING_OPTIONS, ModelDrafter
 
 
-@dataclass(slots=True)
-class _Chain:
-    """The draft of one sequence as it grows: `laws` are log-probabilities [vocab_size] each."""
-
-    row: DraftRow
-    token_ids: list[int] = field(default_factory=list)
-    laws: list[Tensor] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
-    ended: bool = False
-
-    @property
-    def has_room(self) -> bool:
-        return not self.ended and len(self.token_ids) < self.row.max_draft_tokens
-
-    def sampling_row(self) -> SamplingRow:
-        row = self.row
-        return SamplingRow(
-            params=row.params,
-            prompt_token_ids=row.token_ids[: row.num_prompt_tokens],
-            output_token_ids=row.token_ids[row.num_prompt_tokens :],
-            draft_token_ids=self.token_ids,
-            is_draft=True,
-        )
-
-
-class DraftModelDrafter(Drafter):
-    """Drafts chains with a causal language model that has the target's vocabulary.
-
-    Drafts are drawn through the request's own sampling pipeline. Under `coupled` they look the
-    target's noise up, so that draft and target agree whenever their laws nearly do (Daliri et al.,
-    arXiv 2408.07978); under `rejection` and `block` they have noise of their own, as those rules
-    demand. `greedy_drafts=True` proposes the arg-max instead, as a one-hot law.
-    """
+class DraftModelDrafter(ModelDrafter):
+    """Drafts with a causal language model that has the target's vocabulary."""
 
     def __init__(self, context: DrafterContext) -> None:
-        super().__init__(context)
-        if context.config.model is None:
+        model = context.config.model or context.default_draft_model
+        if model is None:
             raise ValueError(
-                "speculative method 'draft_model' needs the draft model's path or name as "
-                "'model', got None"
+                f"speculative method {context.config.method!r} needs the draft model's path or "
+                "name as 'model', got None"
             )
-        options = read_options("draft_model", context.config.options, {"greedy_drafts": False})
-        self.greedy_drafts = options["greedy_drafts"]
-        if not isinstance(self.greedy_drafts, bool):
-            raise ValueError(f"greedy_drafts must be True or False, got {self.greedy_drafts!r}")
-        self.coupled = context.config.acceptance == "coupled"
-        self.target_vocab_size = context.vocab_size
-        self.runner = context.load_draft_model(context.config.model, self.kv_owner)
+        self.name = context.name
+        options = context.read_options(DRAFTING_OPTIONS)
+        runner = context.load_draft_model(model, self.kv_owner)
+        super().__init__(context, options, runner)
 
     @property
     def kv_owner(self) -> str:
-        return "draft_model"
-
-    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        chains = [_Chain(row) for row in rows]
-        active = chains
-        logits = self._forward([self._catch_up_rows(row) for row in rows])
-        for row in rows:
-            row.num_draft_computed = len(row.token_ids)
-        while active:
-            self._extend(active, logits)
-            active = [chain for chain in active if chain.has_room]
-            if active:
-                logits = self._forward([self._next_rows(chain) for chain in active])
-        return [self._proposal(chain) for chain in chains]
-
-    def _extend(self, chains: list[_Chain], logits: Tensor) -> None:
-        """Draw the next draft token of each chain; logits are [num_chains, vocab_size]."""
-        log_probs = process(logits, [chain.sampling_row() for chain in chains])
-        token_ids = self._draw(log_probs, chains)
-        confidence = logits.log_softmax(-1).exp().gather(-1, token_ids.clamp(min=0)[:, None])
-        for index, chain in enumerate(chains):
-            token_id = int(token_ids[index])
-            if token_id == NO_TOKEN:  # the request's options leave nothing to draft here
-                chain.ended = True
-            else:
-                chain.token_ids.append(token_id)
-                chain.laws.append(log_probs[index])
-                chain.confidence.append(float(confidence[index]))
-
-    def _catch_up_rows(self, row: DraftRow) -> Rows:
-        # The root is fed even where its KV exists: its logits are the first draft's.
-        start = min(row.num_draft_computed, row.root_position)
-        return Rows(self._fit(row.token_ids[start:]), start, row.block_table)
-
-    def _next_rows(self, chain: _Chain) -> Rows:
-        start = chain.row.root_position + len(chain.token_ids)
-        return Rows(self._fit(chain.token_ids[-1:]), start, chain.row.block_table)
-
-    def _fit(self, token_ids: Sequence[int]) -> list[int]:
-        """Ids of padding rows that only the target has are read as the draft's last: a poor guess,
-        never a wrong output."""
-        last = self.runner.vocab_size - 1
-        return [min(token_id, last) for token_id in token_ids]
-
-    def _forward(self, batch: list[Rows]) -> Tensor:
-        logits = self.runner.forward(batch).logits
-        missing = self.target_vocab_size - logits.shape[-1]
-        return (
-            torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
-        )
-
-    def _draw(self, log_probs: Tensor, chains: list[_Chain]) -> Tensor:
-        if self.greedy_drafts:
-            possible = log_probs.amax(-1) > -torch.inf
-            return torch.where(possible, log_probs.argmax(-1), NO_TOKEN)
-        keys = [self._noise_key(chain.row, len(chain.token_ids)) for chain in chains]
-        return draw_target(log_probs, noise.key_tensor(keys, log_probs.device))
-
-    def _noise_key(self, row: DraftRow, num_drafts: int) -> int:
-        if self.coupled:
-            position, purpose = row.root_position + 1 + num_drafts, int(Purpose.TARGET)
-        else:
-            position, purpose = (
-                row.root_position,
-                noise.purpose_code(Purpose.DRAFT, row=num_drafts),
-            )
-        return noise.key(row.seed, row.sample_index, position, purpose)
-
-    def _proposal(self, chain: _Chain) -> Proposal | None:
-        if not chain.token_ids:
-            return None
-        one_hot = self.greedy_drafts or self.coupled
-        return Proposal(
-            TokenTree.chain(chain.token_ids),
-            draft_probs=None if one_hot else torch.stack(chain.laws).exp(),
-            confidence=chain.confidence,
-            draft_slots=[*range(1, len(chain.token_ids)), None],
-        )
+        return self.name

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from folospec.core.token_tree import TokenTree
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, read_options
+from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow
 from folospec.spec.proposal import Proposal
 
 
@@ -51,10 +51,8 @@ class NgramDrafter(Drafter):
 
     def __init__(self, context: DrafterContext) -> None:
         super().__init__(context)
-        if context.config.model is not None:
-            raise ValueError(f"the ngram drafter has no model, got model={context.config.model!r}")
-        defaults = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
-        options = read_options("ngram", context.config.options, defaults)
+        context.refuse_model()
+        options = context.read_options({"prompt_lookup_min": 2, "prompt_lookup_max": 4})
         self.min_n, self.max_n = options["prompt_lookup_min"], options["prompt_lookup_max"]
         for name, value in options.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -79,7 +77,7 @@ class NgramDrafter(Drafter):
             return None
         known = len(row.token_ids)
         draft_token_ids: list[int] = []
-        for place in range(source, source + row.max_draft_tokens):
+        for place in range(source, source + min(row.max_draft_tokens, row.max_depth)):
             draft_token_ids.append(
                 row.token_ids[place] if place < known else draft_token_ids[place - known]
             )
