@@ -163,6 +163,8 @@ class Speculation:
             sample_index=seq.sample_index,
             block_table=seq.block_table,
             prediction_token_ids=request.prediction_token_ids,
+            prompt_token_ids=seq.prompt_token_ids,
+            output_token_ids=seq.output_token_ids,
             num_draft_computed=seq.draft_progress.get(owner, 0) if owner else 0,
         )
 

@@ -30,12 +30,14 @@ _MASKING_OPTIONS = (
 )
 
 
-def process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def process(logits: Tensor, rows: Sequence[SamplingRow], *, soften_greedy: bool = False) -> Tensor:
     """Log-probabilities of the distribution that each row's token is drawn from.
 
     Args:
         logits: float32 or float64 [num_rows, vocab_size], of the model; not changed.
         rows: what is asked of each row, and its history.
+        soften_greedy: give greedy rows the law at temperature 1, without filters, in which drafters
+            look for the second and third choice.
 
     Returns:
         [num_rows, vocab_size] of the type of `logits`, normalised; -inf marks what cannot be drawn.
@@ -59,7 +61,7 @@ def process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         _require_token(possible[:, 0].tolist(), peak[:, 0].tolist(), rows)
         logits = logits.masked_fill(~possible, 0.0)
         peak = peak.masked_fill(~possible, 0.0)
-    log_probs = _by_kind(logits, peak, [row.params for row in rows])
+    log_probs = _by_kind(logits, peak, [row.params for row in rows], soften_greedy)
     return log_probs if all_possible else log_probs.masked_fill_(~possible, NEG_INF)
 
 
@@ -76,11 +78,14 @@ def _require_token(possible: list[bool], peaks: list[float], rows: Sequence[Samp
         raise NoTokenError(index, f"{what}, got none after {row.num_output_tokens} output tokens")
 
 
-def _by_kind(logits: Tensor, peak: Tensor, params: list[SamplingParams]) -> Tensor:
+def _by_kind(
+    logits: Tensor, peak: Tensor, params: list[SamplingParams], soften_greedy: bool
+) -> Tensor:
     """Greedy, filtered and other rows apart: no row pays for a stage that it does not use."""
     kinds: dict[Callable[..., Tensor], list[int]] = {}
     for index, p in enumerate(params):
-        kinds.setdefault(_kind(p), []).append(index)
+        kind = _softened if soften_greedy and p.greedy else _kind(p)
+        kinds.setdefault(kind, []).append(index)
     if len(kinds) == 1:
         return next(iter(kinds))(logits, peak, params)
     log_probs = torch.empty_like(logits)
@@ -99,6 +104,10 @@ def _kind(params: SamplingParams) -> Callable[..., Tensor]:
 def _one_hot(logits: Tensor, peak: Tensor, params: list[SamplingParams]) -> Tensor:
     best = logits.argmax(-1, keepdim=True)
     return torch.full_like(logits, NEG_INF).scatter_(-1, best, 0.0)
+
+
+def _softened(logits: Tensor, peak: Tensor, params: list[SamplingParams]) -> Tensor:
+    return logits.log_softmax(-1)
 
 
 def _tempered(logits: Tensor, peak: Tensor, params: list[SamplingParams]) -> Tensor:

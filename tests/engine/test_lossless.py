@@ -13,7 +13,8 @@ from folospec import SamplingParams
 from folospec.engine import commit, judge
 from folospec.spec import verify
 
-DRAFTERS = ["ngram", "near", "far", "self", "greedy_drafts", "adaptive", "oracle_tree"]
+DRAFTERS = ["ngram", "near", "far", "self", "top_k", "adaptive", "oracle_tree"]
+TREES = ["expansion", "sequoia", "dynamic", "top_k_tree", "iid_tree", "self_tree"]
 
 SITUATIONS: dict[str, dict[str, Any]] = {
     "a roomy pool": {},
@@ -27,20 +28,27 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 
 
 def speculative(name: str, models: Any) -> dict[str, Any]:
-    draft = {"method": "draft_model", "num_speculative_tokens": 4}
+    tree: dict[str, Any] = {"method": "draft_model"}
+    draft = {**tree, "num_speculative_tokens": 4}
     return {
         "ngram": {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 4},
         "near": {**draft, "model": models.near},
         "far": {**draft, "model": models.far},
         "self": {**draft, "model": models.target},
-        "greedy_drafts": {**draft, "model": models.near, "greedy_drafts": True},
+        "top_k": {**draft, "model": models.near, "children": "top_k"},
+        "expansion": {**tree, "model": models.near, "tree": [3, 2, 1]},
+        "sequoia": {**tree, "model": models.near, "tree": "sequoia"},
+        "dynamic": {**tree, "model": models.near, "tree": "dynamic"},
+        "top_k_tree": {**tree, "model": models.near, "tree": [3, 2], "children": "top_k"},
+        "iid_tree": {**tree, "model": models.near, "tree": [3, 2], "children": "iid"},
+        "self_tree": {**tree, "model": models.target, "tree": [2, 2, 2]},
         "adaptive": {**draft, "model": models.near, "adaptive": True},
         "oracle_tree": {"method": "oracle_tree", "num_speculative_tokens": 12},
     }[name]
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("drafter", [*DRAFTERS, *TREES])
 def test_speculative_tokens_equal_plain_tokens(
     drafter: str, situation: str, models: Any, plain: harness.Run
 ) -> None:
@@ -51,7 +59,8 @@ def test_speculative_tokens_equal_plain_tokens(
     assert [[c.finish_reason for c in o.outputs] for o in result.outputs] == [
         [c.finish_reason for c in o.outputs] for o in plain.outputs
     ]
-    assert_speculated(result.stats, rejected=drafter != "self", moved=drafter == "oracle_tree")
+    moved = drafter == "oracle_tree" or drafter in TREES
+    assert_speculated(result.stats, rejected=drafter != "self", moved=moved)
     if "preemption" in situation:
         assert result.stats["num_preemptions"] > 0
 

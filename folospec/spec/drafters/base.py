@@ -51,6 +51,8 @@ class DraftRow:
     block_table: Sequence[int]
     prediction_token_ids: Sequence[int] = ()
     """What the caller expects the output to be."""
+    prompt_token_ids: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()
     num_draft_computed: int = 0
 
     @property

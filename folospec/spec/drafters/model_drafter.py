@@ -1,55 +1,38 @@
 """Drafting with a causal language model, whoever it is: a small one with KV of its own, or a
 cheaper view of the target that reads the target's KV. The drafters that do so are subclasses.
+
+A draft grows a level at a time. The rows of a level run together, each sees its ancestors, and the
+slots behind the root fill up in the order in which nodes are run:
+
+    level    0       1          2                slots   root | a | b | a.a | ...
+            root -+- a -+- a.a                   pass 1  root           -> children a, b, c
+                  |     `- a.b                   pass 2  a, b           -> a.a, a.b, b.a
+                  +- b --- b.a                   c is proposed and never run: it has no draft KV
+                  `- c
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from folospec.core.token_tree import TokenTree
 from folospec.sampling import noise
 from folospec.sampling.constraints import SamplingRow
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import process
-from folospec.sampling.sampler import NO_TOKEN, draw_target
+from folospec.sampling.sampler import NO_TOKEN
+from folospec.spec.acceptance_table import tried_nodes
+from folospec.spec.children import Children, Place, draw_children
 from folospec.spec.draft_runner import DraftRunner, Rows
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow
+from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome
+from folospec.spec.drafting import DRAFTING_OPTIONS, RankAcceptance, read_drafting
+from folospec.spec.growth import Growth
 from folospec.spec.proposal import Proposal
 
-DRAFTING_OPTIONS: Mapping[str, Any] = {"greedy_drafts": False}
-"""The options that every drafter of this kind has, with their defaults."""
-
-
-@dataclass(slots=True)
-class _Chain:
-    """The draft of one sequence as it grows: `laws` are log-probabilities [vocab_size] each."""
-
-    row: DraftRow
-    token_ids: list[int] = field(default_factory=list)
-    laws: list[Tensor] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
-    ended: bool = False
-
-    @property
-    def has_room(self) -> bool:
-        return not self.ended and len(self.token_ids) < min(
-            self.row.max_draft_tokens, self.row.max_depth
-        )
-
-    def sampling_row(self) -> SamplingRow:
-        row = self.row
-        return SamplingRow(
-            params=row.params,
-            prompt_token_ids=row.token_ids[: row.num_prompt_tokens],
-            output_token_ids=row.token_ids[row.num_prompt_tokens :],
-            draft_token_ids=self.token_ids,
-            is_draft=True,
-        )
+__all__ = ["DRAFTING_OPTIONS", "ModelDrafter"]
 
 
 class ModelDrafter(Drafter):
@@ -58,63 +41,156 @@ class ModelDrafter(Drafter):
     Drafts are drawn through the request's own sampling pipeline. Under `coupled` they look the
     target's noise up, so that draft and target agree whenever their laws nearly do (Daliri et al.,
     arXiv 2408.07978); under `rejection` and `block` they have noise of their own, as those rules
-    demand. `greedy_drafts=True` proposes the arg-max instead, as a one-hot law.
+    demand.
 
     Args:
         options: those of `DRAFTING_OPTIONS`, read from the user's.
         runner: without a `kv_owner` its KV is the target's, which always covers the tokens before
             the root.
+
+    Raises:
+        ValueError: an option is out of range, or does not go with the acceptance rule.
     """
 
     def __init__(
         self, context: DrafterContext, options: Mapping[str, Any], runner: DraftRunner
     ) -> None:
         super().__init__(context)
-        self.greedy_drafts = options["greedy_drafts"]
-        if not isinstance(self.greedy_drafts, bool):
-            raise ValueError(f"greedy_drafts must be True or False, got {self.greedy_drafts!r}")
-        self.coupled = context.acceptance == "coupled"
+        self.plan = read_drafting(options, context.acceptance)
+        self.shares_noise = self.plan.shares_noise
+        self.default_num_speculative_tokens = self.plan.default_num_nodes
+        self.max_scratch_slots = self.plan.num_scratch_slots(self.num_speculative_tokens)
+        self.ranks = RankAcceptance(options["rank_acceptance"])
         self.stream = context.stream
         self.target_vocab_size = context.vocab_size
         self.runner = runner
+        self._ranks_of: dict[str, list[int]] = {}
 
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        chains = [_Chain(row) for row in rows]
-        active = chains
-        logits = self._forward([self._catch_up_rows(row) for row in rows])
+        growths = [Growth(row, self.plan, self.ranks) for row in rows]
+        logits = self.catch_up(rows)
+        active = [growth for growth in growths if growth.frontier]
+        while active:
+            self._grow(active, logits)
+            active = [growth for growth in active if growth.frontier]
+            if active:
+                logits = self.run([growth.next_rows(self._fit) for growth in active])
+        return [self._proposal(growth) for growth in growths]
+
+    def catch_up(self, rows: Sequence[DraftRow]) -> Tensor:
+        """Run the committed tokens that the model has not seen, and the root, whose logits are the
+        first draft's even where its KV exists: float [num_rows, vocab_size of the target]."""
+        logits = self.run([self._catch_up_rows(row) for row in rows])
         if self.kv_owner is not None:
             for row in rows:
                 row.num_draft_computed = len(row.token_ids)
-        while active:
-            self._extend(active, logits)
-            active = [chain for chain in active if chain.has_room]
-            if active:
-                logits = self._forward([self._next_rows(chain) for chain in active])
-        return [self._proposal(chain) for chain in chains]
+        return logits
 
-    def _extend(self, chains: list[_Chain], logits: Tensor) -> None:
-        """Draw the next draft token of each chain; logits are [num_chains, vocab_size]."""
-        log_probs = process(logits, [chain.sampling_row() for chain in chains])
-        token_ids = self._draw(log_probs, chains)
-        confidence = logits.log_softmax(-1).exp().gather(-1, token_ids.clamp(min=0)[:, None])
-        for index, chain in enumerate(chains):
-            token_id = int(token_ids[index])
-            if token_id == NO_TOKEN:  # the request's options leave nothing to draft here
-                chain.ended = True
+    def run(self, batch: list[Rows]) -> Tensor:
+        """Run rows of the draft model: the wanted logits, float [num_logits, vocab_size of the
+        target]. What only the target's vocabulary has is -inf."""
+        logits = self.runner.forward(batch).logits
+        missing = self.target_vocab_size - logits.shape[-1]
+        return (
+            torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+        )
+
+    def draw(
+        self, logits: Tensor, places: Sequence[tuple[DraftRow, Sequence[int]]]
+    ) -> tuple[list[int], list[float], Tensor]:
+        """Draw one draft token after each place, as a chain would.
+
+        Args:
+            logits: float [num_places, vocab_size].
+            places: a sequence, and the draft tokens between its root and the place.
+
+        Returns:
+            the token ids (`NO_TOKEN` where the request leaves none), the confidence in them, and
+            the log-probabilities they were drawn from, [num_places, vocab_size].
+        """
+        log_probs = self._log_probs(logits, places)
+        wanted = [self._place(row, len(path), len(path), 1) for row, path in places]
+        drawn = draw_children(self.plan.children, log_probs, wanted)
+        return (
+            [c.token_ids[0] if c.token_ids else NO_TOKEN for c in drawn],
+            [c.confidence[0] if c.confidence else 0.0 for c in drawn],
+            log_probs,
+        )
+
+    def observe(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            ranks = self._ranks_of.pop(outcome.seq_id, None)
+            if ranks is not None:
+                self.ranks.record((ranks[own], won) for own, won in tried_nodes(outcome))
+
+    def drop(self, seq_id: str) -> None:
+        self._ranks_of.pop(seq_id, None)
+
+    def stats(self) -> dict[str, Any]:
+        return {"rank_acceptance": self.ranks.estimates()}
+
+    def _grow(self, growths: list[Growth], logits: Tensor) -> None:
+        """Draw the children of every frontier node; logits are [num_frontier_nodes, vocab_size], in
+        the order of the growths and their frontiers."""
+        at = [(growth, node) for growth in growths for node in growth.frontier]
+        paths = [(growth.row, growth.path_token_ids(node)) for growth, node in at]
+        log_probs = self._log_probs(logits, paths)
+        places = [
+            self._place(row, len(path), node + 1, growth.width(node))
+            for (growth, node), (row, path) in zip(at, paths, strict=True)
+        ]
+        drawn = draw_children(self.plan.children, log_probs, places)
+        for (growth, node), children in zip(at, drawn, strict=True):
+            self._use_own_confidence(growth.row, children)
+            growth.add(node, children)
+        for growth in growths:
+            growth.advance()
+
+    def _use_own_confidence(self, row: DraftRow, children: Children) -> None:
+        """Sampled drafts under a ratio rule: what is said of a node may not look at its token, so
+        it is what children of its rank have met with so far."""
+        if not self.shares_noise and self.plan.is_sampled and not row.params.greedy:
+            estimates = self.ranks.estimates()
+            count = len(children.token_ids)
+            children.confidence = [estimates[min(r, len(estimates) - 1)] for r in range(count)]
+
+    def _log_probs(
+        self, logits: Tensor, places: Sequence[tuple[DraftRow, Sequence[int]]]
+    ) -> Tensor:
+        return process(
+            logits,
+            [
+                SamplingRow(
+                    params=row.params,
+                    prompt_token_ids=row.prompt_token_ids,
+                    output_token_ids=row.output_token_ids,
+                    draft_token_ids=path,
+                    is_draft=True,
+                )
+                for row, path in places
+            ],
+            soften_greedy=True,
+        )
+
+    def _place(self, row: DraftRow, depth: int, parent_row: int, count: int) -> Place:
+        temperature = row.params.temperature
+        keys: list[int] = []
+        if temperature > 0 and self.plan.is_sampled:
+            if self.plan.uses_target_noise:
+                codes = [int(Purpose.TARGET)]
+                position = row.root_position + 1 + depth
             else:
-                chain.token_ids.append(token_id)
-                chain.laws.append(log_probs[index])
-                chain.confidence.append(float(confidence[index]))
+                draws = count if self.plan.children == "iid" else 1
+                streams = [self.stream + (draw << 10) for draw in range(draws)]
+                codes = [noise.purpose_code(Purpose.DRAFT, parent_row, s) for s in streams]
+                position = row.root_position
+            keys = [noise.key(row.seed, row.sample_index, position, code) for code in codes]
+        return Place(count, keys, temperature)
 
     def _catch_up_rows(self, row: DraftRow) -> Rows:
-        # The root is fed even where its KV exists: its logits are the first draft's.
         computed = row.root_position if self.kv_owner is None else row.num_draft_computed
         start = min(computed, row.root_position)
         return Rows(self._fit(row.token_ids[start:]), start, row.block_table)
-
-    def _next_rows(self, chain: _Chain) -> Rows:
-        start = chain.row.root_position + len(chain.token_ids)
-        return Rows(self._fit(chain.token_ids[-1:]), start, chain.row.block_table)
 
     def _fit(self, token_ids: Sequence[int]) -> list[int]:
         """Ids of padding rows that only the target has are read as the draft's last: a poor guess,
@@ -122,40 +198,7 @@ class ModelDrafter(Drafter):
         last = self.runner.vocab_size - 1
         return [min(token_id, last) for token_id in token_ids]
 
-    def _forward(self, batch: list[Rows]) -> Tensor:
-        logits = self.runner.forward(batch).logits
-        missing = self.target_vocab_size - logits.shape[-1]
-        return (
-            torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
-        )
-
-    def _draw(self, log_probs: Tensor, chains: list[_Chain]) -> Tensor:
-        if self.greedy_drafts:
-            possible = log_probs.amax(-1) > -torch.inf
-            return torch.where(possible, log_probs.argmax(-1), NO_TOKEN)
-        keys = [self._noise_key(chain.row, len(chain.token_ids)) for chain in chains]
-        return draw_target(log_probs, noise.key_tensor(keys, log_probs.device))
-
-    def _noise_key(self, row: DraftRow, num_drafts: int) -> int:
-        if self.coupled:
-            position, purpose = row.root_position + 1 + num_drafts, int(Purpose.TARGET)
-        else:
-            position, purpose = (
-                row.root_position,
-                noise.purpose_code(Purpose.DRAFT, row=num_drafts, stream=self.stream),
-            )
-        return noise.key(row.seed, row.sample_index, position, purpose)
-
-    def _proposal(self, chain: _Chain) -> Proposal | None:
-        if not chain.token_ids:
-            return None
-        one_hot = self.greedy_drafts or self.coupled
-        return Proposal(
-            TokenTree.chain(chain.token_ids),
-            draft_probs=None if one_hot else torch.stack(chain.laws).exp(),
-            confidence=chain.confidence,
-            draft_slots=self._draft_slots(len(chain.token_ids)),
-        )
-
-    def _draft_slots(self, length: int) -> dict[str, list[int | None]]:
-        return {} if self.kv_owner is None else {self.kv_owner: [*range(1, length), None]}
+    def _proposal(self, growth: Growth) -> Proposal | None:
+        proposal, ranks = growth.finish(self.kv_owner, with_laws=not self.shares_noise)
+        self._ranks_of[growth.row.seq_id] = ranks
+        return proposal
