@@ -52,16 +52,19 @@ class Children:
     they are one-hot."""
 
 
-def draw_children(how: str, log_probs: Tensor, places: Sequence[Place]) -> list[Children]:
+def draw_children(
+    how: str, log_probs: Tensor, places: Sequence[Place], sharpness: float = 1.0
+) -> list[Children]:
     """Draw the children of every place.
 
     Args:
         how: one of `CHILDREN`.
         log_probs: float [num_places, vocab_size], the draft laws after the request's own pipeline;
             of greedy requests the law at temperature 1, so that there is more than one token.
+        sharpness: of the confidence, see `_chances`.
     """
     if how == "iid" and any(place.temperature > 0 for place in places):
-        return _iid(log_probs, places)
+        return _iid(log_probs, places, sharpness)
     scores = log_probs
     if how in ("coupled", "without_replacement"):
         scores = _perturbed(log_probs, places)
@@ -71,7 +74,8 @@ def draw_children(how: str, log_probs: Tensor, places: Sequence[Place]) -> list[
         values = scores.gather(-1, token_ids)
     else:
         values, token_ids = scores.topk(most, -1)
-    chances = _chances(scores, places) if how == "coupled" else log_probs.exp()
+    knows_noise = how == "coupled" or all(place.temperature == 0 for place in places)
+    chances = _chances(scores, places, sharpness) if knows_noise else log_probs.exp()
     chances = chances.gather(-1, token_ids)
     drawn = []
     for index, (place, ids, row, chance) in enumerate(
@@ -97,23 +101,22 @@ def _perturbed(log_probs: Tensor, places: Sequence[Place]) -> Tensor:
     return scores
 
 
-def _chances(scores: Tensor, places: Sequence[Place]) -> Tensor:
+def _chances(scores: Tensor, places: Sequence[Place], sharpness: float) -> Tensor:
     """The chance of every token to be the target's, given the noise: [num_places, vocab_size].
 
     `scores` are log draft_probs + g, and the target's are log target_probs + g. They differ by the
     difference of the two models' logits over the temperature. If that difference were itself
-    Gumbel noise of scale 1, for each token its own, the target's token would be x with probability
+    Gumbel noise of scale 1 / sharpness, for each token its own, the target's token would be x with
+    probability
 
-        softmax(temperature * scores)[x],
+        softmax(sharpness * temperature * scores)[x].
 
-    which at temperature 0, where there is no noise to know, is what the draft model says. How well
-    it predicts is measured: `docs/acceptance.md`.
+    With the sharpness 1, at temperature 0, it is what the draft model says. The closer the models,
+    the greater the sharpness; `drafting.Sharpness` measures it.
     """
-    temperatures = [place.temperature or 1.0 for place in places]
-    if any(temperature != 1.0 for temperature in temperatures):
-        column = torch.tensor(temperatures, dtype=scores.dtype, device=scores.device)[:, None]
-        scores = scores * column
-    return scores.softmax(-1)
+    scale = [sharpness * (place.temperature or 1.0) for place in places]
+    column = torch.tensor(scale, dtype=scores.dtype, device=scores.device)[:, None]
+    return (scores * column).softmax(-1)
 
 
 def _add_laws(children: Children, probs: Tensor) -> None:
@@ -130,11 +133,11 @@ def _add_laws(children: Children, probs: Tensor) -> None:
     children.laws = torch.stack(laws) if laws else None
 
 
-def _iid(log_probs: Tensor, places: Sequence[Place]) -> list[Children]:
+def _iid(log_probs: Tensor, places: Sequence[Place], sharpness: float) -> list[Children]:
     drawn = []
     for row, place in zip(log_probs, places, strict=True):
         if place.temperature == 0:
-            drawn += draw_children("top_k", row[None], [place])
+            drawn += draw_children("top_k", row[None], [place], sharpness)
         elif float(row.amax()) == NEG_INF:
             drawn.append(Children([], []))
         else:

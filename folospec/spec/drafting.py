@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -197,3 +198,24 @@ class RankAcceptance:
                 )
             ]
             self._figures = tuple(min(measured[: rank + 1]) for rank in range(len(measured)))
+
+
+class Sharpness:
+    """How sharply a draft model's scores tell the target's token (`children._chances`), measured as
+    drafts are verified.
+
+    A first child's confidence rises with the sharpness, so there is one with which first children
+    are accepted as often as they were expected to be. Every verified draft moves it a little
+    towards that.
+    """
+
+    START, STEP, RANGE = 1.25, 0.01, (0.2, 20.0)
+
+    def __init__(self) -> None:
+        self.value = self.START
+
+    def record(self, trials: Iterable[tuple[float, bool]]) -> None:
+        """Learn from (confidence, accepted) of first children whose parent was accepted."""
+        surprise = sum(accepted - confidence for confidence, accepted in trials)
+        low, high = self.RANGE
+        self.value = min(max(self.value * math.exp(self.STEP * surprise), low), high)

@@ -14,6 +14,7 @@ slots behind the root fill up in the order in which nodes are run:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,11 +29,21 @@ from folospec.spec.acceptance_table import tried_nodes
 from folospec.spec.children import Children, Place, draw_children
 from folospec.spec.draft_runner import DraftRunner, Rows
 from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome
-from folospec.spec.drafting import DRAFTING_OPTIONS, RankAcceptance, read_drafting
+from folospec.spec.drafting import DRAFTING_OPTIONS, RankAcceptance, Sharpness, read_drafting
 from folospec.spec.growth import Growth
 from folospec.spec.proposal import Proposal
 
 __all__ = ["DRAFTING_OPTIONS", "ModelDrafter"]
+
+
+@dataclass(slots=True)
+class _Proposed:
+    """What is to be learned from a proposal, per node."""
+
+    ranks: list[int]
+    confidence: list[float]
+    scores_known: bool
+    """The confidence comes from all that decides: the draft model's scores, the noise included."""
 
 
 class ModelDrafter(Drafter):
@@ -61,10 +72,11 @@ class ModelDrafter(Drafter):
         self.default_num_speculative_tokens = self.plan.default_num_nodes
         self.max_scratch_slots = self.plan.num_scratch_slots(self.num_speculative_tokens)
         self.ranks = RankAcceptance(options["rank_acceptance"])
+        self.sharpness = Sharpness()
         self.stream = context.stream
         self.target_vocab_size = context.vocab_size
         self.runner = runner
-        self._ranks_of: dict[str, list[int]] = {}
+        self._proposed: dict[str, _Proposed] = {}
 
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
         growths = [Growth(row, self.plan, self.ranks) for row in rows]
@@ -110,7 +122,7 @@ class ModelDrafter(Drafter):
         """
         log_probs = self._log_probs(logits, places)
         wanted = [self._place(row, len(path), len(path), 1) for row, path in places]
-        drawn = draw_children(self.plan.children, log_probs, wanted)
+        drawn = draw_children(self.plan.children, log_probs, wanted, self.sharpness.value)
         return (
             [c.token_ids[0] if c.token_ids else NO_TOKEN for c in drawn],
             [c.confidence[0] if c.confidence else 0.0 for c in drawn],
@@ -119,15 +131,20 @@ class ModelDrafter(Drafter):
 
     def observe(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
-            ranks = self._ranks_of.pop(outcome.seq_id, None)
-            if ranks is not None:
-                self.ranks.record((ranks[own], won) for own, won in tried_nodes(outcome))
+            proposed = self._proposed.pop(outcome.seq_id, None)
+            if proposed is None:
+                continue
+            tried = list(tried_nodes(outcome))
+            self.ranks.record((proposed.ranks[node], won) for node, won in tried)
+            if proposed.scores_known:
+                first = [(node, won) for node, won in tried if proposed.ranks[node] == 0]
+                self.sharpness.record((proposed.confidence[node], won) for node, won in first)
 
     def drop(self, seq_id: str) -> None:
-        self._ranks_of.pop(seq_id, None)
+        self._proposed.pop(seq_id, None)
 
     def stats(self) -> dict[str, Any]:
-        return {"rank_acceptance": self.ranks.estimates()}
+        return {"rank_acceptance": self.ranks.estimates(), "sharpness": self.sharpness.value}
 
     def _grow(self, growths: list[Growth], logits: Tensor) -> None:
         """Draw the children of every frontier node; logits are [num_frontier_nodes, vocab_size], in
@@ -139,7 +156,7 @@ class ModelDrafter(Drafter):
             self._place(row, len(path), node + 1, growth.width(node))
             for (growth, node), (row, path) in zip(at, paths, strict=True)
         ]
-        drawn = draw_children(self.plan.children, log_probs, places)
+        drawn = draw_children(self.plan.children, log_probs, places, self.sharpness.value)
         for (growth, node), children in zip(at, drawn, strict=True):
             self._use_own_confidence(growth.row, children)
             growth.add(node, children)
@@ -200,5 +217,7 @@ class ModelDrafter(Drafter):
 
     def _proposal(self, growth: Growth) -> Proposal | None:
         proposal, ranks = growth.finish(self.kv_owner, with_laws=not self.shares_noise)
-        self._ranks_of[growth.row.seq_id] = ranks
+        if proposal is not None:
+            known = self.plan.children == "coupled" or growth.row.params.greedy
+            self._proposed[growth.row.seq_id] = _Proposed(ranks, proposal.confidence or [], known)
         return proposal
