@@ -33,3 +33,7 @@ def test_example_runs_and_shows_what_it_says(name: str, capsys: pytest.CaptureFi
     text, count = SHOWS[name]
     assert printed.count(text) >= count
     assert "equal: no" not in printed
+
+
+def test_a_drafter_of_ones_own_takes_less_than_40_lines() -> None:
+    assert len((EXAMPLES / "05_custom_drafter.py").read_text().splitlines()) < 40
