@@ -3,6 +3,7 @@ lives elsewhere."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -78,7 +79,7 @@ class SpeculativeConfig:
     acceptance: str = "coupled"
     """"coupled": the same tokens as without speculation. "rejection" and "block": the same law."""
     adaptive: bool = False
-    """Choose the draft length per request from its acceptance so far, at most
+    """Choose the depth of drafts per request from its acceptance so far, at most
     `num_speculative_tokens`."""
 
     def __post_init__(self) -> None:
@@ -186,6 +187,8 @@ class EngineConfig:
     """Raise a drafter's exception; otherwise it loses its turn, and the event is logged and
     counted."""
     trust_remote_code: bool = False
+    trace: str | os.PathLike[str] | None = None
+    """File that every step is written to, as a line of JSON; one that exists is replaced."""
 
     def __post_init__(self) -> None:
         _require(
@@ -227,6 +230,8 @@ class EngineConfig:
         _require(is_int, "seed", self.seed, "an integer")
         named = self.tokenizer is None or isinstance(self.tokenizer, str)
         _require(named, "tokenizer", self.tokenizer, "None, a path, a hub id or a bundled name")
+        ok = self.trace is None or _is_name(self.trace) or isinstance(self.trace, os.PathLike)
+        _require(ok, "trace", self.trace, "None or the path of a file")
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -86,7 +86,7 @@ class Speculation:
     def num_draft_slots(self, request: Request, seq: Sequence) -> int:
         """How many slots to reserve behind the root, scratch included; the last token of the output
         is never drafted, it is the bonus."""
-        length = self.planner.draft_length(seq.seq_id, request.params.num_speculative_tokens)
+        length = self.planner.num_draft_tokens(request.params.num_speculative_tokens)
         drafters = self._allowed(request)
         if not drafters or length == 0 or request.room(seq) <= 1:
             return 0
@@ -121,7 +121,7 @@ class Speculation:
 
     def _merged(self, candidate: Candidate, proposals: list[Proposal]) -> Proposal:
         """One tree of the proposals, no deeper than the output can become."""
-        seq_id, max_depth = candidate.seq.seq_id, candidate.request.room(candidate.seq) - 1
+        seq_id, max_depth = candidate.seq.seq_id, self._max_depth(candidate)
         if len(proposals) == 1 and max(proposals[0].tree.depths) <= max_depth:
             merged = proposals[0]
             sources = [{node: node for node in range(len(merged))}]
@@ -137,6 +137,10 @@ class Speculation:
             self._own_nodes[proposal.drafter, seq_id] = nodes
         return merged
 
+    def _max_depth(self, candidate: Candidate) -> int:
+        seq = candidate.seq
+        return self.planner.max_depth(seq.seq_id, candidate.request.room(seq) - 1)
+
     def _ask_all(self, drafter: Drafter, asked: list[Candidate]) -> list[Proposal | None]:
         if not asked:
             return []
@@ -149,14 +153,14 @@ class Speculation:
 
     def _row(self, drafter: Drafter, candidate: Candidate) -> DraftRow:
         seq, request = candidate.seq, candidate.request
-        length = self.planner.draft_length(seq.seq_id, request.params.num_speculative_tokens)
+        length = self.planner.num_draft_tokens(request.params.num_speculative_tokens)
         owner = drafter.kv_owner
         return DraftRow(
             seq_id=seq.seq_id,
             token_ids=seq.token_ids,
             num_prompt_tokens=seq.num_prompt_tokens,
             max_draft_tokens=min(length, drafter.num_speculative_tokens, candidate.num_draft_slots),
-            max_depth=request.room(seq) - 1,
+            max_depth=self._max_depth(candidate),
             num_slots=candidate.num_draft_slots,
             params=request.params,
             seed=request.seed,
@@ -236,7 +240,8 @@ class Speculation:
                 num_drafts, num_accepted = seen.proposal.num_draft_tokens, seen.verdict.num_accepted
                 if num_drafts > 0:
                     self.stats.record_draft(seen.request.group.metrics, num_drafts, num_accepted)
-                    self.planner.observe(seen.seq.seq_id, num_drafts, num_accepted)
+                    depth = max(seen.proposal.tree.depths)
+                    self.planner.observe(seen.seq.seq_id, depth, num_accepted)
 
     def observe(self, observed: list[Observed], result: ForwardResult) -> None:
         """Tell the drafters what became of the step, then to forget what is finished."""

@@ -1,0 +1,159 @@
+"""Every method of the table, by name, on the bundled models: drafts are made, some are accepted,
+some are rejected, and the tokens are those of plain decoding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import assert_speculated
+
+from folospec import LLM, RequestOutput, SamplingParams
+from folospec.spec import drafters
+from folospec.spec.drafters.base import known_drafters
+
+CODE = """class Stack:
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):
+        self.items.append(item)
+
+    def pop(self):
+        return self.items.pop()
+
+
+class Queue:
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):"""
+PROMPTS = [
+    CODE,
+    "import os\nimport sys\nimport json\nimport random\nimport",
+    "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n\n\ndef mul(a, b):",
+    "x = [1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2,",
+]
+PREDICTION = """
+        self.items.append(item)
+
+    def pop(self):
+        return self.items.pop(0)
+"""
+DRAFT = {"method": "draft_model"}
+
+METHODS: dict[str, Any] = {
+    "ngram": "ngram",
+    "ngram, several matches": {"method": "ngram", "num_matches": 3, "num_speculative_tokens": 12},
+    "suffix": "suffix",
+    "suffix, chain": {"method": "suffix", "tree": False},
+    "nasd": "nasd",
+    "nasd, one level": {"method": "nasd", "store": "one_level"},
+    "nasd, entropy-gated": {"method": "nasd", "egag": True},
+    "anpd": {"method": "nasd", "filler_top_k": 1},
+    "token_recycling": "token_recycling",
+    "lookahead": "lookahead",
+    "prediction": "prediction",
+    "draft_model": DRAFT,
+    "draft_model, expansion": {**DRAFT, "tree": [3, 2, 1]},
+    "draft_model, sequoia": {**DRAFT, "tree": "sequoia"},
+    "draft_model, dynamic": {**DRAFT, "tree": "dynamic"},
+    "draft_model, top k": {**DRAFT, "tree": [3, 2], "children": "top_k"},
+    "draft_model, i.i.d.": {**DRAFT, "tree": [3, 2], "children": "iid"},
+    "draft_model, without replacement": {
+        **DRAFT,
+        "tree": [3, 2],
+        "children": "without_replacement",
+    },
+    "two draft models, merged": {
+        "drafters": [{**DRAFT, "tree": [2, 1]}, {**DRAFT, "model": "folospec-demo", "tree": [1]}],
+        "merge": True,
+    },
+    "ouroboros": "ouroboros",
+    "quantized": "quantized",
+    "quantized, tree": {"method": "quantized", "tree": [2, 1, 1]},
+    "layer_skip": "layer_skip",
+    "layer_skip, skip set": {"method": "layer_skip", "skip_attention": [3, 4], "skip_mlp": [4]},
+    "in order of precedence": ["suffix", "prediction", "draft_model"],
+    "merged": {"drafters": ["suffix", {**DRAFT, "tree": "dynamic"}, "ngram"], "merge": True},
+}
+GREEDY_ONLY = {"draft_model, dynamic", "merged"}
+"""Those that choose among drawn tokens, which a ratio rule forbids."""
+ALMOST_NEVER_WRONG = {"quantized"}
+"""Its chains may all be accepted in so short a run; what is wrong is seen in `test_self_drafts`."""
+CHAINS = ["ngram", "suffix, chain", "nasd", "draft_model", "quantized", "layer_skip"]
+
+
+def params() -> list[SamplingParams]:
+    """Greedy and sampled requests, of which one says what it expects."""
+    common: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
+    return [
+        SamplingParams(temperature=0, **common),
+        SamplingParams(temperature=0.8, seed=1, **common),
+        SamplingParams(temperature=0, repetition_penalty=1.1, **common),
+        SamplingParams(temperature=0.6, top_p=0.9, seed=2, n=2, **common),
+    ]
+
+
+def expecting(requests: list[SamplingParams]) -> list[SamplingParams]:
+    return [replace(request, prediction=PREDICTION) for request in requests]
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in output.outputs] for output in outputs]
+
+
+def run(speculative: Any, **options: Any) -> tuple[list[list[list[int]]], dict[str, Any]]:
+    llm = LLM(
+        "folospec-demo", speculative=speculative, dtype="float64", strict_drafters=True, **options
+    )
+    takes_prediction = llm.engine.speculation.needs.prediction
+    requests = expecting(params()) if takes_prediction else params()
+    outputs = llm.generate(PROMPTS, requests, use_tqdm=False)
+    return tokens_of(outputs), llm.stats()
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[list[list[int]]]:
+    return run(None)[0]
+
+
+def as_mapping(settings: Any) -> dict[str, Any]:
+    if isinstance(settings, str):
+        return {"method": settings}
+    return {"drafters": settings} if isinstance(settings, list) else dict(settings)
+
+
+def test_the_table_names_every_drafter_that_comes_with_folospec() -> None:
+    used = {
+        drafter if isinstance(drafter, str) else drafter["method"]
+        for settings in METHODS.values()
+        for drafter in as_mapping(settings).get("drafters", [settings])
+    }
+    folder = Path(drafters.__file__).parent
+    assert used == {name for name in known_drafters() if (folder / f"{name}.py").is_file()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_are_those_of_plain_decoding(method: str, plain: Any) -> None:
+    tokens, stats = run(METHODS[method])
+    assert tokens == plain
+    assert_speculated(stats, rejected=method not in ALMOST_NEVER_WRONG)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - GREEDY_ONLY))
+def test_greedy_tokens_are_those_of_plain_decoding_under_rejection(method: str, plain: Any) -> None:
+    tokens, stats = run({**as_mapping(METHODS[method]), "acceptance": "rejection"})
+    for request, found, expected in zip(params(), tokens, plain, strict=True):
+        if request.greedy:
+            assert found == expected
+    assert_speculated(stats, rejected=method not in ALMOST_NEVER_WRONG)
+
+
+@pytest.mark.parametrize("method", CHAINS)
+def test_chains_are_judged_by_block_verification_too(method: str, plain: Any) -> None:
+    tokens, stats = run({**as_mapping(METHODS[method]), "acceptance": "block"})
+    assert tokens[0] == plain[0]
+    assert_speculated(stats, rejected=method not in ALMOST_NEVER_WRONG)
