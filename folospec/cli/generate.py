@@ -19,6 +19,7 @@ from folospec.cli.render import (
     write,
 )
 from folospec.cli.runner import EXIT_INTERRUPTED, Interrupt, Run, drive, submit
+from folospec.cli.steps import StepsView
 from folospec.config import SpeculativeConfig
 
 if TYPE_CHECKING:
@@ -119,7 +120,12 @@ def _read_names(text: str) -> dict[str, str] | list[dict[str, str]]:
 
 
 def complete(
-    engine: LLMEngine, prompts: list[str], params: SamplingParams, *, as_json: bool
+    engine: LLMEngine,
+    prompts: list[str],
+    params: SamplingParams,
+    *,
+    as_json: bool,
+    show_steps: bool = False,
 ) -> int:
     """Complete the prompts, print what comes, and return the exit code."""
     request_ids = submit(engine, prompts, [params] * len(prompts))
@@ -127,6 +133,10 @@ def complete(
         if as_json:
             run = _run_with_bar(engine, request_ids, interrupt)
             _print_json(run)
+        elif show_steps:
+            labelled = len(prompts) > 1 or params.n > 1
+            run = _run_with_steps(engine, request_ids, interrupt, labelled=labelled)
+            print_run(console(), run)
         elif len(prompts) == 1 and params.n == 1:
             run = _stream(engine, request_ids, prompts[0], interrupt)
         else:
@@ -170,6 +180,15 @@ def _run_with_bar(engine: LLMEngine, request_ids: list[str], interrupt: Interrup
             bar.update(task, note=f"{sum(num_tokens.values())} tokens")
 
         return drive(engine, request_ids, interrupt, show)
+
+
+def _run_with_steps(
+    engine: LLMEngine, request_ids: list[str], interrupt: Interrupt, *, labelled: bool
+) -> Run:
+    view = StepsView(console(), labelled=labelled)
+    view.show_header(engine.tracer.header)
+    engine.on_step = view.show
+    return drive(engine, request_ids, interrupt)
 
 
 def _print_json(run: Run) -> None:

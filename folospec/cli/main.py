@@ -59,7 +59,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME|JSON",
-            help='ngram, draft_model:PATH, or {"method": ..., ...}. folospec-demo has a draft '
+            help="ngram, draft_model:PATH, several with commas, or JSON. folospec-demo has a draft "
             "model of its own.",
         ),
     ] = None,
@@ -87,6 +87,14 @@ def generate(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Runs of each with --compare. Default: 3.")
     ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write what every step did to a file of JSON lines."),
+    ] = None,
+    show_steps: Annotated[
+        bool,
+        typer.Option("--show-steps", help="Show every step's draft and what became of it."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Complete prompts.
@@ -120,15 +128,34 @@ def generate(
                 raise ValueError("--compare needs --speculative")
             if rounds is not None and not compare:
                 raise ValueError("--rounds needs --compare")
-        options = {"speculative": config, "dtype": dtype, "device": device}
+            if compare and (show_steps or trace is not None):
+                option = "--show-steps" if show_steps else "--trace"
+                raise ValueError(f"{option} would slow what --compare measures; use one of them")
+            if show_steps and json:
+                raise ValueError("--show-steps is for reading; with --json use --trace FILE")
+        options = {"speculative": config, "dtype": dtype, "device": device, "trace": trace}
         engine = make_engine(model, warm_cache=not compare, **options)
         if compare:
             from folospec.cli.compare import compare as run_comparison
 
             code = run_comparison(engine, found, params, rounds=rounds or 3, as_json=json)
         else:
-            code = commands.complete(engine, found, params, as_json=json)
+            code = commands.complete(engine, found, params, as_json=json, show_steps=show_steps)
     raise typer.Exit(code)
+
+
+@app.command()
+def steps(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A trace, as generate --trace writes it.")
+    ],
+) -> None:
+    """Show the steps of a trace: every draft, and what became of it."""
+    with ctrl_c_exits(), bad_input():
+        from folospec.cli.steps import show_trace
+
+        show_trace(file)
+    raise typer.Exit(0)
 
 
 @app.command()

@@ -26,7 +26,7 @@ class LLM:
         speculative: None, a drafter's name, a mapping with "method" and its settings, or a
         `SpeculativeConfig`.
         options: any field of `EngineConfig`: dtype, device, block_size, num_blocks, max_num_seqs,
-            deterministic, seed, ...
+            deterministic, seed, ... `trace="steps.jsonl"` writes what every step did to a file.
 
     Raises:
         ValueError: an option is unknown or out of range, or the model or drafter cannot be used.

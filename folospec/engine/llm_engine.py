@@ -6,14 +6,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
 
 from folospec.config import EngineConfig
 from folospec.core.kv_cache_manager import KVCacheManager
-from folospec.core.scheduler import ScheduledSequence, Scheduler
+from folospec.core.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from folospec.core.sequence import Sequence
 from folospec.core.stats import EngineStats
 from folospec.engine.commit import Committer
@@ -24,6 +24,8 @@ from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.output_processor import Increment, Sent, increments, make_output
 from folospec.engine.request import Request
 from folospec.engine.speculation import Candidate, Speculation
+from folospec.engine.trace import StepTrace, check_path
+from folospec.engine.tracer import Tracer
 from folospec.outputs import RequestOutput
 from folospec.sampling.constraints import NoTokenError
 from folospec.sampling_params import SamplingParams
@@ -38,11 +40,12 @@ class LLMEngine:
     none is unfinished.
 
     Raises:
-        ValueError: the model, drafter, tokenizer or a size cannot be used.
+        ValueError: the model, drafter, tokenizer, a size or the trace file cannot be used.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        check_path(config.trace)
         self.parts = parts = load_parts(config)
         self.tokenizer = parts.tokenizer
         self.manager = KVCacheManager(
@@ -76,6 +79,9 @@ class LLMEngine:
         assert parts.target.kv is not None
         self.committer = Committer(
             self.scheduler, self.speculation, parts.target.kv, self.engine_stats, self.logprobs
+        )
+        self.tracer = Tracer(
+            config, self.manager, self.engine_stats, self.speculation, parts.tokenizer
         )
         self._failed: list[Request] = []
         self._streams: dict[str, deque[RequestOutput]] = {}
@@ -127,17 +133,36 @@ class LLMEngine:
         """Run one step and return a snapshot of every request that got tokens or finished."""
         if not self.requests:
             return []
-        scheduled = self._schedule()
-        assert scheduled, "there are requests, and the oldest can always run"
-        proposals = self._propose(scheduled)
-        judgements, result = self._forward(scheduled, proposals)
+        recorder = self.tracer.begin()
+        schedule = self._schedule()
+        assert schedule.scheduled, "there are requests, and the oldest can always run"
+        proposals = self._propose(schedule.scheduled)
+        judgements, result = self._forward(schedule.scheduled, proposals)
+        if recorder is not None:
+            recorder.add_forward(schedule, judgements)
         shown = self._judge(judgements, result.logits)
         touched, observed = self.committer.commit(judgements, shown)
+        if recorder is not None:
+            recorder.add_commit(observed)
         self.engine_stats.num_steps += 1
         outputs = self._take_outputs(touched)
         # Last, when every request is in order: in strict mode a drafter's failure ends the step.
-        self.speculation.observe(observed, result)
+        try:
+            self.speculation.observe(observed, result)
+        finally:
+            if recorder is not None:
+                self.tracer.finish(recorder)
         return outputs
+
+    @property
+    def on_step(self) -> Callable[[StepTrace], None] | None:
+        """Called at the end of every step with its trace, if set; what it raises comes out of
+        `step`, with every request in order."""
+        return self.tracer.on_step
+
+    @on_step.setter
+    def on_step(self, listener: Callable[[StepTrace], None] | None) -> None:
+        self.tracer.on_step = listener
 
     def _take_outputs(self, touched: list[Request]) -> list[RequestOutput]:
         """End what failed, forget what is finished, and take a snapshot of both and of the rest."""
@@ -195,7 +220,7 @@ class LLMEngine:
             return "law"
         return "bit" if self.config.deterministic is True else "path"
 
-    def _schedule(self) -> list[ScheduledSequence]:
+    def _schedule(self) -> SchedulerOutput:
         output = self.scheduler.schedule(
             lambda seq: self.speculation.num_draft_slots(self._request(seq), seq)
         )
@@ -207,7 +232,7 @@ class LLMEngine:
             self.engine_stats.num_preemptions += 1
             self._request(seq).group.metrics.num_preemptions += 1
         self.speculation.drop(output.preempted, finished=False)
-        return output.scheduled
+        return output
 
     def _propose(self, scheduled: list[ScheduledSequence]) -> dict[str, Proposal]:
         begin = time.perf_counter()
