@@ -225,13 +225,25 @@ class SamplingParams:
             self.logits_processors,
             "callables",
         )
-        for name, kind in (("drafters", str), ("prediction", int)):
-            values = getattr(self, name)
-            if values is None or (name == "prediction" and isinstance(values, str)):
-                continue
-            ok = isinstance(values, Collection) and not isinstance(values, (str, Mapping))
-            ok = ok and all(isinstance(value, kind) for value in values)
-            _require(ok, name, values, f"None or a list of {'names' if kind is str else 'ids'}")
+        _require(
+            self.drafters is None or _is_list_of(str, self.drafters),
+            "drafters",
+            self.drafters,
+            "None or a list of names",
+        )
+        _require(
+            self.prediction is None
+            or isinstance(self.prediction, str)
+            or _is_list_of(int, self.prediction),
+            "prediction",
+            self.prediction,
+            "None, a text or a list of token ids",
+        )
+
+
+def _is_list_of(kind: type, values: Any) -> bool:
+    is_list = isinstance(values, Collection) and not isinstance(values, (str, Mapping))
+    return is_list and all(isinstance(value, kind) for value in values)
 
 
 def _is_int(value: object) -> bool:

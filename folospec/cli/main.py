@@ -59,12 +59,12 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME|JSON",
-            help="ngram, draft_model:PATH, several with commas, or JSON. folospec-demo has a draft "
-            "model of its own.",
+            help="A drafter: ngram, suffix, draft_model:PATH, ... Several with commas, or JSON. "
+            "folospec-demo has a draft model of its own.",
         ),
     ] = None,
     num_speculative_tokens: Annotated[
-        int | None, typer.Option(help="Most draft tokens per step. Default: 5.")
+        int | None, typer.Option(help="Most draft tokens per step. Default: the drafter's own.")
     ] = None,
     acceptance: Annotated[
         str | None, typer.Option(help="coupled (default), rejection or block.")

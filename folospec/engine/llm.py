@@ -23,8 +23,9 @@ class LLM:
 
     Args:
         model: folder, hub id, or a bundled name such as "folospec-demo".
-        speculative: None, a drafter's name, a mapping with "method" and its settings, or a
-        `SpeculativeConfig`.
+        speculative: None, a drafter's name, a mapping with "method" and its settings, a list of
+            these in order of precedence, a mapping with "drafters" and "merge", or a
+            `SpeculativeConfig`.
         options: any field of `EngineConfig`: dtype, device, block_size, num_blocks, max_num_seqs,
             deterministic, seed, ... `trace="steps.jsonl"` writes what every step did to a file.
 

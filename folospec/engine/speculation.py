@@ -129,6 +129,7 @@ class Speculation:
             merged, sources = merge_proposals(
                 proposals,
                 max_nodes=candidate.num_draft_slots,
+                max_draft_tokens=self._max_draft_tokens(candidate),
                 max_depth=max_depth,
                 unite=self.rule.shares_noise,
                 vocab_size=self.vocab_size,
@@ -136,6 +137,10 @@ class Speculation:
         for proposal, nodes in zip(proposals, sources, strict=True):
             self._own_nodes[proposal.drafter, seq_id] = nodes
         return merged
+
+    def _max_draft_tokens(self, candidate: Candidate) -> int:
+        wanted = candidate.request.params.num_speculative_tokens
+        return min(self.planner.num_draft_tokens(wanted), candidate.num_draft_slots)
 
     def _max_depth(self, candidate: Candidate) -> int:
         seq = candidate.seq
@@ -153,13 +158,12 @@ class Speculation:
 
     def _row(self, drafter: Drafter, candidate: Candidate) -> DraftRow:
         seq, request = candidate.seq, candidate.request
-        length = self.planner.num_draft_tokens(request.params.num_speculative_tokens)
         owner = drafter.kv_owner
         return DraftRow(
             seq_id=seq.seq_id,
             token_ids=seq.token_ids,
             num_prompt_tokens=seq.num_prompt_tokens,
-            max_draft_tokens=min(length, drafter.num_speculative_tokens, candidate.num_draft_slots),
+            max_draft_tokens=min(self._max_draft_tokens(candidate), drafter.num_speculative_tokens),
             max_depth=self._max_depth(candidate),
             num_slots=candidate.num_draft_slots,
             params=request.params,
@@ -240,8 +244,9 @@ class Speculation:
                 num_drafts, num_accepted = seen.proposal.num_draft_tokens, seen.verdict.num_accepted
                 if num_drafts > 0:
                     self.stats.record_draft(seen.request.group.metrics, num_drafts, num_accepted)
-                    depth = max(seen.proposal.tree.depths)
-                    self.planner.observe(seen.seq.seq_id, depth, num_accepted)
+                    depths = seen.proposal.tree.depths
+                    judged = (d for n, d in enumerate(depths) if seen.proposal.is_candidate(n))
+                    self.planner.observe(seen.seq.seq_id, max(judged), num_accepted)
 
     def observe(self, observed: list[Observed], result: ForwardResult) -> None:
         """Tell the drafters what became of the step, then to forget what is finished."""

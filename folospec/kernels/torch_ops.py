@@ -1,10 +1,12 @@
-"""The plain torch form of the small ops of a decoder layer: the oracle any faster form is judged
-by.
+"""The plain torch form of the ops of a decoder layer: the oracle any faster form is judged by.
 
-Every op works on one row at a time: a row's bits do not depend on the rows beside it.
+Every op works on one row at a time. Outside the matrix products, whose sums torch may order by the
+number of rows, a row's bits do not depend on the rows beside it.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,3 +35,64 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Int8Weight(NamedTuple):
+    """The weight of a linear as integers: row o of it is `values[o] * scale[o]`."""
+
+    values: Tensor
+    """int8 [out, in], in -127 .. 127."""
+    scale: Tensor
+    """[out], above 0; float32, or float64 for a float64 weight."""
+
+
+def quantize_int8(weight: Tensor) -> Int8Weight:
+    """Round every output channel to 255 even steps around 0, symmetrically; its largest entry
+    becomes +-127. An entry is off by half a step at most: |weight - values * scale| <= scale / 2.
+
+    Args:
+        weight: [out, in] floats. A channel of zeros stays one.
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    scale = (wide.abs().amax(dim=1) / 127).clamp(min=torch.finfo(wide.dtype).tiny)
+    return Int8Weight((wide / scale[:, None]).round().to(torch.int8), scale)
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ (weight * scale).T + bias`, with integer weights and float activations. The scale of a
+    channel is a factor of its whole sum, so it is applied to the sum. This form widens the whole
+    matrix at every call: it saves memory, and on large matrices it is far slower than floats.
+
+    Args:
+        x: [..., in] floats.
+        weight: int8 [out, in].
+        scale: [out] floats.
+        bias: [out], of the type of `x`.
+
+    Returns:
+        [..., out] of the type of `x`; summed in float32 at least.
+
+    Raises:
+        ValueError: `scale` does not have one entry per output channel.
+    """
+    if scale.shape != weight.shape[:1]:
+        raise ValueError(
+            f"scale must have the shape [{len(weight)}], one entry per output channel, got "
+            f"{list(scale.shape)}"
+        )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = functional.linear(x.to(wide), weight.to(wide)) * scale.to(wide)
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, whichever way the weight is kept.
+
+    Args:
+        x: [..., in] floats.
+        weight: [out, in], of the type of `x`, or its int8 form.
+        bias: [out], of the type of `x`.
+    """
+    if isinstance(weight, Int8Weight):
+        return linear_int8(x, weight.values, weight.scale, bias)
+    return functional.linear(x, weight, bias)

@@ -16,39 +16,46 @@ from torch.nn import functional
 
 from folospec.attention.base import AttentionBackend, LayerKV
 from folospec.attention.metadata import AttentionMetadata
-from folospec.kernels.torch_ops import rms_norm, rotary
+from folospec.kernels.torch_ops import Int8Weight, linear, rms_norm, rotary
 from folospec.models import rope
 from folospec.models.base import ModelSpec, as_logits, check_taps
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+Weight = Tensor | Int8Weight
 
 
 @dataclass(slots=True)
 class DecoderLayer:
-    """The weights of one layer. Hq, Hkv: query and KV heads of D; H: hidden; I: intermediate."""
+    """The weights of one layer. Hq, Hkv: query and KV heads of D; H: hidden; I: intermediate.
+
+    A view of the model may have int8 copies of the four matrices.
+    """
 
     input_norm: Tensor
     """[H]"""
-    qkv: Tensor
+    qkv: Weight
     """[(Hq + 2 Hkv) D, H], query heads first."""
     qkv_bias: Tensor | None
     qk_norm: tuple[Tensor, Tensor] | None
     """[D] each: the norms of every query and every key head (Qwen3)."""
-    output: Tensor
+    output: Weight
     """[H, Hq D]"""
     output_bias: Tensor | None
     post_norm: Tensor
     """[H]"""
-    gate_up: Tensor
+    gate_up: Weight
     """[2 I, H], gate first."""
     gate_up_bias: Tensor | None
-    down: Tensor
+    down: Weight
     """[H, I]"""
     down_bias: Tensor | None
 
 
 class Decoder:
     """The model; weights are uninitialised until the loader has filled `destinations()`.
+
+    `skip_attention` and `skip_mlp` are the layers whose half is left out. There are none but in a
+    view of the model (`views`).
 
     Args:
         hf_config: the checkpoint's transformers config.
@@ -67,15 +74,20 @@ class Decoder:
         self.attention = attention
         self.num_heads = hf_config.num_attention_heads
         self.num_kv_heads, self.head_size = spec.kv_shapes[0]
+        self.inner_size = hf_config.intermediate_size
         self.eps = hf_config.rms_norm_eps
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[hf_config.hidden_act]
         inverse, self.rope_scaling = rope.frequencies(hf_config, self.head_size, spec.max_model_len)
         self.inverse_frequencies = inverse.to(device)
         self.embedding = self._empty(spec.vocab_size, spec.hidden_size)
         tied = hf_config.tie_word_embeddings
-        self.lm_head = self.embedding if tied else self._empty(spec.vocab_size, spec.hidden_size)
+        self.lm_head: Weight = (
+            self.embedding if tied else self._empty(spec.vocab_size, spec.hidden_size)
+        )
         self.final_norm = self._empty(spec.hidden_size)
         self.layers = [self._layer(hf_config) for _ in range(spec.num_layers)]
+        self.skip_attention: frozenset[int] = frozenset()
+        self.skip_mlp: frozenset[int] = frozenset()
 
     def forward(
         self,
@@ -91,29 +103,37 @@ class Decoder:
             metadata.positions, self.inverse_frequencies, self.rope_scaling, stream.dtype
         )
         tapped = {}
-        for index in range(self.config.num_layers):
+        depth = self._depth()
+        for index in range(depth):
             if index in taps:
                 tapped[index] = stream
-            stream = self._run_layer(index, stream, angles, metadata, kv[index])
-        if self.config.num_layers in taps:
-            tapped[self.config.num_layers] = stream
+            if index not in self.skip_attention:
+                stream = stream + self._attend(index, stream, angles, metadata, kv[index])
+            if index not in self.skip_mlp:
+                stream = stream + self._mlp(index, stream)
+        tapped.update((tap, stream) for tap in taps if tap >= depth)
         return rms_norm(stream, self.final_norm, self.eps), tapped
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
-        return as_logits(functional.linear(hidden, self.lm_head))
+        return as_logits(linear(hidden, self.lm_head))
 
     def destinations(self) -> dict[str, Tensor]:
         """Where each tensor of the checkpoint goes: its name -> the view of the weights to fill."""
         named = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.final_norm}
         if self.lm_head is not self.embedding:
-            named["lm_head.weight"] = self.lm_head
+            named["lm_head.weight"] = _loaded(self.lm_head)
         for index, layer in enumerate(self.layers):
             for name, tensor in self._layer_destinations(layer).items():
                 named[f"model.layers.{index}.{name}"] = tensor
         return named
 
-    def _run_layer(
+    def _depth(self) -> int:
+        """Layers up to the last that computes anything."""
+        skipped = self.skip_attention & self.skip_mlp
+        return max((i + 1 for i in range(self.config.num_layers) if i not in skipped), default=0)
+
+    def _attend(
         self,
         index: int,
         stream: Tensor,
@@ -123,7 +143,7 @@ class Decoder:
     ) -> Tensor:
         layer = self.layers[index]
         normed = rms_norm(stream, layer.input_norm, self.eps)
-        heads = functional.linear(normed, layer.qkv, layer.qkv_bias)
+        heads = linear(normed, layer.qkv, layer.qkv_bias)
         heads = heads.view(len(stream), -1, self.head_size)
         rotating = heads[:, : self.num_heads + self.num_kv_heads]
         if layer.qk_norm is not None:
@@ -140,16 +160,19 @@ class Decoder:
             scale=self.head_size**-0.5,
             sliding_window=self.config.sliding_windows[index],
         )
-        stream = stream + functional.linear(attended.flatten(1), layer.output, layer.output_bias)
+        return linear(attended.flatten(1), layer.output, layer.output_bias)
+
+    def _mlp(self, index: int, stream: Tensor) -> Tensor:
+        layer = self.layers[index]
         normed = rms_norm(stream, layer.post_norm, self.eps)
-        gate, up = functional.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return stream + functional.linear(self.activation(gate) * up, layer.down, layer.down_bias)
+        gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return linear(self.activation(gate) * up, layer.down, layer.down_bias)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.config.dtype, device=self.device)
 
     def _layer(self, hf_config: Any) -> DecoderLayer:
-        hidden, inner = self.config.hidden_size, hf_config.intermediate_size
+        hidden, inner = self.config.hidden_size, self.inner_size
         queries, keys = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         # Qwen2 has the biases of query, key and value without saying so, and none on the output.
         qwen2 = hf_config.model_type == "qwen2"
@@ -172,24 +195,24 @@ class Decoder:
 
     def _layer_destinations(self, layer: DecoderLayer) -> dict[str, Tensor]:
         queries, keys = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        inner = len(layer.gate_up) // 2
+        hidden, inner = self.config.hidden_size, self.inner_size
         named = {
             "input_layernorm.weight": layer.input_norm,
             "post_attention_layernorm.weight": layer.post_norm,
         }
-        fused: list[tuple[tuple[str, ...], tuple[int, ...], Tensor, Tensor | None]] = [
+        fused: list[tuple[tuple[str, ...], tuple[int, ...], Weight, Tensor | None]] = [
             (
                 ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                 (queries, keys, keys),
                 layer.qkv,
                 layer.qkv_bias,
             ),
-            (("self_attn.o_proj",), (len(layer.output),), layer.output, layer.output_bias),
+            (("self_attn.o_proj",), (hidden,), layer.output, layer.output_bias),
             (("mlp.gate_proj", "mlp.up_proj"), (inner, inner), layer.gate_up, layer.gate_up_bias),
-            (("mlp.down_proj",), (len(layer.down),), layer.down, layer.down_bias),
+            (("mlp.down_proj",), (hidden,), layer.down, layer.down_bias),
         ]
         for names, sizes, weight, bias in fused:
-            for name, part in zip(names, weight.split(sizes), strict=True):
+            for name, part in zip(names, _loaded(weight).split(sizes), strict=True):
                 named[f"{name}.weight"] = part
             if bias is not None:
                 for name, part in zip(names, bias.split(sizes), strict=True):
@@ -197,3 +220,8 @@ class Decoder:
         if layer.qk_norm is not None:
             named["self_attn.q_norm.weight"], named["self_attn.k_norm.weight"] = layer.qk_norm
         return named
+
+
+def _loaded(weight: Weight) -> Tensor:
+    assert isinstance(weight, Tensor), "a checkpoint goes into the model itself, not into a view"
+    return weight

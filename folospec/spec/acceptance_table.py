@@ -7,7 +7,7 @@ estimate is the mean of a Beta law: (prior + accepted) / (prior weight + tried).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from folospec.core.token_tree import ROOT
@@ -66,3 +66,12 @@ def tried_nodes(outcome: Outcome) -> Iterator[tuple[int, bool]]:
     for own, node in outcome.own_nodes.items():
         if tree.parents[node] in path and outcome.proposal.is_candidate(node):
             yield own, node in path
+
+
+def share_among_siblings(parents: Sequence[int], chances: Sequence[float]) -> list[float]:
+    """Scale down the chances of siblings where they add up to more than 1: at most one of them is
+    accepted."""
+    totals: dict[int, float] = {}
+    for parent, chance in zip(parents, chances, strict=True):
+        totals[parent] = totals.get(parent, 0.0) + chance
+    return [c / max(1.0, totals[p]) for p, c in zip(parents, chances, strict=True)]

@@ -74,9 +74,13 @@ def draw_children(
         values = scores.gather(-1, token_ids)
     else:
         values, token_ids = scores.topk(most, -1)
-    knows_noise = how == "coupled" or all(place.temperature == 0 for place in places)
-    chances = _chances(scores, places, sharpness) if knows_noise else log_probs.exp()
-    chances = chances.gather(-1, token_ids)
+    scale = [
+        sharpness * (place.temperature or 1.0)
+        if how == "coupled" or place.temperature == 0
+        else 1.0
+        for place in places
+    ]
+    chances = _chances(scores if how == "coupled" else log_probs, scale).gather(-1, token_ids)
     drawn = []
     for index, (place, ids, row, chance) in enumerate(
         zip(places, token_ids.tolist(), values.tolist(), chances.tolist(), strict=True)
@@ -101,7 +105,7 @@ def _perturbed(log_probs: Tensor, places: Sequence[Place]) -> Tensor:
     return scores
 
 
-def _chances(scores: Tensor, places: Sequence[Place], sharpness: float) -> Tensor:
+def _chances(scores: Tensor, scale: Sequence[float]) -> Tensor:
     """The chance of every token to be the target's, given the noise: [num_places, vocab_size].
 
     `scores` are log draft_probs + g, and the target's are log target_probs + g. They differ by the
@@ -112,9 +116,9 @@ def _chances(scores: Tensor, places: Sequence[Place], sharpness: float) -> Tenso
         softmax(sharpness * temperature * scores)[x].
 
     With the sharpness 1, at temperature 0, it is what the draft model says. The closer the models,
-    the greater the sharpness; `drafting.Sharpness` measures it.
+    the greater the sharpness; `drafting.Sharpness` measures it. Where the noise is not known,
+    `scores` are log draft_probs and their scale is 1.
     """
-    scale = [sharpness * (place.temperature or 1.0) for place in places]
     column = torch.tensor(scale, dtype=scores.dtype, device=scores.device)[:, None]
     return (scores * column).softmax(-1)
 

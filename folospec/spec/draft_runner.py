@@ -46,8 +46,8 @@ class ForwardResult:
 
 
 class DraftRunner(Protocol):
-    """A model with its own KV tensors, indexed by the block tables of the target. The worker
-    implements it; drafters get one for each model they name and never see the tensors."""
+    """A model with KV tensors, indexed by the block tables of the target: its own, or for a view of
+    the target the target's. The worker implements it; drafters never see the tensors."""
 
     @property
     def vocab_size(self) -> int: ...

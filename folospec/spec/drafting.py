@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from folospec.core.token_tree import TokenTree
@@ -59,7 +61,7 @@ class Drafting:
     @property
     def default_num_nodes(self) -> int:
         if self.kind == "expansion":
-            return len(expansion(self.widths))
+            return sum(accumulate(self.widths, mul))
         return 5 if self.kind == "chain" else 16
 
     def num_scratch_slots(self, num_nodes: int) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from folospec.core.token_tree import ROOT, TokenTree
+from folospec.spec.acceptance_table import share_among_siblings
 from folospec.spec.proposal import Proposal
 
 
@@ -24,6 +25,7 @@ def merge_proposals(
     proposals: Sequence[Proposal],
     *,
     max_nodes: int,
+    max_draft_tokens: int,
     max_depth: int,
     unite: bool,
     vocab_size: int,
@@ -33,7 +35,8 @@ def merge_proposals(
     Args:
         proposals: at least one; drafts of different proposals must be independent of each other,
             given the context, unless `unite`.
-        max_nodes, max_depth: what does not fit is left out; of the nodes, the last.
+        max_nodes, max_draft_tokens, max_depth: most nodes, most judged ones among them, and how
+            deep they may be; what does not fit is left out, the last nodes first.
         unite: make one node of those that spell the same path; for rules that share noise.
         vocab_size: of the target, for one-hot laws beside sampled ones.
 
@@ -44,6 +47,7 @@ def merge_proposals(
     parents: list[int] = []
     sources: list[dict[int, int]] = []  # per proposal: node there -> node here
     places: dict[tuple[int, int], int] = {}
+    judged: set[int] = set()
     for proposal in proposals:
         here = {ROOT: ROOT}
         tree = proposal.tree
@@ -51,21 +55,27 @@ def merge_proposals(
             if parent not in here or tree.depths[node] > max_depth:
                 continue
             place = places.get((here[parent], token_id)) if unite else None
+            is_new = place is None
             if place is None:
-                if len(token_ids) == max_nodes:
-                    continue
                 place = len(token_ids)
+            adds_judged = proposal.is_candidate(node) and place not in judged
+            if (is_new and place == max_nodes) or (adds_judged and len(judged) == max_draft_tokens):
+                continue
+            if adds_judged:
+                judged.add(place)
+            if is_new:
                 places[here[parent], token_id] = place
                 token_ids.append(token_id)
                 parents.append(here[parent])
             here[node] = place
         del here[ROOT]
         sources.append(here)
+    has_scratch = len(judged) < len(token_ids)
     merged = Proposal(
         TokenTree(token_ids, parents),
         draft_probs=None if unite else _laws(proposals, sources, token_ids, vocab_size),
-        confidence=_confidence(proposals, sources, len(token_ids)),
-        candidate=_candidates(proposals, sources, len(token_ids)),
+        confidence=_confidence(proposals, sources, parents),
+        candidate=[node in judged for node in range(len(token_ids))] if has_scratch else None,
         draft_slots=_draft_slots(proposals, sources, len(token_ids)),
         drafter="+".join(dict.fromkeys(proposal.drafter for proposal in proposals)),
     )
@@ -92,29 +102,17 @@ def _laws(
 
 
 def _confidence(
-    proposals: Sequence[Proposal], sources: list[dict[int, int]], num_nodes: int
+    proposals: Sequence[Proposal], sources: list[dict[int, int]], parents: list[int]
 ) -> list[float] | None:
     """The highest of those who proposed a node; what has no opinion has none here either."""
     if all(proposal.confidence is None for proposal in proposals):
         return None
-    merged = [0.0] * num_nodes
+    merged = [0.0] * len(parents)
     for proposal, here in zip(proposals, sources, strict=True):
         if proposal.confidence is not None:
             for node, place in here.items():
                 merged[place] = max(merged[place], proposal.confidence[node])
-    return merged
-
-
-def _candidates(
-    proposals: Sequence[Proposal], sources: list[dict[int, int]], num_nodes: int
-) -> list[bool] | None:
-    if all(proposal.candidate is None for proposal in proposals):
-        return None
-    merged = [False] * num_nodes
-    for proposal, here in zip(proposals, sources, strict=True):
-        for node, place in here.items():
-            merged[place] |= proposal.is_candidate(node)
-    return merged
+    return share_among_siblings(parents, merged)
 
 
 def _draft_slots(
@@ -125,5 +123,6 @@ def _draft_slots(
         for owner, offsets in proposal.draft_slots.items():
             slots = merged.setdefault(owner, [None] * num_nodes)
             for node, place in here.items():
-                slots[place] = offsets[node]
+                if offsets[node] is not None:  # of united twins, one may not have been run
+                    slots[place] = offsets[node]
     return merged

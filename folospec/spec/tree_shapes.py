@@ -34,11 +34,13 @@ def expansion(widths: Sequence[int], max_nodes: int | None = None) -> TokenTree:
         next_level = []
         for parent in level:
             for rank in range(width):
+                if len(ranks) == max_nodes:
+                    return TokenTree(ranks, parents)
                 next_level.append(len(ranks))
                 ranks.append(rank)
                 parents.append(parent)
         level = next_level
-    return TokenTree(ranks[:max_nodes], parents[:max_nodes])
+    return TokenTree(ranks, parents)
 
 
 def sequoia(rank_acceptance: Sequence[float], max_nodes: int, max_depth: int) -> TokenTree:

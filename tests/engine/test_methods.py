@@ -83,7 +83,7 @@ GREEDY_ONLY = {"draft_model, dynamic", "merged"}
 """Those that choose among drawn tokens, which a ratio rule forbids."""
 ALMOST_NEVER_WRONG = {"quantized"}
 """Its chains may all be accepted in so short a run; what is wrong is seen in `test_self_drafts`."""
-CHAINS = ["ngram", "suffix, chain", "nasd", "draft_model", "quantized", "layer_skip"]
+CHAINS = ["ngram", "suffix, chain", "nasd", "draft_model", "quantized", "layer_skip", "ouroboros"]
 
 
 def params() -> list[SamplingParams]:

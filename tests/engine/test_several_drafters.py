@@ -134,10 +134,12 @@ def test_one_that_fails_does_not_silence_the_others(models: Any, plain: Any) -> 
 def test_a_request_that_limits_its_drafts_limits_the_merged_tree(
     models: Any, proposals: list[Any]
 ) -> None:
-    settings = {"drafters": [NGRAM, near(models, tree=[2, 2])], "merge": True}
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, num_speculative_tokens=2)
-    run(make_llm(models.target, settings), params=params)
-    assert max(len(p) for _, _, p in proposals) == 2
+    for others in ([near(models, tree=[2, 2])], [near(models, tree="dynamic"), "lookahead"]):
+        proposals.clear()
+        settings = {"drafters": [NGRAM, *others], "merge": True}
+        run(make_llm(models.target, settings), params=params)
+        assert max(p.num_draft_tokens for _, _, p in proposals) == 2
 
 
 @pytest.mark.parametrize("tree", [[3, 2, 1], "dynamic"], ids=str)

@@ -17,16 +17,26 @@ from folospec.spec.drafters.base import DrafterContext
 from folospec.spec.drafters.model_drafter import DRAFTING_OPTIONS, ModelDrafter
 
 
+def find_draft_model(context: DrafterContext) -> str:
+    """The model that the user names, or else the one that comes with the target.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    model = context.config.model or context.default_draft_model
+    if model is None:
+        raise ValueError(
+            f"speculative method {context.config.method!r} needs the draft model's path or "
+            "name as 'model', got None"
+        )
+    return model
+
+
 class DraftModelDrafter(ModelDrafter):
     """Drafts with a causal language model that has the target's vocabulary."""
 
     def __init__(self, context: DrafterContext) -> None:
-        model = context.config.model or context.default_draft_model
-        if model is None:
-            raise ValueError(
-                f"speculative method {context.config.method!r} needs the draft model's path or "
-                "name as 'model', got None"
-            )
+        model = find_draft_model(context)
         self.name = context.name
         options = context.read_options(DRAFTING_OPTIONS)
         runner = context.load_draft_model(model, self.kv_owner)

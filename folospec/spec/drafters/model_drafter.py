@@ -82,6 +82,8 @@ class ModelDrafter(Drafter):
         growths = [Growth(row, self.plan, self.ranks) for row in rows]
         logits = self.catch_up(rows)
         active = [growth for growth in growths if growth.frontier]
+        if len(active) < len(growths):
+            logits = logits[[bool(growth.frontier) for growth in growths]]
         while active:
             self._grow(active, logits)
             active = [growth for growth in active if growth.frontier]
