@@ -2,9 +2,9 @@
 n-grams to verify later (Fu et al., arXiv 2402.02057, section 3).
 
 One pass of the target runs two branches behind the last committed token `a`. The lookahead branch
-is a window of guesses, `ngram_size` - 1 rows of `window` columns, each row one Jacobi iteration older
-than the one below it. `a` itself stands in its first place, and a place i rows down and j columns
-to the right is i + j tokens after `a`:
+is a window of guesses, `ngram_size` - 1 rows of `window` columns, each row one Jacobi iteration
+older than the one below it. `a` itself stands in its first place, and a place i rows down and j
+columns to the right is i + j tokens after `a`:
 
     row 0    a -- b -- c -- d        a row-0 place sees `a` and what is left of it in row 0;
     row 1    e    f    g    h        a place below sees that too, and its own column above itself
@@ -24,8 +24,8 @@ Facts taken from the authors' implementation: `a` takes the place of row 0, colu
 where they are however many tokens a step commits; new tokens are arg-maxes at any temperature. The
 window starts otherwise: all rows hold the same guess of what follows, the sequence's own first
 tokens in order (there: random tokens of the prompt in row 0, and a row more at each step). After
-`ngram_size` - 2 steps nothing of the start is left. A sequence that has no room for the whole window
-runs its left columns, and the others wait.
+`ngram_size` - 2 steps nothing of the start is left. A sequence that has no room for the whole
+window runs its left columns, and the others wait.
 """
 
 from __future__ import annotations
