@@ -35,6 +35,10 @@ DRAFTING_OPTIONS: Mapping[str, Any] = {
 """
 
 
+MAX_NODES = 1024
+"""Of a tree that is given by its widths."""
+
+
 @dataclass(frozen=True, slots=True)
 class Drafting:
     """How a draft grows: the options, read and checked."""
@@ -142,6 +146,8 @@ def _check_ranges(options: Mapping[str, Any], kind: str) -> None:
     ok = isinstance(widths, (list, tuple)) and len(widths) > 0 and all(map(_is_count, widths))
     if not ok:
         raise ValueError(f"tree must have widths of at least 1, got {widths!r}")
+    if (num_nodes := sum(accumulate(widths, mul))) > MAX_NODES:
+        raise ValueError(f"tree must have at most {MAX_NODES} nodes, {widths!r} has {num_nodes}")
     used = {"sequoia": ("depth", "branching"), "dynamic": ("depth", "branching", "threshold")}
     for name in ("depth", "branching"):
         if not _is_count(options[name]):
@@ -151,10 +157,12 @@ def _check_ranges(options: Mapping[str, Any], kind: str) -> None:
         raise ValueError(f"threshold must be in [0, 1), got {threshold!r}")
     for name in ("depth", "branching", "threshold"):
         if name not in used.get(kind, ()) and options[name] != DRAFTING_OPTIONS[name]:
-            raise ValueError(f"{name} has no effect on a {kind}, got {options[name]!r}")
+            raise ValueError(
+                f"{name} has no effect with tree={options['tree']!r}, got {options[name]!r}"
+            )
     if options["rank_acceptance"] is not None:
         if kind != "sequoia":
-            raise ValueError(f"rank_acceptance has no effect on a {kind}")
+            raise ValueError(f"rank_acceptance has no effect with tree={options['tree']!r}")
         check_rank_acceptance(options["rank_acceptance"])
 
 

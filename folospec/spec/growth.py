@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from folospec.core.token_tree import ROOT, TokenTree
+from folospec.spec.acceptance_table import share_among_siblings
 from folospec.spec.children import Children
 from folospec.spec.draft_runner import Rows
 from folospec.spec.drafting import Drafting, RankAcceptance
@@ -159,7 +160,7 @@ class Growth:
         proposal = Proposal(
             TokenTree(self.token_ids, self.parents),
             draft_probs=torch.stack(self._laws) if with_laws and self._laws else None,
-            confidence=self._confidence,
+            confidence=share_among_siblings(self.parents, self._confidence),
             draft_slots={} if kv_owner is None else {kv_owner: slots},
         )
         if len(proposal) <= self.row.max_draft_tokens:
