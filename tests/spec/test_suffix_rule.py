@@ -105,6 +105,15 @@ def test_the_draft_is_the_one_with_the_highest_score(
     assert any(score == pytest.approx(best) for score in scores)
 
 
+def test_a_draft_that_scores_too_low_is_left_to_others() -> None:
+    """One token, which followed twice of three times: the score is 2/3."""
+    texts = [[1, 2, 3], [1, 2, 3], [1, 2, 4]]
+    for min_score, says in ((0.6, True), (0.7, False)):
+        source = drafter("suffix", preload=texts, min_score=min_score, tree=False)
+        (proposal,) = source.propose([row([9, 1, 2], max_depth=1)])
+        assert (proposal is not None) == says
+
+
 def test_a_tree_holds_what_followed_most_often_and_a_chain_the_best_of_it() -> None:
     texts = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6, 7], [1, 2, 3, 4]]
     (tree,) = drafter("suffix", preload=texts).propose([row([9, 1, 2])])
@@ -287,6 +296,7 @@ class TestState:
         ({"max_spec_factor": math.inf}, "max_spec_factor must be finite"),
         ({"max_spec_offset": "2"}, "max_spec_offset must be a number, got '2'"),
         ({"max_spec_factor": 0, "max_spec_offset": 0.5}, "must allow a token"),
+        ({"min_score": -1}, "min_score must be finite and at least 0, got -1"),
         ({"min_token_prob": 1.1}, r"min_token_prob must be in \[0, 1\], got 1.1"),
         ({"min_token_prob": math.nan}, r"min_token_prob must be in \[0, 1\]"),
         ({"tree": "yes"}, "tree must be None, True or False, got 'yes'"),

@@ -46,6 +46,7 @@ _OPTIONS: dict[str, Any] = {
     "max_spec_factor": 2.0,
     "max_spec_offset": 2.0,
     "min_token_prob": 0.1,
+    "min_score": 0.0,
     "tree": None,
     "preload": (),
     "load": None,
@@ -97,8 +98,10 @@ class SuffixDrafter(Drafter):
     Options: `max_tree_depth`, tokens of a match and its draft together; `max_cached_tokens` of
     finished requests, 0 for none; `max_spec_factor` and `max_spec_offset`, draft tokens allowed per
     matched token and besides; `min_token_prob`, the joint probability below which nothing is
-    drafted; `tree`, by default wherever the acceptance rule takes trees; `preload`, texts or lists
-    of token ids to begin with, and `load`, a file of them that `save` wrote::
+    drafted; `min_score`, the score below which the row is left to the next drafter of a list, as
+    the paper's hybrid leaves it to a model; `tree`, by default wherever the acceptance rule takes
+    trees; `preload`, texts or lists of token ids to begin with, and `load`, a file of them that
+    `save` wrote::
 
         llm.engine.parts.drafters[0].save("corpus.npz")
         LLM(model, speculative={"method": "suffix", "load": "corpus.npz"})
@@ -114,6 +117,7 @@ class SuffixDrafter(Drafter):
         self.max_depth = options["max_tree_depth"]
         self.spec_factor, self.spec_offset = options["max_spec_factor"], options["max_spec_offset"]
         self.min_token_prob = options["min_token_prob"]
+        self.min_score = options["min_score"]
         self.is_chain = not read_tree_option(options["tree"], context.acceptance)
         self.vocab_size = context.vocab_size
         self.store = SuffixStore(self.max_depth, options["max_cached_tokens"])
@@ -181,7 +185,7 @@ class SuffixDrafter(Drafter):
             score = sum(grown.joint)
             if score > best_score:
                 best, draft, best_score = match, grown, score
-        return best, draft
+        return (best, draft) if best_score >= self.min_score else (None, Grown())
 
     def _matches(self, row: DraftRow, sequence: _Sequence) -> Iterator[Match]:
         for source, points in (
@@ -242,7 +246,8 @@ def _check(options: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} must be an integer of at least {least}, got {options[name]!r}"
             )
-    for name, most in (("max_spec_factor", None), ("max_spec_offset", None), ("min_token_prob", 1)):
+    unbounded = ("max_spec_factor", "max_spec_offset", "min_score")
+    for name, most in (*((name, None) for name in unbounded), ("min_token_prob", 1)):
         value = options[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{name} must be a number, got {value!r}")
