@@ -10,6 +10,7 @@ import importlib
 import random
 import re
 import sys
+from functools import cache
 from typing import Any
 
 from provenance import ROOT
@@ -28,7 +29,7 @@ def held_out_prompts(tokenizer: Any, count: int) -> list[list[int]]:
     rng = random.Random(0)
     places = [
         (text, match.end())
-        for text in _held_out_texts()
+        for text in held_out_texts()
         for match in _FUNCTION.finditer(text)
         if match.end() >= _CHARACTERS
     ]
@@ -41,7 +42,9 @@ def held_out_prompts(tokenizer: Any, count: int) -> list[list[int]]:
     ]
 
 
-def _held_out_texts() -> list[str]:
+@cache
+def held_out_texts() -> list[str]:
+    """The sources of all held-out modules and their tests."""
     folder = str(ROOT / "training")
     if folder not in sys.path:
         sys.path.insert(0, folder)

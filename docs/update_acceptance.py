@@ -63,9 +63,9 @@ def _task_table(rows: Sequence[Row]) -> str:
         cells = [str(row["budget"]), _number(row["acceptance_length"])]
         cells.append(_number(row["target_passes_per_token"], 3))
         if copied:
-            cells.append(_number(row["ceiling_acceptance_length"]))
-            cells.append(_number(row["ceiling_target_passes_per_token"], 3))
-            cells.append(_number(row["share_of_ceiling"]))
+            cells.append(_number(row.get("ceiling_acceptance_length")))
+            cells.append(_number(row.get("ceiling_target_passes_per_token"), 3))
+            cells.append(_number(row.get("share_of_ceiling")))
         cells += [_number(row["draft_cost"], 3), _number(row["verification_cost"])]
         differing = len(row["first_differences"])
         same = row["tokens_equal_to_plain"]
@@ -75,10 +75,9 @@ def _task_table(rows: Sequence[Row]) -> str:
 
 
 def _task_note(rows: Sequence[Row]) -> str:
-    shares = {
-        row["temperature"]: row["share_reproduced"] for row in rows if "share_reproduced" in row
-    }
-    if not shares:
+    measured = [row for row in rows if "error" not in row]
+    shares = {row["temperature"]: row["share_reproduced"] for row in measured}
+    if not shares or None in shares.values():
         return ""
     said = ", ".join(f"{share:.0%} at temperature {t:g}" for t, share in sorted(shares.items()))
     return f"\nOf the edit's tokens the target reproduces {said}.\n"

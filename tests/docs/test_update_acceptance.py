@@ -149,4 +149,4 @@ def test_the_plots_are_drawn_alike_from_the_same_rows(
     for name in ("acceptance.svg", "positions.svg", "calibration.svg"):
         first, second = ((tmp_path / folder / name).read_bytes() for folder in ("first", "second"))
         assert first == second
-        assert first.count(b"<path") > 10
+        assert b"ngram" in first
