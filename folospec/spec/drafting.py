@@ -216,16 +216,22 @@ class Sharpness:
 
     A first child's confidence rises with the sharpness, so there is one with which first children
     are accepted as often as they were expected to be. Every verified draft moves it a little
-    towards that.
+    towards that, the first ones more than the later ones.
     """
 
-    START, STEP, RANGE = 1.25, 0.01, (0.2, 20.0)
+    START, RANGE = 1.25, (0.2, 20.0)
+    STEPS = (0.05, 0.01)
+    """How far a surprise of 1 moves its logarithm, at first and at last."""
 
     def __init__(self) -> None:
         self.value = self.START
+        self._num_seen = 0
 
     def record(self, trials: Iterable[tuple[float, bool]]) -> None:
         """Learn from (confidence, accepted) of first children whose parent was accepted."""
-        surprise = sum(accepted - confidence for confidence, accepted in trials)
-        low, high = self.RANGE
-        self.value = min(max(self.value * math.exp(self.STEP * surprise), low), high)
+        (first, last), (low, high) = self.STEPS, self.RANGE
+        for confidence, accepted in trials:
+            step = max(last, first / (1.0 + self._num_seen / 200.0))
+            moved = self.value * math.exp(step * (accepted - confidence))
+            self.value = min(max(moved, low), high)
+            self._num_seen += 1
