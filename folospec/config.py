@@ -85,7 +85,7 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         ok = isinstance(self.drafters, tuple) and len(self.drafters) > 0
         ok = ok and all(isinstance(drafter, DrafterConfig) for drafter in self.drafters)
-        _require(ok, "drafters", self.drafters, "a tuple of at least one DrafterConfig")
+        _require(ok, "drafters", self.drafters, "at least one drafter, each a DrafterConfig")
         for name in ("merge", "adaptive"):
             _require_bool(name, getattr(self, name))
         _require_choice("acceptance", self.acceptance, ACCEPTANCE_RULES)

@@ -78,11 +78,15 @@ def sequoia(rank_acceptance: Sequence[float], max_nodes: int, max_depth: int) ->
 
 
 def check_rank_acceptance(rank_acceptance: Sequence[float]) -> None:
-    """Raise ValueError for a vector that cannot be acceptances by rank."""
-    values = list(rank_acceptance)
-    falling = all(a >= b for a, b in zip(values, values[1:], strict=False))
-    if not values or not all(0.0 <= value <= 1.0 for value in values) or not falling:
-        raise ValueError(f"rank_acceptance must be in [0, 1] and not increase, got {values}")
+    """Raise ValueError for what cannot be acceptances by rank."""
+    ok = isinstance(rank_acceptance, (list, tuple)) and len(rank_acceptance) > 0
+    ok = ok and all(isinstance(value, (int, float)) for value in rank_acceptance)
+    ok = ok and all(0.0 <= value <= 1.0 for value in rank_acceptance)
+    if not ok or any(a < b for a, b in zip(rank_acceptance, rank_acceptance[1:], strict=False)):
+        raise ValueError(
+            "rank_acceptance must be a list of numbers in [0, 1] that do not increase, got "
+            f"{rank_acceptance!r}"
+        )
 
 
 def expected_accepted(shape: TokenTree, rank_acceptance: Sequence[float]) -> float:

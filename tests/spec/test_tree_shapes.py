@@ -128,6 +128,8 @@ def test_sequoia_is_well_formed_and_takes_the_likeliest_nodes_first(acceptance, 
         ([1.5], "got \\[1.5\\]"),
         ([0.5, -0.1], "in \\[0, 1\\]"),
         ([float("nan")], "nan"),
+        (0.5, "a list of numbers in \\[0, 1\\] that do not increase, got 0.5"),
+        (["0.5"], "got \\['0.5'\\]"),
     ],
 )
 def test_bad_acceptances_are_refused(bad, said):

@@ -67,7 +67,8 @@ class Needs:
     taps: tuple[int, ...] = ()
     """Layers: the residual stream before each of them, at every committed position."""
     num_top_logits: int = 0
-    """The target's most likely tokens after every row of a proposal, accepted or not."""
+    """The target's most likely tokens after every row of a proposal, accepted or not, by its raw
+    logits: no sampling parameter is applied."""
     prediction: bool = False
     """The texts that callers expect, `SamplingParams.prediction`."""
 
