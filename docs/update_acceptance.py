@@ -124,7 +124,7 @@ def coupling_section(rows: Sequence[Row]) -> str:
     first = rows[0]
     size = (
         f"tree of {first['shape']} children, depth {first['depth']}; {first['num_prompts']} prompts"
-        f", {first['max_tokens']} tokens each, {first['repetitions']} repetitions, seeds "
+        f", {first['max_tokens']} tokens each, repetitions: {first['repetitions']}, seeds "
         f"{first['seeds']}; {first['resamples']} resamples of the prompts; {first['dtype']}"
     )
     return "".join(lines) + "\n" + _setting(first, size)
@@ -133,10 +133,10 @@ def coupling_section(rows: Sequence[Row]) -> str:
 def _setting(row: Row, what: str) -> str:
     """Model, hardware, versions, commit and command: what a number has to name."""
     source = row["provenance"]
-    machine = source["gpu"] or f"{source['cpu']}, {source['cores']} cores"
+    machine = source["gpu"] or f"{source['cpu']}, cores: {source['cores']}"
     changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
     return (
-        f"`{row['model']}`, {what}. {machine}, {source['torch_threads']} torch threads, torch "
+        f"`{row['model']}`, {what}. {machine}, torch threads: {source['torch_threads']}, torch "
         f"{source['torch']}, Python {source['python']}, commit {str(source['git_commit'])[:10]}"
         f"{changed}. Command: `{source['command']}`.\n"
     )

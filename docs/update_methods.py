@@ -95,7 +95,7 @@ def _cost(rows: list[Row], name: str) -> str:
 def setting(rows: list[Row]) -> str:
     """What the numbers mean, and hardware, model, dtype, batch, commit and command."""
     row, source = rows[0], rows[0]["provenance"]
-    machine = source["gpu"] or f"{source['cpu']}, {source['cores']} cores"
+    machine = source["gpu"] or f"{source['cpu']}, cores: {source['cores']}"
     changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
     different = sum(not row.get("tokens_equal_to_plain", True) for row in rows)
     equal = "the same in all of them" if not different else f"other ones in {different} of them"
@@ -107,7 +107,7 @@ def setting(rows: list[Row]) -> str:
         f"`{row['model']}`, {row['num_items']} items of each task; acceptance in {row['dtype']} "
         f"with {row['settings']['batch']} requests at a time, times in {row['timed_dtype']} with "
         f"one. The tokens were compared with plain decoding's in {len(rows)} runs: {equal}. "
-        f"{machine}, {source['torch_threads']} torch threads, torch {source['torch']}, commit "
+        f"{machine}, torch threads: {source['torch_threads']}, torch {source['torch']}, commit "
         f"{str(source['git_commit'])[:10]}{changed}. Command: `{source['command']}`.\n"
     )
 

@@ -66,14 +66,14 @@ def _setting(rows: list[Row]) -> str:
         for r in rows
         if (config := r["settings"].get("speculative"))
     }
-    machine = source["gpu"] or f"{source['cpu']}, {source['cores']} cores"
+    machine = source["gpu"] or f"{source['cpu']}, cores: {source['cores']}"
     commit = str(source["git_commit"])[:10]
     changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
     return (
         f"Generated tokens per second, medians of {row['rounds']} rounds of one run; ratios are of "
         f"the same run. `{row['model']}`, {row['dtype']}, greedy, {row['max_tokens']} tokens for "
         f"each prompt, up to {', '.join(map(str, sorted(drafts)))} draft tokens per step. "
-        f"{machine}, {source['torch_threads']} torch threads, torch {source['torch']}, "
+        f"{machine}, torch threads: {source['torch_threads']}, torch {source['torch']}, "
         f"transformers {source['transformers']}, commit {commit}{changed}. "
         "`generate_batch` is timed without the start of its thread. "
         f"Acceptance length is 1 + accepted / drafts. Command: `{source['command']}`.\n"

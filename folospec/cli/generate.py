@@ -79,6 +79,35 @@ def _read_line(line: str, place: str) -> str:
     return prompt
 
 
+def read_prediction(file: str | None) -> str | None:
+    """Read `--prediction`: the text of a file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prediction: cannot read {file}: {error}") from None
+
+
+def check_prediction(engine: LLMEngine, params: SamplingParams) -> None:
+    """Refuse a prediction that nobody reads, and a sole drafter that has none to read.
+
+    Raises:
+        ValueError: it is so.
+    """
+    speculation = engine.speculation
+    if params.prediction is not None and not speculation.needs.prediction:
+        raise ValueError("--prediction needs a drafter that reads it")
+    sole = len(speculation.drafters) == 1
+    if params.prediction is None and speculation.needs.prediction and sole:
+        name = speculation.drafters[0].name
+        raise ValueError(f"the {name} drafter needs --prediction FILE, the output it expects")
+
+
 def _without_last_newline(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 

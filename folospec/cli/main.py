@@ -87,6 +87,12 @@ def generate(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Runs of each with --compare. Default: 3.")
     ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="What the output is expected to be, for drafters that read it."
+        ),
+    ] = None,
     trace: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Write what every step did to a file of JSON lines."),
@@ -123,6 +129,7 @@ def generate(
                 top_k=top_k,
                 seed=seed,
                 stop=stop or (),
+                prediction=commands.read_prediction(prediction),
             )
             if compare and config is None:
                 raise ValueError("--compare needs --speculative")
@@ -135,6 +142,8 @@ def generate(
                 raise ValueError("--show-steps is for reading; with --json use --trace FILE")
         options = {"speculative": config, "dtype": dtype, "device": device, "trace": trace}
         engine = make_engine(model, warm_cache=not compare, **options)
+        with bad_input():
+            commands.check_prediction(engine, params)
         if compare:
             from folospec.cli.compare import compare as run_comparison
 

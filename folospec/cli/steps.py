@@ -124,7 +124,7 @@ def _draft_lines(seq: SequenceTrace) -> Iterator[Text]:
         return
     nodes = seq.proposal.nodes if seq.proposal is not None else []
     below = _children(nodes)
-    end = max((i for i, node in enumerate(nodes) if node.verdict == "accepted"), default=_ROOT)
+    end = max((i for i in below if i != _ROOT and nodes[i].verdict == "accepted"), default=_ROOT)
     labels = {i: _node(node) for i, node in enumerate(nodes)}
     labels[_ROOT] = Text(_shown(seq.root), "dim")
     own = len(nodes)

@@ -152,9 +152,11 @@ class InputProcessor:
         if isinstance(params.prediction, str):
             if self.tokenizer is None:
                 raise ValueError("a text prediction needs a tokenizer; give token ids instead")
-            return list(self.tokenizer.encode(params.prediction, add_special_tokens=False))
-        self._check_token_ids("prediction", params.prediction)
-        return list(params.prediction)
+            token_ids = list(self.tokenizer.encode(params.prediction, add_special_tokens=False))
+        else:
+            token_ids = list(params.prediction)
+        self._check_token_ids("prediction", token_ids)
+        return token_ids
 
     def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         limits = self.limits

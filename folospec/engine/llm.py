@@ -13,6 +13,7 @@ from folospec.engine.input_processor import Prompt
 from folospec.engine.llm_engine import LLMEngine
 from folospec.outputs import RequestOutput
 from folospec.sampling_params import SamplingParams
+from folospec.spec.drafters.base import Drafter
 
 Message = Mapping[str, Any]
 
@@ -54,6 +55,17 @@ class LLM:
     def tokenizer(self) -> Any:
         """The transformers tokenizer, None with `skip_tokenizer_init`."""
         return self.engine.tokenizer
+
+    def drafter(self, name: str) -> Drafter:
+        """The drafter of that name, for what it offers besides drafting: a store to save, say.
+
+        Raises:
+            ValueError: the engine has none of that name.
+        """
+        drafters = {drafter.name: drafter for drafter in self.engine.parts.drafters}
+        if name not in drafters:
+            raise ValueError(f"name must be one of {sorted(drafters) or 'none'}, got {name!r}")
+        return drafters[name]
 
     def generate(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from folospec.attention.base import AttentionBackend, get_backend
-from folospec.config import EngineConfig, SpeculativeConfig
+from folospec.config import EngineConfig
 from folospec.models.base import Model
 from folospec.models.loader import BUNDLED_DRAFTS, load_model, load_tokenizer
 from folospec.models.views import view_of
@@ -50,90 +50,91 @@ def load_parts(config: EngineConfig) -> Parts:
 
         for drafter in config.speculative.drafters:
             check_drafter(drafter.method)
-    device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
-    tokenizer = None
-    if not config.skip_tokenizer_init:
-        tokenizer = load_tokenizer(
-            config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
-        )
-    attention = get_backend(config.attention_backend)
+    loader = _Loader(config)
+    drafters = _make_drafters(config, loader)
+    num_blocks = _num_blocks(config, loader.runners, loader.max_model_len)
+    for runner in loader.runners.values():
+        runner.make_kv(num_blocks, config.block_size, loader.device)
+    for view in loader.views:
+        view.kv = loader.target.kv
+    return Parts(
+        loader.device,
+        loader.tokenizer,
+        loader.target,
+        drafters,
+        loader.runners,
+        loader.max_model_len,
+        num_blocks,
+        loader.attention.name,
+    )
 
-    def load_runner(path: str, row_at_a_time: bool = False) -> ModelRunner:
+
+class _Loader:
+    """Loads the tokenizer and the target, then whatever models the drafters ask for."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.device = _device(config.device)
+        self.tokenizer = None
+        if not config.skip_tokenizer_init:
+            self.tokenizer = load_tokenizer(
+                config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
+            )
+        self.attention = get_backend(config.attention_backend)
+        self.target = self._load(config.model, row_at_a_time=config.deterministic is True)
+        self.max_model_len = _max_model_len(config, self.target.model.config.max_model_len)
+        self.runners = {"target": self.target}
+        self.views: list[ModelRunner] = []
+
+    def load_draft_model(self, path: str, owner: str) -> ModelRunner:
+        runner = self.runners[owner] = self._load(path)
+        _check_draft_model(
+            path, runner, self.config, self.target, self.max_model_len, self.tokenizer
+        )
+        return runner
+
+    def view_of_target(self, **changes: Any) -> ModelRunner:
+        model = view_of(self.target.model, **changes)
+        budget = self.target.max_num_batched_tokens
+        self.views.append(ModelRunner(model, max_num_batched_tokens=budget))
+        return self.views[-1]
+
+    def _load(self, path: str, row_at_a_time: bool = False) -> ModelRunner:
+        config = self.config
         model = load_model(
             path,
-            dtype=dtype,
-            device=device,
-            attention=attention,
+            dtype=_dtype(config.dtype, self.device),
+            device=self.device,
+            attention=self.attention,
             max_model_len=config.max_model_len,
             trust_remote_code=config.trust_remote_code,
         )
-        _check_attention(attention, model, config.block_size)
+        _check_attention(self.attention, model, config.block_size)
         return ModelRunner(
             model,
             max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
             row_at_a_time=row_at_a_time,
         )
 
-    target = load_runner(config.model, row_at_a_time=config.deterministic is True)
-    max_model_len = _max_model_len(config, target.model.config.max_model_len)
-    runners = {"target": target}
 
-    def load_draft_model(path: str, owner: str) -> ModelRunner:
-        runners[owner] = load_runner(path)
-        _check_draft_model(path, runners[owner], config, target, max_model_len, tokenizer)
-        return runners[owner]
-
-    views: list[ModelRunner] = []
-
-    def view_of_target(**changes: Any) -> ModelRunner:
-        views.append(
-            ModelRunner(
-                view_of(target.model, **changes),
-                max_num_batched_tokens=target.max_num_batched_tokens,
-            )
-        )
-        return views[-1]
-
-    encode = tokenizer and partial(tokenizer.encode, add_special_tokens=False)
-    means = {
-        "target": target.model.config,
-        "encode": encode,
-        "default_draft_model": BUNDLED_DRAFTS.get(config.model),
-        "load_draft_model": load_draft_model,
-        "view_of_target": view_of_target,
-    }
-    drafters = _make_drafters(config.speculative, means)
-    num_blocks = _num_blocks(config, runners, max_model_len)
-    for runner in runners.values():
-        runner.make_kv(num_blocks, config.block_size, device)
-    for view in views:
-        view.kv = target.kv
-    return Parts(
-        device,
-        tokenizer,
-        target,
-        drafters,
-        runners,
-        max_model_len,
-        num_blocks,
-        attention.name,
-    )
-
-
-def _make_drafters(config: SpeculativeConfig | None, means: dict[str, Any]) -> list[Drafter]:
+def _make_drafters(config: EngineConfig, loader: _Loader) -> list[Drafter]:
     """Build the drafters in their order; of several with one method the later ones are numbered."""
     drafters: list[Drafter] = []
     counts: Counter[str] = Counter()
-    for stream, drafter in enumerate(config.drafters if config else ()):
+    speculative, tokenizer = config.speculative, loader.tokenizer
+    for stream, drafter in enumerate(speculative.drafters if speculative else ()):
         counts[drafter.method] += 1
         number = counts[drafter.method]
         context = DrafterContext(
             config=drafter,
             name=drafter.method if number == 1 else f"{drafter.method}-{number}",
             stream=stream,
-            acceptance=config.acceptance if config else "coupled",
-            **means,
+            acceptance=speculative.acceptance if speculative else "coupled",
+            target=loader.target.model.config,
+            encode=tokenizer and partial(tokenizer.encode, add_special_tokens=False),
+            default_draft_model=BUNDLED_DRAFTS.get(config.model),
+            load_draft_model=loader.load_draft_model,
+            view_of_target=loader.view_of_target,
         )
         drafters.append(make_drafter(context))
     return drafters

@@ -87,12 +87,3 @@ def check_rank_acceptance(rank_acceptance: Sequence[float]) -> None:
             "rank_acceptance must be a list of numbers in [0, 1] that do not increase, got "
             f"{rank_acceptance!r}"
         )
-
-
-def expected_accepted(shape: TokenTree, rank_acceptance: Sequence[float]) -> float:
-    """The expected number of accepted nodes of a shape."""
-    reached: list[float] = []
-    for rank, parent in zip(shape.token_ids, shape.parents, strict=True):
-        above = 1.0 if parent == ROOT else reached[parent]
-        reached.append(above * rank_acceptance[rank])
-    return sum(reached)

@@ -166,3 +166,32 @@ def test_speculative_is_a_name_a_name_with_a_model_or_json():
 def test_options_stand_above_json():
     config = read('{"method": "ngram", "num_speculative_tokens": 2}', 4, "block")
     assert (config.drafters[0].num_speculative_tokens, config.acceptance) == (4, "block")
+
+
+def test_a_prediction_comes_from_a_file(folospec, tmp_path):
+    expected = tmp_path / "expected.txt"
+    expected.write_text("\nimport sys\nimport re\n")
+    arguments = ("generate", "import os", "--max-tokens", "8")
+    result = folospec(*arguments, "--speculative", "prediction", "--prediction", str(expected))
+    assert result.exit_code == 0, result.stderr
+    plain = folospec(*arguments)
+    assert result.stdout == plain.stdout
+    assert "acceptance length" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--speculative", "prediction"), "needs --prediction FILE"),
+        (("--speculative", "ngram", "--prediction", "{file}"), "needs a drafter that reads it"),
+        (("--speculative", "prediction", "--prediction", "nowhere.txt"), "cannot read nowhere.txt"),
+    ],
+)
+def test_a_prediction_without_a_reader_and_a_reader_without_one_are_refused(
+    folospec, options, message, tmp_path
+):
+    file = tmp_path / "expected.txt"
+    file.write_text("x = 1\n")
+    result = folospec("generate", "x =", *(o.format(file=file) for o in options))
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -123,6 +123,13 @@ def test_scratch_rows_are_counted_and_what_hangs_below_them_too():
     ]
 
 
+def test_an_accepted_node_that_hangs_below_a_scratch_row_is_left_out():
+    """No engine writes that; a file may say it."""
+    nodes = [node("s", -1, "s"), node("a", -1, "-"), node("b", -1, "-"), node("t", 0, "+")]
+    assert drawn(sequence(nodes))[1:] == ["  'root'", "  |-- -'a'", "  |-- -'b'", "  `-- ='z'"]
+    assert drawn(sequence(nodes[:2] + nodes[3:]))[1:] == ["  'root' ='z' | -'a'"]
+
+
 def test_spaces_and_line_ends_are_seen_and_ids_stand_for_missing_text():
     nodes = [node("\n    ", -1, "+"), node(" b", 0, "-"), node("\x1b[31m", 1, "~")]
     assert drawn(sequence(nodes, own="\t"))[1:] == [r"  'root' +'\n    ' ='\t' | -' b' ~'\x1b[31m'"]

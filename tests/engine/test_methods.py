@@ -11,7 +11,8 @@ import pytest
 from harness import assert_speculated
 
 from folospec import LLM, RequestOutput, SamplingParams
-from folospec.spec import drafters
+from folospec.engine import judge
+from folospec.spec import drafters, verify
 from folospec.spec.drafters.base import known_drafters
 
 CODE = """class Stack:
@@ -49,10 +50,10 @@ METHODS: dict[str, Any] = {
     "ngram, several matches": {"method": "ngram", "num_matches": 3, "num_speculative_tokens": 12},
     "suffix": "suffix",
     "suffix, chain": {"method": "suffix", "tree": False},
-    "nasd": "nasd",
+    "nasd": {"method": "nasd", "filler_top_k": 3},
     "nasd, one level": {"method": "nasd", "store": "one_level"},
     "nasd, entropy-gated": {"method": "nasd", "egag": True},
-    "anpd": {"method": "nasd", "filler_top_k": 1},
+    "nasd as anpd": {"method": "nasd", "filler_top_k": 1},
     "token_recycling": "token_recycling",
     "lookahead": "lookahead",
     "prediction": "prediction",
@@ -79,7 +80,7 @@ METHODS: dict[str, Any] = {
     "in order of precedence": ["suffix", "prediction", "draft_model"],
     "merged": {"drafters": ["suffix", {**DRAFT, "tree": "dynamic"}, "ngram"], "merge": True},
 }
-GREEDY_ONLY = {"draft_model, dynamic", "merged"}
+NOT_UNDER_REJECTION = {"draft_model, dynamic", "merged"}
 """Those that choose among drawn tokens, which a ratio rule forbids."""
 ALMOST_NEVER_WRONG = {"quantized"}
 """Its chains may all be accepted in so short a run; what is wrong is seen in `test_self_drafts`."""
@@ -105,12 +106,15 @@ def tokens_of(outputs: list[RequestOutput]) -> list[list[list[int]]]:
     return [[completion.token_ids for completion in output.outputs] for output in outputs]
 
 
-def run(speculative: Any, **options: Any) -> tuple[list[list[list[int]]], dict[str, Any]]:
+def run(
+    speculative: Any, requests: list[SamplingParams] | None = None, **options: Any
+) -> tuple[list[list[list[int]]], dict[str, Any]]:
     llm = LLM(
         "folospec-demo", speculative=speculative, dtype="float64", strict_drafters=True, **options
     )
-    takes_prediction = llm.engine.speculation.needs.prediction
-    requests = expecting(params()) if takes_prediction else params()
+    requests = requests or params()
+    if llm.engine.speculation.needs.prediction:
+        requests = expecting(requests)
     outputs = llm.generate(PROMPTS, requests, use_tqdm=False)
     return tokens_of(outputs), llm.stats()
 
@@ -143,7 +147,7 @@ def test_tokens_are_those_of_plain_decoding(method: str, plain: Any) -> None:
     assert_speculated(stats, rejected=method not in ALMOST_NEVER_WRONG)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - GREEDY_ONLY))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - NOT_UNDER_REJECTION))
 def test_greedy_tokens_are_those_of_plain_decoding_under_rejection(method: str, plain: Any) -> None:
     tokens, stats = run({**as_mapping(METHODS[method]), "acceptance": "rejection"})
     for request, found, expected in zip(params(), tokens, plain, strict=True):
@@ -157,3 +161,35 @@ def test_chains_are_judged_by_block_verification_too(method: str, plain: Any) ->
     tokens, stats = run({**as_mapping(METHODS[method]), "acceptance": "block"})
     assert tokens[0] == plain[0]
     assert_speculated(stats, rejected=method not in ALMOST_NEVER_WRONG)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stops_end_the_output_in_a_full_pool_as_they_do_plainly(method: str, plain: Any) -> None:
+    """Blocks are so few that drafts are shed and sequences preempted, and an output ends wherever a
+    stop token is, inside an accepted draft or not."""
+    latest = [max(tokens[:18], key=tokens.index) for tokens, *_ in plain]
+    stops = [[token] for token in latest]
+    requests = [replace(r, stop_token_ids=stop) for r, stop in zip(params(), stops, strict=True)]
+    expected = [
+        [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens in completions]
+        for completions, stop in zip(plain, latest, strict=True)
+    ]
+    assert expected != plain
+    tokens, stats = run(METHODS[method], requests, num_blocks=22, block_size=8)
+    assert tokens == expected
+    assert stats["num_preemptions"] > 0
+    assert_speculated(stats, rejected=False)
+
+
+def test_a_method_whose_drafts_are_believed_unseen_is_noticed(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control of the tests above."""
+
+    def trusting(tree: Any, target_token_ids: Any, candidate: Any = None) -> verify.Verdict:
+        path = [0] if len(tree) and (candidate is None or candidate[0]) else []
+        return verify.Verdict(path, target_token_ids[len(path)])
+
+    monkeypatch.setattr(judge, "verify_coupled", trusting)
+    for method in ("ngram", "token_recycling", "draft_model", "layer_skip"):
+        assert run(METHODS[method])[0] != plain

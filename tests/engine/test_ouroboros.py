@@ -181,6 +181,27 @@ def test_the_drafts_of_a_perfect_model_are_all_accepted(situation: str, models: 
     assert all_accepted(models, **SITUATIONS[situation])
 
 
+def test_rows_of_a_draft_pass_that_failed_are_run_again(models: Any) -> None:
+    """A pass over several prompts fails before it computes anything; rows that are then taken for
+    computed make a perfect model's drafts wrong."""
+    llm = make_llm(models.target, settings(models.target, phrases=0), strict_drafters=False)
+    runner = llm.engine.parts.drafters[0].runner
+    forward, num_failed = runner.forward, 0
+
+    def failing(batch: Any) -> Any:
+        nonlocal num_failed
+        if num_failed == 0 and len(batch) > 1:
+            num_failed += 1
+            raise RuntimeError("out of memory")
+        return forward(batch)
+
+    runner.forward = failing
+    stats = run(llm).stats
+    assert num_failed == 1
+    assert stats["num_drafts"] > 0
+    assert stats["num_accepted_tokens"] == stats["num_draft_tokens"]
+
+
 def test_kv_of_a_draft_token_that_was_never_fed_is_noticed(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

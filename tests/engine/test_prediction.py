@@ -114,3 +114,17 @@ def test_accepting_a_prediction_unseen_is_noticed(
     monkeypatch.setattr(judge, "verify_coupled", trusting)
     result = run(make_llm(models.target, PREDICTION), params=expecting(plain))
     assert result.tokens != plain.tokens
+
+
+@pytest.mark.parametrize("prediction", [[1, VOCAB_SIZE], "a text"])
+def test_tokens_that_the_model_does_not_have_are_refused(prediction: Any, models: Any) -> None:
+    """In a text too: a tokenizer may know more tokens than the model."""
+
+    class Tokenizer:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [1, VOCAB_SIZE]
+
+    llm = make_llm(models.target, PREDICTION)
+    llm.engine.inputs.tokenizer = Tokenizer()
+    with pytest.raises(ValueError, match=f"prediction token ids must be .* got {VOCAB_SIZE}"):
+        llm.engine.inputs._prediction(SamplingParams(prediction=prediction))

@@ -209,3 +209,10 @@ def test_a_request_that_no_drafter_can_serve_is_refused(
 def test_drafters_of_a_request_are_a_list_of_names(value: Any) -> None:
     with pytest.raises(ValueError, match="drafters must be None or a list of names"):
         SamplingParams(drafters=value)
+
+
+def test_a_drafter_is_found_by_its_name(models: Any) -> None:
+    llm = make_llm(models.target, [NGRAM, near(models), near(models)])
+    assert llm.drafter("draft_model-2") is llm.engine.parts.drafters[2]
+    with pytest.raises(ValueError, match=r"one of \['draft_model', .*\], got 'suffix'"):
+        llm.drafter("suffix")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from lookup_rows import CountingList, make, num_read_per_step
 
 from folospec.core.token_tree import TokenTree
 from folospec.spec.phrase_pool import NOTHING, PhrasePool, phrase_tree, phrases_said
@@ -114,3 +115,20 @@ def test_a_said_phrase_follows_the_children_that_the_model_agrees_with() -> None
         (9, 3),
     ]
     assert list(phrases_said(tree, said, [0], max_length=3)) == [(5, 8, 9)]
+
+
+def test_inserting_what_is_new_reads_what_is_new() -> None:
+    """Whatever the length of the context; with a control that reads all of it."""
+    counts = {}
+    for length in (70, 7000):
+        for num_seen in (length - 4, 0):
+            token_ids = CountingList(range(length))
+            PhrasePool(7, 10_000).insert_ngrams(token_ids, num_seen, 5)
+            counts[length, num_seen == 0] = token_ids.num_read
+    assert counts[70, False] == counts[7000, False]
+    assert counts[70, True] * 50 < counts[7000, True]
+
+
+def test_a_lookahead_step_reads_what_is_new() -> None:
+    reads = {num_read_per_step(make("lookahead"), length) for length in (70, 7000)}
+    assert len(reads) == 1

@@ -142,7 +142,7 @@ def test_a_finished_request_is_found_from_its_first_token() -> None:
     source, prompt, output = drafter("suffix"), [1, 2, 3, 4], [30, 31, 32, 33, 34, 35]
     source.finish("s", [*prompt, *output], len(prompt))
     source.finish("aborted", prompt, len(prompt))
-    assert source.stats()["num_cached_requests"] == 1
+    assert source.stats()["num_stored_requests"] == 1
     (proposal,) = source.propose([row(prompt, num_prompt_tokens=4)])
     assert proposal.tree.token_ids == tuple(output)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from folospec.core.token_tree import ROOT, TokenTree
-from folospec.spec.tree_shapes import expansion, expected_accepted, sequoia
+from folospec.spec.tree_shapes import expansion, sequoia
 
 VECTORS = [
     (0.6, 0.2),
@@ -29,6 +29,15 @@ MOST_NODES = 6
 falling = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=5).map(
     lambda values: sorted(values, reverse=True)
 )
+
+
+def expected_accepted(shape, rank_acceptance):
+    """The expected number of accepted nodes of a shape."""
+    reached = []
+    for rank, parent in zip(shape.token_ids, shape.parents, strict=True):
+        above = 1.0 if parent == ROOT else reached[parent]
+        reached.append(above * rank_acceptance[rank])
+    return sum(reached)
 
 
 @cache

@@ -217,6 +217,16 @@ DrafterFactory = Callable[[DrafterContext], Drafter]
 _REGISTRY: dict[str, DrafterFactory] = {}
 
 
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse an option that is no count.
+
+    Raises:
+        ValueError: it is no integer, or below `least`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
 def register_drafter(name: str, factory: DrafterFactory) -> None:
     """Make `speculative=name` build its drafter with `factory(context)`; a `Drafter` subclass is
     such a factory.

@@ -36,7 +36,14 @@ from typing import Any
 
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Needs, Outcome
+from folospec.spec.drafters.base import (
+    Drafter,
+    DrafterContext,
+    DraftRow,
+    Needs,
+    Outcome,
+    check_count,
+)
 from folospec.spec.phrase_pool import PhrasePool, phrase_confidence, phrase_tree
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE
@@ -221,8 +228,6 @@ class LookaheadDrafter(Drafter):
 
 def _check(options: dict[str, Any]) -> None:
     for name, least in (("window", 1), ("ngram_size", 2), ("guesses", 1), ("max_first_tokens", 1)):
-        value = options[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_count(name, options[name], least)
     if not isinstance(options["prompt_ngrams"], bool):
         raise ValueError(f"prompt_ngrams must be True or False, got {options['prompt_ngrams']!r}")

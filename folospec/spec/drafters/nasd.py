@@ -24,7 +24,14 @@ from typing import Any
 from folospec.core.token_tree import TokenTree
 from folospec.sampling import noise
 from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Needs, Outcome
+from folospec.spec.drafters.base import (
+    Drafter,
+    DrafterContext,
+    DraftRow,
+    Needs,
+    Outcome,
+    check_count,
+)
 from folospec.spec.ngram_store import Match, NgramStore
 from folospec.spec.proposal import Proposal
 
@@ -220,9 +227,7 @@ def _evidence(match: Match | None) -> tuple | None:
 
 def _check(options: dict[str, Any]) -> None:
     for name, least in (("n", 2), ("filler_top_k", 0), ("max_entries", 1)):
-        value = options[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_count(name, options[name], least)
     for name in ("stop_if_unknown", "shared", "egag"):
         if not isinstance(options[name], bool):
             raise ValueError(f"{name} must be True or False, got {options[name]!r}")

@@ -23,7 +23,7 @@ from typing import Any
 
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome
+from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome, check_count
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE
 
@@ -92,8 +92,7 @@ class NgramDrafter(Drafter):
         self.min_n, self.max_n = options["prompt_lookup_min"], options["prompt_lookup_max"]
         self.num_matches = options["num_matches"]
         for name, value in options.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            check_count(name, value)
         if self.min_n > self.max_n:
             raise ValueError(
                 f"prompt_lookup_min must be at most prompt_lookup_max={self.max_n}, got "

@@ -40,7 +40,7 @@ from folospec.core.token_tree import TokenTree
 from folospec.sampling.sampler import NO_TOKEN
 from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
 from folospec.spec.draft_runner import Rows
-from folospec.spec.drafters.base import DrafterContext, DraftRow, Needs, Outcome
+from folospec.spec.drafters.base import DrafterContext, DraftRow, Needs, Outcome, check_count
 from folospec.spec.drafters.draft_model import find_draft_model
 from folospec.spec.drafters.model_drafter import DRAFTING_OPTIONS, ModelDrafter
 from folospec.spec.phrase_pool import (
@@ -169,7 +169,10 @@ class OuroborosDrafter(ModelDrafter):
             for draft in drafts
             for count in range(len(draft.phrase) + 1)
         ]
-        drawn, confidence, log_probs = self.draw(self.run(batch), places)
+        logits = self.run(batch)
+        for draft in drafts:  # not before: a pass that fails has computed nothing
+            draft.row.num_draft_computed = len(draft.row.token_ids)
+        drawn, confidence, log_probs = self.draw(logits, places)
         begin = 0
         for draft in drafts:
             part = slice(begin, begin + len(draft.phrase) + 1)
@@ -189,7 +192,6 @@ class OuroborosDrafter(ModelDrafter):
             )
         else:
             rows = self._catch_up_rows(row)
-            row.num_draft_computed = len(row.token_ids)
         rows.token_ids = [*rows.token_ids, *self._fit(draft.phrase)]
         rows.num_logits = 1 + len(draft.phrase)
         return rows
@@ -307,6 +309,4 @@ def _check(options: Mapping[str, Any]) -> None:
         "max_first_tokens": 1,
     }
     for name, least in least_of.items():
-        value = options[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_count(name, options[name], least)

@@ -23,7 +23,14 @@ from folospec.core.token_tree import TokenTree
 from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
 from folospec.spec.alignment import Alignment, Reading
 from folospec.spec.best_first import grow_best_first, read_tree_option
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Needs, Outcome
+from folospec.spec.drafters.base import (
+    Drafter,
+    DrafterContext,
+    DraftRow,
+    Needs,
+    Outcome,
+    check_count,
+)
 from folospec.spec.proposal import Proposal
 
 _OPTIONS: dict[str, Any] = {
@@ -64,7 +71,7 @@ class PredictionDrafter(Drafter):
         self.min_token_prob = options["min_token_prob"]
         _check(options)
         self.is_chain = not read_tree_option(options["tree"], context.acceptance)
-        self._table = AcceptanceTable()
+        self._acceptance = AcceptanceTable()
         self._alignments: dict[str, Alignment] = {}
         self._keys: dict[str, list[tuple]] = {}
 
@@ -115,7 +122,7 @@ class PredictionDrafter(Drafter):
             _, reading, after = max(ways, key=lambda way: way[0])
             kind = "replaced" if after.rest else reading.kind
             key = (kind, min(reading.run, 63).bit_length(), round(8 * mass))
-            chance = self._table.estimate(key, prior=FOLLOWED * mass)
+            chance = self._acceptance.estimate(key, prior=FOLLOWED * mass)
             followed = [(weight / mass, after) for weight, _, after in ways]
             yield token_id, chance, _State(followed, key, chance)
 
@@ -123,7 +130,7 @@ class PredictionDrafter(Drafter):
         for outcome in outcomes:
             keys = self._keys.get(outcome.seq_id, [])
             for node, accepted in tried_nodes(outcome):
-                self._table.record(keys[node], accepted)
+                self._acceptance.record(keys[node], accepted)
 
     def drop(self, seq_id: str) -> None:
         self._alignments.pop(seq_id, None)
@@ -140,8 +147,7 @@ class PredictionDrafter(Drafter):
 
 def _check(options: dict[str, Any]) -> None:
     for name in ("min_match", "max_match"):
-        if type(options[name]) is not int or options[name] < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {options[name]!r}")
+        check_count(name, options[name])
     if options["min_match"] > options["max_match"]:
         raise ValueError(
             f"min_match must be at most max_match={options['max_match']}, got "

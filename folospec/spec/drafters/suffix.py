@@ -28,7 +28,7 @@ from folospec.spec.best_first import (
     grow_best_first,
     read_tree_option,
 )
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome
+from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome, check_count
 from folospec.spec.proposal import Proposal
 from folospec.spec.suffix_store import SuffixStore, check_token_ids, load_texts, save_texts
 from folospec.spec.suffix_tree import (
@@ -103,7 +103,7 @@ class SuffixDrafter(Drafter):
     trees; `preload`, texts or lists of token ids to begin with, and `load`, a file of them that
     `save` wrote::
 
-        llm.engine.parts.drafters[0].save("corpus.npz")
+        llm.drafter("suffix").save("corpus.npz")
         LLM(model, speculative={"method": "suffix", "load": "corpus.npz"})
     """
 
@@ -121,7 +121,7 @@ class SuffixDrafter(Drafter):
         self.is_chain = not read_tree_option(options["tree"], context.acceptance)
         self.vocab_size = context.vocab_size
         self.store = SuffixStore(self.max_depth, options["max_cached_tokens"])
-        self._table = AcceptanceTable()
+        self._acceptance = AcceptanceTable()
         self._sequences: dict[str, _Sequence] = {}
         self._fill_store(_read_preload(options["preload"], context))
         if options["load"] is not None:
@@ -155,7 +155,7 @@ class SuffixDrafter(Drafter):
         for state in grown.states:
             ratio = state.count / (state.total + 1)  # once out of once is no certainty
             keys.append((match.source, match.length.bit_length(), round(8 * ratio)))
-            chances.append(self._table.estimate(keys[-1], prior=ratio))
+            chances.append(self._acceptance.estimate(keys[-1], prior=ratio))
         sequence.keys = keys
         return Proposal(
             TokenTree(grown.token_ids, grown.parents),
@@ -204,7 +204,7 @@ class SuffixDrafter(Drafter):
             sequence = self._sequences.get(outcome.seq_id)
             if sequence is not None:
                 for node, accepted in tried_nodes(outcome):
-                    self._table.record(sequence.keys[node], accepted)
+                    self._acceptance.record(sequence.keys[node], accepted)
 
     def finish(self, seq_id: str, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """Keep the output, behind as much of the prompt as a match can reach back, so that the same
@@ -224,9 +224,9 @@ class SuffixDrafter(Drafter):
         num_nodes = self.store.tree.num_nodes + sum(writer.tree.num_nodes for writer in trees)
         num_tokens = self.store.num_tokens + sum(len(writer.text) for writer in trees)
         return {
-            "num_cached_requests": len(self.store),
-            "num_cached_tokens": self.store.num_tokens,
-            "num_cached_nodes": self.store.tree.num_nodes,
+            "num_stored_requests": len(self.store),
+            "num_stored_tokens": self.store.num_tokens,
+            "num_stored_nodes": self.store.tree.num_nodes,
             "num_evictions": self.store.num_evictions,
             "num_sequences": len(trees),
             "num_tokens": num_tokens,
@@ -242,10 +242,7 @@ def _children(state: Continuation) -> Iterator[tuple[int, float, Continuation]]:
 
 def _check(options: dict[str, Any]) -> None:
     for name, least in (("max_tree_depth", 2), ("max_cached_tokens", 0)):
-        if type(options[name]) is not int or options[name] < least:
-            raise ValueError(
-                f"{name} must be an integer of at least {least}, got {options[name]!r}"
-            )
+        check_count(name, options[name], least)
     unbounded = ("max_spec_factor", "max_spec_offset", "min_score")
     for name, most in (*((name, None) for name in unbounded), ("min_token_prob", 1)):
         value = options[name]

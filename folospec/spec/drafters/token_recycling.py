@@ -27,7 +27,14 @@ import numpy as np
 
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Needs, Outcome
+from folospec.spec.drafters.base import (
+    Drafter,
+    DrafterContext,
+    DraftRow,
+    Needs,
+    Outcome,
+    check_count,
+)
 from folospec.spec.proposal import Proposal
 from folospec.spec.tree_shapes import sequoia
 from folospec.spec.verify import ACCEPTANCE
@@ -56,8 +63,7 @@ class TokenRecyclingDrafter(Drafter):
         context.refuse_model()
         options = context.read_options({"top_k": 8, "max_depth": 6})
         for name, value in options.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            check_count(name, value)
         self.top_k = min(options["top_k"], context.vocab_size)
         width = self.top_k if ACCEPTANCE[context.acceptance].takes_trees else 1
         self._shape = sequoia(
