@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine
 
 TARGET, DRAFT = "folospec-demo", "folospec-demo-draft"
-METHODS = ("ngram", "draft_model")
 FUNCTIONS = (
     ("bisect", "bisect_left"),
     ("textwrap", "indent"),
@@ -162,9 +161,9 @@ def _engines(num_speculative_tokens: int, options: dict[str, Any]) -> dict[str, 
 
     k = num_speculative_tokens
     engines = {"plain": make_engine(TARGET, warm_cache=False, max_num_seqs=1, **options)}
-    for method in METHODS:
-        speculative = SpeculativeConfig.of({"method": method, "num_speculative_tokens": k})
-        engines[method] = make_engine(
+    for settings in ({"method": "ngram"}, {"method": "draft_model", "model": DRAFT}):
+        speculative = SpeculativeConfig.of({**settings, "num_speculative_tokens": k})
+        engines[settings["method"]] = make_engine(
             TARGET, speculative=speculative, warm_cache=False, max_num_seqs=1, **options
         )
     return engines

@@ -132,7 +132,7 @@ def test_first_children_of_a_perfect_drafter_are_always_accepted(
     llm = make_llm(models.target, speculative, **options)
     for _ in range(2):  # the second run meets cached prefixes
         run(llm)
-    assert len(lengths) > 50
+    assert len(lengths) > 30
     assert all(accepted == expected for accepted, expected in lengths)
 
 
