@@ -62,7 +62,8 @@ class SamplingParams:
     """Generate past the EOS tokens of the model's generation config."""
     seed: int | None = None
     """Same seed, same tokens, whatever else is in the batch. None derives one from the engine's
-    seed."""
+    seed. Under the acceptance rules that promise the law only, the request's number in the engine
+    counts too: there the same requests in the same order have the same tokens."""
     logprobs: int | None = None
     """Return the logprob of each output token and of this many most likely ones."""
     prompt_logprobs: int | None = None
@@ -242,7 +243,7 @@ class SamplingParams:
 
 
 def _is_list_of(kind: type, values: Any) -> bool:
-    is_list = isinstance(values, Collection) and not isinstance(values, (str, Mapping))
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
     return is_list and all(isinstance(value, kind) for value in values)
 
 

@@ -54,9 +54,7 @@ class InputProcessor:
         self._check_params(params)
         max_num_tokens = self._max_num_tokens(len(token_ids), params)
         group = SequenceGroup(request_id, token_ids, params, arrival=ordinal, prompt=text)
-        seed = params.seed
-        if seed is None:
-            seed = derived_seed(self.config.seed, ordinal)
+        seed = self._seed(params, ordinal)
         first = group.sequences[0]
         return Request(
             group=group,
@@ -68,6 +66,18 @@ class InputProcessor:
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
             prediction_token_ids=self._prediction(params),
         )
+
+    def _seed(self, params: SamplingParams, ordinal: int) -> int:
+        """The seed of a request's noise.
+
+        A rule that does not share noise wants drafts that know nothing of it, and drafters remember
+        other requests. So there two requests with one seed have different noise.
+        """
+        if params.seed is None:
+            return derived_seed(self.config.seed, ordinal)
+        if self.speculation.rule.shares_noise:
+            return params.seed
+        return derived_seed(params.seed, ordinal)
 
     def _read_prompt(self, prompt: Any) -> tuple[str | None, list[int]]:
         text, token_ids = prompt, None

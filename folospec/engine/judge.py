@@ -7,6 +7,7 @@ node's own path as history, and a plain step is a tree without nodes.
 
 from __future__ import annotations
 
+import collections.abc
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from folospec.sampling import noise
 from folospec.sampling.constraints import SamplingRow
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import process
-from folospec.sampling.sampler import draw_target
+from folospec.sampling.sampler import NO_TOKEN, draw_target
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE, KeyedCoins, Verdict, verify_coupled
 
@@ -47,6 +48,15 @@ class Judgement:
     verdicts: list[Verdict] | None = None
 
     @property
+    def judged_rows(self) -> collections.abc.Sequence[int]:
+        """Those of `rows` that can decide anything: the root's and the candidates'. Of scratch rows
+        nothing is asked, so none of the request's options are applied to them."""
+        if self.proposal is None or self.proposal.candidate is None:
+            return self.rows
+        judged = [True, *self.proposal.candidate]
+        return [row for row, is_judged in zip(self.rows, judged, strict=True) if is_judged]
+
+    @property
     def tree(self) -> TokenTree:
         return self.proposal.tree if self.proposal else _NO_DRAFT
 
@@ -69,7 +79,7 @@ def judge(judgements: list[Judgement], logits: Tensor, acceptance: str) -> Tenso
     judgements = [judgement for judgement in judgements if judgement.rows]
     if not judgements:
         return logits
-    indices = [row for judgement in judgements for row in judgement.rows]
+    indices = [row for judgement in judgements for row in judgement.judged_rows]
     sampling_rows = [row for judgement in judgements for row in _sampling_rows(judgement)]
     if len(indices) == len(logits):
         log_probs = process(logits, sampling_rows)
@@ -91,9 +101,10 @@ def judge(judgements: list[Judgement], logits: Tensor, acceptance: str) -> Tenso
 def find_judgement(judgements: list[Judgement], row: int) -> Judgement:
     """Return the judgement that the given judged row belongs to."""
     for judgement in judgements:
-        if row < len(judgement.rows):
+        num_rows = len(judgement.judged_rows)
+        if row < num_rows:
             return judgement
-        row -= len(judgement.rows)
+        row -= num_rows
     raise IndexError(f"there is no judged row {row}")
 
 
@@ -108,7 +119,7 @@ def _sampling_rows(judgement: Judgement) -> list[SamplingRow]:
             bad_words_token_ids=request.bad_words_token_ids,
             stop_ids=request.stop_ids,
         )
-        for node in range(-1, len(tree))
+        for node in (row - judgement.rows.start - 1 for row in judgement.judged_rows)
     ]
 
 
@@ -118,20 +129,21 @@ def _judge_by_draw(judgements: list[Judgement], log_probs: Tensor) -> None:
     keys: list[int] = []
     for judgement in judgements:
         seq, seed = judgement.seq, judgement.request.seed
-        depths = [0, *judgement.tree.depths]
+        depths, first = [0, *judgement.tree.depths], judgement.rows.start
         for draw in range(judgement.num_draws):
-            rows.extend(judgement.rows)
-            for depth in depths:
-                position = seq.num_tokens + depth
+            for row in judgement.judged_rows:
+                rows.append(row)
+                position = seq.num_tokens + depths[row - first]
                 keys.append(noise.key(seed, seq.sample_index + draw, position, Purpose.TARGET))
     if not rows:
         return
     chosen = log_probs if rows == list(range(len(log_probs))) else log_probs[rows]
-    tokens = draw_target(chosen, noise.key_tensor(keys, log_probs.device)).tolist()
+    drawn = iter(draw_target(chosen, noise.key_tensor(keys, log_probs.device)).tolist())
     for judgement in judgements:
-        count = len(judgement.rows)
         candidate = judgement.proposal.candidate if judgement.proposal else None
         judgement.verdicts = []
         for _ in range(judgement.num_draws):
-            judgement.verdicts.append(verify_coupled(judgement.tree, tokens[:count], candidate))
-            tokens = tokens[count:]
+            tokens = [NO_TOKEN] * len(judgement.rows)
+            for row in judgement.judged_rows:
+                tokens[row - judgement.rows.start] = next(drawn)
+            judgement.verdicts.append(verify_coupled(judgement.tree, tokens, candidate))

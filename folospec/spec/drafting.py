@@ -164,6 +164,11 @@ def _check_ranges(options: Mapping[str, Any], kind: str) -> None:
         if kind != "sequoia":
             raise ValueError(f"rank_acceptance has no effect with tree={options['tree']!r}")
         check_rank_acceptance(options["rank_acceptance"])
+        if len(options["rank_acceptance"]) > options["branching"]:
+            raise ValueError(
+                f"rank_acceptance must have at most branching={options['branching']} ranks, got "
+                f"{options['rank_acceptance']}"
+            )
 
 
 def _is_count(value: object) -> bool:

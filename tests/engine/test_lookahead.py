@@ -198,3 +198,20 @@ def test_rows_that_are_not_moved_over_the_window_are_noticed(
     result = run(make_llm(models.target, SETTINGS), on_step=checker)
     assert checker.worst > 1e-3
     assert result.tokens != plain.tokens
+
+
+def test_the_options_of_a_request_are_not_applied_to_scratch_rows(models: Any) -> None:
+    """A logits processor is called once for the root and each judged node."""
+    calls: list[list[int]] = []
+
+    def processor(output_token_ids: list[int], logits: Any) -> Any:
+        calls.append(output_token_ids)
+        return logits
+
+    params = SamplingParams(
+        temperature=0, max_tokens=20, ignore_eos=True, logits_processors=[processor]
+    )
+    result = run(make_llm(models.target, SETTINGS), [[3, 4, 5] * 4], params)
+    assert result.stats["num_draft_tokens"] > 0
+    assert len(calls) == result.stats["num_draft_tokens"] + result.stats["num_target_passes"]
+    assert result.stats["num_scheduled_tokens"] > 12 + len(calls)  # scratch rows were run

@@ -312,3 +312,17 @@ def test_a_proposal_that_may_not_be_is_the_drafters_failure(
     assert result.stats["num_drafter_errors"] > 0
     with pytest.raises(ValueError, match=message):
         run(make_llm(models.target, settings))
+
+
+@pytest.mark.parametrize("acceptance", ["coupled", "rejection", "block"])
+def test_one_seed_is_one_noise_only_where_drafts_may_know_it(acceptance: str, models: Any) -> None:
+    """Drafters remember what other requests said. Under a ratio rule they must not learn from a
+    request with the same noise, or what they say depends on the coins that judge it."""
+    llm = make_llm(models.target, {"method": "ngram", "acceptance": acceptance})
+    params = SamplingParams(seed=7, max_tokens=12, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": [5, 6, 7]}] * 2, params, use_tqdm=False)
+    first, second = (output.outputs[0].token_ids for output in outputs)
+    assert (first == second) == (acceptance == "coupled")
+    again = make_llm(models.target, {"method": "ngram", "acceptance": acceptance})
+    repeated = again.generate([{"prompt_token_ids": [5, 6, 7]}] * 2, params, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in repeated] == [first, second]

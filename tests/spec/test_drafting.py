@@ -90,6 +90,11 @@ def test_children_are_drawn_in_the_best_way_that_the_rule_allows(
         ("block", {"children": "coupled"}, "acceptance='block' forbids"),
         ("rejection", {"tree": "dynamic"}, "biases the output under acceptance='rejection'"),
         ("rejection", {"tree": "dynamic", "children": "iid"}, "biases the output"),
+        (
+            "coupled",
+            {"tree": "sequoia", "branching": 2, "rank_acceptance": [0.5, 0.2, 0.1]},
+            "at most branching=2 ranks",
+        ),
         ("coupled", {"depth": 3}, "depth has no effect with tree=None, got 3"),
         ("coupled", {"tree": [2], "branching": 2}, r"branching has no effect with tree=\[2\]"),
         ("coupled", {"tree": "sequoia", "threshold": 0.1}, "threshold has no effect"),
