@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
 import statistics
 import sys
@@ -38,8 +37,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import transformers
 from copying import CopyCounts, ideal_copier
 from drafters import COPIERS, choose, takes_part
+from output import show, write_rows
 from provenance import provenance
-from rich.console import Console
 from rich.table import Table
 from stepping import Run, make_llm, run_task
 from tasks import TASKS, Task, make_task
@@ -53,7 +52,6 @@ BATCH = 8
 COUNTED_DTYPE, TIMED_DTYPE = "float64", "float32"
 TIMED_ITEMS = 3
 QUICK = {"items": 2, "max_tokens": 12}
-TABLE_WIDTH = 130
 
 Row = dict[str, Any]
 
@@ -65,18 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     common = {"benchmark": "acceptance", "model": args.model, "provenance": provenance(command)}
-    rows: list[Row] = []
-    out = args.out.open("w") if args.out else sys.stdout
-    try:
-        for row in measure_all(args):
-            rows.append({**common, **row})
-            out.write(json.dumps(rows[-1]) + "\n")
-            out.flush()
-    finally:
-        if args.out:
-            out.close()
-    terminal = Console(stderr=True)
-    Console(stderr=True, width=max(terminal.width, TABLE_WIDTH)).print(table(rows))
+    rows = write_rows(({**common, **row} for row in measure_all(args)), args.out)
+    show(table(rows))
     return int(any("error" in row or not row["tokens_equal_to_plain"] for row in rows))
 
 

@@ -19,7 +19,6 @@ it runs starts with nothing, and is held to its first guesses too.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,8 +30,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import transformers
 from drafters import choose, takes_part
+from output import show, write_rows
 from provenance import provenance
-from rich.console import Console
 from rich.table import Table
 from stepping import make_llm, run_task
 from tasks import make_task
@@ -47,7 +46,6 @@ DTYPE = "float32"
 NUM_BINS = 10
 TASKS = ("completion", "editing")
 """The first that a contestant can be measured on."""
-TABLE_WIDTH = 110
 
 Row = dict[str, Any]
 
@@ -59,18 +57,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     common = {"benchmark": "calibration", "model": args.model, "provenance": provenance(command)}
-    rows: list[Row] = []
-    out = args.out.open("w") if args.out else sys.stdout
-    try:
-        for row in measure_all(args):
-            rows.append({**common, **row})
-            out.write(json.dumps(rows[-1]) + "\n")
-            out.flush()
-    finally:
-        if args.out:
-            out.close()
-    terminal = Console(stderr=True)
-    Console(stderr=True, width=max(terminal.width, TABLE_WIDTH)).print(table(rows))
+    rows = write_rows(({**common, **row} for row in measure_all(args)), args.out)
+    show(table(rows))
     return rows
 
 

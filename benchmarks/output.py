@@ -1,0 +1,33 @@
+"""Where a benchmark's rows go: JSON lines to a file or to stdout, as they come, and a table to
+stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+TABLE_WIDTH = 130
+
+
+def write_rows(rows: Iterable[dict[str, Any]], path: Path | None) -> list[dict[str, Any]]:
+    """Write every row when it is measured, so that an interrupted run leaves what it has."""
+    written = []
+    with nullcontext(sys.stdout) if path is None else path.open("w") as out:
+        for row in rows:
+            written.append(row)
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+    return written
+
+
+def show(table: Table) -> None:
+    """Print a table, wide enough even where the terminal is not."""
+    width = max(Console(stderr=True).width, TABLE_WIDTH)
+    Console(stderr=True, width=width).print(table)
