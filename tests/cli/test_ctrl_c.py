@@ -59,6 +59,15 @@ def test_a_second_ctrl_c_does_not_wait(folospec, target, monkeypatch):
     assert result.stderr == "folospec: interrupted\n"
 
 
+@pytest.fixture
+def heeded_sigint():
+    """A process that was started in the background may ignore SIGINT, and so do its tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_sigint")
 def test_ctrl_c_while_loading_ends_cleanly(folospec, target, monkeypatch):
     monkeypatch.setattr(
         "folospec.engine.llm_engine.load_parts", lambda config: signal.raise_signal(signal.SIGINT)

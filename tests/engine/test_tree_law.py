@@ -19,6 +19,7 @@ from harness import make_llm, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from folospec import SamplingParams
+from folospec.engine.input_processor import InputProcessor
 from folospec.spec import children
 from folospec.spec.drafters import model_drafter
 
@@ -194,3 +195,41 @@ def test_the_law_is_neither_certain_nor_the_same_after_everything(law: Any) -> N
         for first in range(4)
     ]
     assert max(abs(a - b) for a, b in zip(last[0], last[1], strict=True)) > 0.02
+
+
+def remembered(tiny: Tiny, seed_of: Any, count: int = 300) -> list[tuple[int, ...]]:
+    """Outputs of requests whose drafts come from what the request before them said; the store holds
+    little more than that."""
+    settings = {
+        "method": "suffix",
+        "acceptance": "rejection",
+        "max_cached_tokens": 10,
+        "min_token_prob": 0.0,
+        "num_speculative_tokens": 1,
+    }
+    llm = make_llm(tiny.target, settings, num_blocks=64, block_size=4)
+    outputs = []
+    for number in range(count):
+        for turn in ("fill", "remember", "use"):
+            params = SamplingParams(
+                seed=seed_of(number, turn), max_tokens=NUM_TOKENS, ignore_eos=True
+            )
+            result = run(llm, [PROMPT], params)
+        outputs.append(tuple(result.tokens[0][0][1:]))
+    harness.assert_speculated(result.stats)
+    return outputs
+
+
+def one_seed(number: int, turn: str) -> int:
+    return 0 if turn == "fill" else 1000 + number
+
+
+def test_requests_with_one_seed_keep_the_law_though_drafters_remember(tiny: Tiny, law: Any) -> None:
+    assert p_value(law, remembered(tiny, one_seed)) > FALSE_ALARM
+
+
+def test_one_noise_for_requests_that_remember_each_other_is_seen(
+    tiny: Tiny, law: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InputProcessor, "_seed", lambda self, params, ordinal: params.seed)
+    assert p_value(law, remembered(tiny, one_seed)) < VISIBLE
