@@ -34,11 +34,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import transformers
 from copying import CopyCounts, ideal_copier
 from drafters import COPIERS, choose, takes_part
-from output import show, write_rows
-from provenance import provenance
+from output import begin, show, write_rows
 from rich.table import Table
 from stepping import Run, make_llm, run_task
 from tasks import TASKS, Task, make_task
@@ -59,10 +57,7 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 if tokens differed or a contestant failed."""
     args = parse_arguments(argv)
-    command = [sys.argv[0] if argv is None else __file__, *(sys.argv[1:] if argv is None else argv)]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    common = {"benchmark": "acceptance", "model": args.model, "provenance": provenance(command)}
+    common = {"benchmark": "acceptance", "model": args.model, "provenance": begin(argv, __file__)}
     rows = write_rows(({**common, **row} for row in measure_all(args)), args.out)
     show(table(rows))
     return int(any("error" in row or not row["tokens_equal_to_plain"] for row in rows))

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import transformers
 from drafters import choose, takes_part
-from output import show, write_rows
-from provenance import provenance
+from output import begin, show, write_rows
 from rich.table import Table
 from stepping import make_llm, run_task
 from tasks import make_task
@@ -53,10 +50,7 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the benchmark and return its rows, one per contestant and temperature."""
     args = parse_arguments(argv)
-    command = [sys.argv[0] if argv is None else __file__, *(sys.argv[1:] if argv is None else argv)]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    common = {"benchmark": "calibration", "model": args.model, "provenance": provenance(command)}
+    common = {"benchmark": "calibration", "model": args.model, "provenance": begin(argv, __file__)}
     rows = write_rows(({**common, **row} for row in measure_all(args)), args.out)
     show(table(rows))
     return rows

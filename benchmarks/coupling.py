@@ -19,7 +19,6 @@ one sequence.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -31,8 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import numpy.typing as npt
-import transformers
-from provenance import provenance
+from output import begin, show, write_rows
 from rich.console import Console
 from rich.table import Table
 from stepping import make_llm, run_task
@@ -52,7 +50,6 @@ CONTESTANTS = {
     "greedy": {"children": "top_k", "acceptance": "coupled"},
 }
 REFERENCE = "coupled"
-TABLE_WIDTH = 110
 
 Row = dict[str, Any]
 Counts = npt.NDArray[np.int64]  # [num_prompts, 2]: drafts, accepted tokens
@@ -61,23 +58,16 @@ Counts = npt.NDArray[np.int64]  # [num_prompts, 2]: drafts, accepted tokens
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 if there were too few drafts to say anything."""
     args = parse_arguments(argv)
-    command = [sys.argv[0] if argv is None else __file__, *(sys.argv[1:] if argv is None else argv)]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    facts = provenance(command)
+    facts = begin(argv, __file__)
     task = make_task("completion", load_tokenizer(args.model), args.prompts, args.max_tokens)
     found = {
         name: measure(args, task, name, 0.0 if name == "greedy" else args.temperature)
         for name in tqdm(CONTESTANTS, leave=False)
     }
-    rows = [{**describe(args, name), **figures(found, name), "provenance": facts} for name in found]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if args.out:
-        args.out.write_text(text)
-    else:
-        sys.stdout.write(text)
-    terminal = Console(stderr=True)
-    Console(stderr=True, width=max(terminal.width, TABLE_WIDTH)).print(table(rows))
+    rows = write_rows(
+        ({**describe(args, n), **figures(found, n), "provenance": facts} for n in found), args.out
+    )
+    show(table(rows))
     fewest = min(row["num_drafts"] for row in rows)
     if fewest < args.min_drafts:
         Console(stderr=True).print(f"fewer than {args.min_drafts} verified drafts: {fewest}")

@@ -5,15 +5,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import transformers
+from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 
 TABLE_WIDTH = 130
+
+
+def begin(argv: Sequence[str] | None, script: str) -> dict[str, Any]:
+    """Silence transformers, and return the provenance of a run of `script`."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return provenance([script, *(sys.argv[1:] if argv is None else argv)])
 
 
 def write_rows(rows: Iterable[dict[str, Any]], path: Path | None) -> list[dict[str, Any]]:

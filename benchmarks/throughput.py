@@ -13,23 +13,19 @@ lifespans, which leaves the start of its thread out. At batch 1 the prompts run 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import transformers
 from contestants import Contestant, Run, Setup, make_contestants
+from output import begin, show, write_rows
 from prompts import held_out_prompts
-from provenance import provenance
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
@@ -43,7 +39,6 @@ REFERENCE = "folospec plain"
 MIN_PROMPTS = 4
 """At small batch sizes several batches run one after the other: one prompt's luck is not a rate."""
 WARM_UP_TOKENS = 8
-TABLE_WIDTH = 110
 TIMES = ("draft_time", "target_time", "sampling_time")
 
 Row = dict[str, Any]
@@ -52,9 +47,7 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the benchmark and return its rows, one per contestant and batch size."""
     args = parse_arguments(argv)
-    command = [sys.argv[0] if argv is None else __file__, *(sys.argv[1:] if argv is None else argv)]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    facts = begin(argv, __file__)
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     setup = Setup(
         args.model, args.draft_model, args.dtype, args.num_speculative_tokens, max(args.batches)
@@ -69,25 +62,19 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         "temperature": 0.0,
         "max_tokens": args.max_tokens,
         "rounds": args.rounds,
-        "provenance": provenance(command),
+        "provenance": facts,
     }
-    rows: list[Row] = []
-    out = args.out.open("w") if args.out else sys.stdout
-    try:
+
+    def measured() -> Iterator[Row]:
         for batch in args.batches:
             chosen = prompts[: num_prompts[batch]]
             entrants = [c for c in contestants if batch == 1 or not c.only_batch_1]
             for row in measure(entrants, chosen, batch, args.rounds, args.max_tokens):
-                rows.append({**common, **row})
-                out.write(json.dumps(rows[-1]) + "\n")
-                out.flush()
-    finally:
-        if args.out:
-            out.close()
-    terminal = Console(stderr=True)
-    console = Console(stderr=True, width=max(terminal.width, TABLE_WIDTH))
-    console.print(rate_table(rows))
-    console.print(time_table(rows))
+                yield {**common, **row}
+
+    rows = write_rows(measured(), args.out)
+    show(rate_table(rows))
+    show(time_table(rows))
     return rows
 
 

@@ -79,6 +79,19 @@ def _read_line(line: str, place: str) -> str:
     return prompt
 
 
+def check_compare(config: SpeculativeConfig | None, *, show_steps: bool, trace: str | None) -> None:
+    """Refuse what does not go with `--compare`.
+
+    Raises:
+        ValueError: there is nothing to compare, or something would slow it.
+    """
+    if config is None:
+        raise ValueError("--compare needs --speculative")
+    if show_steps or trace is not None:
+        option = "--show-steps" if show_steps else "--trace"
+        raise ValueError(f"{option} would slow what --compare measures; use one of them")
+
+
 def read_prediction(file: str | None) -> str | None:
     """Read `--prediction`: the text of a file.
 

@@ -131,15 +131,12 @@ def generate(
                 stop=stop or (),
                 prediction=commands.read_prediction(prediction),
             )
-            if compare and config is None:
-                raise ValueError("--compare needs --speculative")
-            if rounds is not None and not compare:
-                raise ValueError("--rounds needs --compare")
-            if compare and (show_steps or trace is not None):
-                option = "--show-steps" if show_steps else "--trace"
-                raise ValueError(f"{option} would slow what --compare measures; use one of them")
             if show_steps and json:
                 raise ValueError("--show-steps is for reading; with --json use --trace FILE")
+            if compare:
+                commands.check_compare(config, show_steps=show_steps, trace=trace)
+            elif rounds is not None:
+                raise ValueError("--rounds needs --compare")
         options = {"speculative": config, "dtype": dtype, "device": device, "trace": trace}
         engine = make_engine(model, warm_cache=not compare, **options)
         with bad_input():

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from folospec.config import SpeculativeConfig
 from folospec.core.kv_cache_manager import KVCacheManager
 from folospec.core.sequence import Sequence
@@ -250,18 +252,33 @@ class Speculation:
 
     def observe(self, observed: list[Observed], result: ForwardResult) -> None:
         """Tell the drafters what became of the step, then to forget what is finished."""
+        top_token_ids = [self._top_token_ids(seen, result) for seen in observed]
         try:
             for drafter in self.drafters:
-                self._tell(drafter, observed, result)
+                self._tell(drafter, observed, result, top_token_ids)
         finally:
             finished = [s for seen in observed for s in _family(seen) if s.status.is_finished]
             self.drop(finished, finished=True)
 
-    def _tell(self, drafter: Drafter, observed: list[Observed], result: ForwardResult) -> None:
+    def _top_token_ids(self, seen: Observed, result: ForwardResult) -> Tensor | None:
+        """The likeliest tokens after the judged rows, as many as the most demanding drafter
+        needs."""
+        if not self.needs.num_top_logits or not len(seen.judged_rows):
+            return None
+        rows = result.logits[seen.judged_rows.start : seen.judged_rows.stop]
+        return rows.topk(min(self.needs.num_top_logits, rows.shape[1])).indices
+
+    def _tell(
+        self,
+        drafter: Drafter,
+        observed: list[Observed],
+        result: ForwardResult,
+        top_token_ids: list[Tensor | None],
+    ) -> None:
         needs = drafter.needs
         told = [
-            self._outcome(drafter, seen, result)
-            for seen in observed
+            self._outcome(drafter, seen, result, top)
+            for seen, top in zip(observed, top_token_ids, strict=True)
             if seen.proposal is not None or needs.taps or needs.num_top_logits
         ]
         try:
@@ -278,11 +295,12 @@ class Speculation:
                 self._count_error(seen.request)
                 self._guard(drafter, drafter.drop, seen.seq.seq_id)
 
-    def _outcome(self, drafter: Drafter, seen: Observed, result: ForwardResult) -> Outcome:
-        needs, top_token_ids = drafter.needs, None
-        if needs.num_top_logits and len(seen.judged_rows):
-            rows = result.logits[seen.judged_rows.start : seen.judged_rows.stop]
-            top_token_ids = rows.topk(min(needs.num_top_logits, rows.shape[1])).indices
+    def _outcome(
+        self, drafter: Drafter, seen: Observed, result: ForwardResult, top: Tensor | None
+    ) -> Outcome:
+        needs = drafter.needs
+        if top is not None:
+            top = top[:, : needs.num_top_logits] if needs.num_top_logits else None
         return Outcome(
             seen.seq.seq_id,
             seen.proposal,
@@ -291,7 +309,7 @@ class Speculation:
             own_nodes=self._own_nodes.get((drafter.name, seen.seq.seq_id), {}),
             start=seen.start,
             taps={layer: result.taps[layer][seen.rows] for layer in needs.taps},
-            top_token_ids=top_token_ids,
+            top_token_ids=top,
         )
 
     def drop(self, sequences: Iterable[Sequence], *, finished: bool) -> None:

@@ -28,9 +28,8 @@ class SuffixStore:
         self.max_tokens = max_tokens
         self.num_tokens = 0
         self.num_evictions = 0
-        self._texts: OrderedDict[int, array[int]] = (
-            OrderedDict()
-        )  # by id, least recently used first
+        self._texts: OrderedDict[int, array[int]] = OrderedDict()
+        """By id, the least recently used first."""
 
     def __len__(self) -> int:
         return len(self._texts)

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from folospec import LLM, Drafter, Proposal, RequestOutput, SamplingParams, register_drafter
 from folospec.core.token_tree import TokenTree
+from folospec.spec.verify import Verdict
 
 VOCAB_SIZE = 61
 MAX_LEN = 192
@@ -212,6 +213,13 @@ class MoodyDrafter(OracleTreeDrafter):
         if self.asked % 3 == 0:
             raise RuntimeError("not in the mood")
         return super()._tree(row)
+
+
+def trusting(tree: TokenTree, target_token_ids: Any, candidate: Any = None) -> Verdict:
+    """A wrong rule for controls, in the place of `verify_coupled`: it believes the first node
+    unseen."""
+    path = [0] if len(tree) and (candidate is None or candidate[0]) else []
+    return Verdict(path, target_token_ids[len(path)])
 
 
 def futures_of(plain: Run) -> dict[str, list[int]]:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 from harness import assert_speculated
 
 from folospec import LLM, RequestOutput, SamplingParams
 from folospec.engine import judge
-from folospec.spec import drafters, verify
+from folospec.spec import drafters
 from folospec.spec.drafters.base import known_drafters
 
 CODE = """class Stack:
@@ -186,10 +187,6 @@ def test_a_method_whose_drafts_are_believed_unseen_is_noticed(
 ) -> None:
     """Control of the tests above."""
 
-    def trusting(tree: Any, target_token_ids: Any, candidate: Any = None) -> verify.Verdict:
-        path = [0] if len(tree) and (candidate is None or candidate[0]) else []
-        return verify.Verdict(path, target_token_ids[len(path)])
-
-    monkeypatch.setattr(judge, "verify_coupled", trusting)
+    monkeypatch.setattr(judge, "verify_coupled", harness.trusting)
     for method in ("ngram", "token_recycling", "draft_model", "layer_skip"):
         assert run(METHODS[method])[0] != plain

@@ -11,7 +11,6 @@ from harness import assert_speculated, make_llm, run
 
 from folospec import SamplingParams
 from folospec.engine import commit, judge
-from folospec.spec import verify
 from folospec.spec.drafters import ngram
 from folospec.spec.drafters.nasd import NasdDrafter
 from folospec.spec.drafters.token_recycling import TokenRecyclingDrafter
@@ -127,11 +126,7 @@ def test_accepting_a_draft_unseen_is_noticed(
 ) -> None:
     """Control of the tests above."""
 
-    def trusting(tree: Any, target_token_ids: Any, candidate: Any = None) -> verify.Verdict:
-        path = [0] if len(tree) else []
-        return verify.Verdict(path, target_token_ids[len(path)])
-
-    monkeypatch.setattr(judge, "verify_coupled", trusting)
+    monkeypatch.setattr(judge, "verify_coupled", harness.trusting)
     result = run(make_llm(models.target, SETTINGS[name]), PROMPTS, few_tokens())
     assert result.tokens != repetitive.tokens
 

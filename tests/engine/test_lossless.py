@@ -11,7 +11,6 @@ from harness import assert_speculated, make_llm, run
 
 from folospec import SamplingParams
 from folospec.engine import commit, judge
-from folospec.spec import verify
 
 DRAFTERS = ["ngram", "near", "far", "self", "top_k", "adaptive", "oracle_tree"]
 TREES = ["expansion", "sequoia", "dynamic", "top_k_tree", "iid_tree", "self_tree"]
@@ -165,11 +164,7 @@ class TestControls:
     def test_accepting_a_draft_unseen_is_noticed(
         self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def trusting(tree: Any, target_token_ids: Any, candidate: Any = None) -> verify.Verdict:
-            path = [0] if len(tree) else []
-            return verify.Verdict(path, target_token_ids[len(path)])
-
-        monkeypatch.setattr(judge, "verify_coupled", trusting)
+        monkeypatch.setattr(judge, "verify_coupled", harness.trusting)
         llm = make_llm(models.target, speculative("far", models))
         assert run(llm).tokens != plain.tokens
 

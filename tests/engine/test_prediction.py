@@ -12,7 +12,6 @@ from harness import VOCAB_SIZE, assert_speculated, make_llm, run
 
 from folospec import SamplingParams
 from folospec.engine import judge
-from folospec.spec import verify
 from folospec.spec.alignment import Alignment
 
 PREDICTION = {"method": "prediction", "num_speculative_tokens": 8}
@@ -107,11 +106,7 @@ def test_accepting_a_prediction_unseen_is_noticed(
 ) -> None:
     """Control of the tests above."""
 
-    def trusting(tree: Any, target_token_ids: Any, candidate: Any = None) -> verify.Verdict:
-        path = [0] if len(tree) else []
-        return verify.Verdict(path, target_token_ids[len(path)])
-
-    monkeypatch.setattr(judge, "verify_coupled", trusting)
+    monkeypatch.setattr(judge, "verify_coupled", harness.trusting)
     result = run(make_llm(models.target, PREDICTION), params=expecting(plain))
     assert result.tokens != plain.tokens
 

@@ -12,7 +12,6 @@ from harness import VOCAB_SIZE, assert_speculated, make_llm, run
 
 from folospec import SamplingParams
 from folospec.engine import judge
-from folospec.spec import verify
 from folospec.spec.drafters.suffix import SuffixDrafter
 from folospec.spec.suffix_store import SuffixStore
 
@@ -98,11 +97,7 @@ def test_accepting_a_suffix_unseen_is_noticed(
 ) -> None:
     """Control of the tests above."""
 
-    def trusting(tree: Any, target_token_ids: Any, candidate: Any = None) -> verify.Verdict:
-        path = [0] if len(tree) else []
-        return verify.Verdict(path, target_token_ids[len(path)])
-
-    monkeypatch.setattr(judge, "verify_coupled", trusting)
+    monkeypatch.setattr(judge, "verify_coupled", harness.trusting)
     assert run(make_llm(models.target, SUFFIX)).tokens != plain.tokens
 
 

@@ -309,9 +309,15 @@ def test_a_pruned_tree_learns_by_the_rank_at_which_a_node_was_drawn():
 def test_what_was_dropped_is_not_learned_from():
     drafter = make_drafter(tree=[2])
     [proposal] = drafter.propose([make_row()])
+    outcome = Outcome("seq-0", proposal, Verdict([0], 0), [], own_nodes={0: 0, 1: 1})
+    learned = []
+    drafter.ranks.record = lambda trials: learned.extend(trials)
     drafter.drop("seq-0")
-    drafter.ranks.record = None
-    drafter.observe([Outcome("seq-0", proposal, Verdict([0], 0), [], own_nodes={0: 0, 1: 1})])
+    drafter.observe([outcome])
+    assert learned == []
+    drafter.propose([make_row()])  # control: without the drop it learns
+    drafter.observe([outcome])
+    assert learned
 
 
 # A smaller vocabulary
