@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,10 @@ class AttentionBackend(ABC):
     """How rows see paged KV."""
 
     name: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    deterministic: bool = False
+    """Whether a row's bits are the same whatever rows run with it, and wherever a tree put its
+    ancestors."""
 
     @abstractmethod
     def supports(self, dtype: torch.dtype, head_size: int, block_size: int) -> str | None:
@@ -74,15 +78,54 @@ def get_backend(name: str = "auto") -> AttentionBackend:
     Raises:
         ValueError: the name is unknown, or the backend cannot run here.
     """
-    chosen = "torch" if name == "auto" else name
-    if chosen not in _FACTORIES:
+    if name == "auto":
+        reasons = known_backends()
+        return _FACTORIES[next(known for known in AUTO_ORDER if reasons[known] is None)]()
+    if name not in _FACTORIES:
         raise ValueError(
             f"attention_backend must be one of auto, {', '.join(_FACTORIES)}, got {name!r}"
         )
     try:
-        return _FACTORIES[chosen]()
+        return _FACTORIES[name]()
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"attention_backend {name!r} cannot run here: {error}") from error
+
+
+def choose_backend(
+    name: str,
+    dtype: torch.dtype,
+    head_sizes: Iterable[int],
+    block_size: int,
+    device: torch.device,
+) -> AttentionBackend:
+    """Make the backend `name` for such a model; "auto" takes the fastest that can serve it.
+
+    Raises:
+        ValueError: the name is unknown, or the backend cannot serve this.
+    """
+    if name != "auto":
+        backend = get_backend(name)
+        if reason := refusal(backend, dtype, head_sizes, block_size, device):
+            raise ValueError(f"attention_backend {name!r} cannot serve this: {reason}")
+        return backend
+    reasons = known_backends()
+    sizes = set(head_sizes)
+    backends = (_FACTORIES[known]() for known in AUTO_ORDER if reasons[known] is None)
+    return next(b for b in backends if refusal(b, dtype, sizes, block_size, device) is None)
+
+
+def refusal(
+    backend: AttentionBackend,
+    dtype: torch.dtype,
+    head_sizes: Iterable[int],
+    block_size: int,
+    device: torch.device,
+) -> str | None:
+    """Say why a backend cannot serve such a model; None if it can."""
+    if device.type not in backend.devices:
+        return f"it runs on {' or '.join(backend.devices)}, and the device is {device}"
+    reasons = (backend.supports(dtype, size, block_size) for size in sorted(set(head_sizes)))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def known_backends() -> dict[str, str | None]:
@@ -103,4 +146,13 @@ def _torch_reference() -> AttentionBackend:
     return TorchAttention()
 
 
+def _native_cpu() -> AttentionBackend:
+    from folospec.attention.native_cpu import NativeAttention
+
+    return NativeAttention()
+
+
+AUTO_ORDER = ("native", "torch")
+"""What "auto" tries, in this order; torch runs everywhere."""
+register("native", _native_cpu)
 register("torch", _torch_reference)

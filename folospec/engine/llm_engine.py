@@ -218,7 +218,7 @@ class LLMEngine:
         rule = self.speculation.rule
         if rule is not None and rule.promise == "law":
             return "law"
-        return "bit" if self.config.deterministic is True else "path"
+        return "bit" if self.parts.target.is_deterministic else "path"
 
     def _schedule(self) -> SchedulerOutput:
         output = self.scheduler.schedule(

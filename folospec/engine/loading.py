@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from folospec.attention.base import AttentionBackend, get_backend
 from folospec.config import EngineConfig
 from folospec.models.base import Model
 from folospec.models.loader import BUNDLED_DRAFTS, load_model, load_tokenizer
@@ -65,7 +64,7 @@ def load_parts(config: EngineConfig) -> Parts:
         loader.runners,
         loader.max_model_len,
         num_blocks,
-        loader.attention.name,
+        loader.target.model.attention.name,
     )
 
 
@@ -80,7 +79,6 @@ class _Loader:
             self.tokenizer = load_tokenizer(
                 config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
             )
-        self.attention = get_backend(config.attention_backend)
         self.target = self._load(config.model, row_at_a_time=config.deterministic is True)
         self.max_model_len = _max_model_len(config, self.target.model.config.max_model_len)
         self.runners = {"target": self.target}
@@ -105,15 +103,15 @@ class _Loader:
             path,
             dtype=_dtype(config.dtype, self.device),
             device=self.device,
-            attention=self.attention,
+            attention=config.attention_backend,
+            block_size=config.block_size,
             max_model_len=config.max_model_len,
             trust_remote_code=config.trust_remote_code,
         )
-        _check_attention(self.attention, model, config.block_size)
         return ModelRunner(
             model,
             max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
-            row_at_a_time=row_at_a_time,
+            row_at_a_time=row_at_a_time and not model.deterministic,
         )
 
 
@@ -138,13 +136,6 @@ def _make_drafters(config: EngineConfig, loader: _Loader) -> list[Drafter]:
         )
         drafters.append(make_drafter(context))
     return drafters
-
-
-def _check_attention(attention: AttentionBackend, model: Model, block_size: int) -> None:
-    for head_size in sorted({size for _, size in model.config.kv_shapes}):
-        reason = attention.supports(model.config.dtype, head_size, block_size)
-        if reason is not None:
-            raise ValueError(f"attention_backend {attention.name!r} cannot serve this: {reason}")
 
 
 def _device(name: str) -> torch.device:

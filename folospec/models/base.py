@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from folospec.attention.base import LayerKV
+from folospec.attention.base import AttentionBackend, LayerKV
 from folospec.attention.metadata import AttentionMetadata
 
 
@@ -43,6 +43,15 @@ class Model(Protocol):
     @property
     def config(self) -> ModelSpec:
         """The model's facts."""
+
+    @property
+    def attention(self) -> AttentionBackend:
+        """How its rows see the KV."""
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a row's bits are the same whatever runs beside it, and wherever a tree put its
+        ancestors."""
 
     @property
     def device(self) -> torch.device:

@@ -16,9 +16,11 @@ from torch.nn import functional
 
 from folospec.attention.base import AttentionBackend, LayerKV
 from folospec.attention.metadata import AttentionMetadata
+from folospec.attention.native_cpu import NativeAttention
 from folospec.kernels.torch_ops import Int8Weight, linear, rms_norm, rotary
 from folospec.models import rope
 from folospec.models.base import ModelSpec, as_logits, check_taps
+from folospec.models.native_decoder import NativeDecoder
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 Weight = Tensor | Int8Weight
@@ -88,6 +90,9 @@ class Decoder:
         self.layers = [self._layer(hf_config) for _ in range(spec.num_layers)]
         self.skip_attention: frozenset[int] = frozenset()
         self.skip_mlp: frozenset[int] = frozenset()
+        self.has_silu = hf_config.hidden_act == "silu"
+        self.native: NativeDecoder | None = None
+        """Runs the whole pass in native code; made at the first, when the weights are there."""
 
     def forward(
         self,
@@ -98,6 +103,8 @@ class Decoder:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `Model.forward`."""
         check_taps(taps, self.config.num_layers)
+        if (native := self._native()) is not None:
+            return native.forward(input_ids, metadata, kv, taps)
         stream = functional.embedding(input_ids, self.embedding)
         angles = rope.cos_sin(
             metadata.positions, self.inverse_frequencies, self.rope_scaling, stream.dtype
@@ -116,6 +123,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
+        if (native := self._native()) is not None:
+            return native.logits(hidden)
         return as_logits(linear(hidden, self.lm_head))
 
     def destinations(self) -> dict[str, Tensor]:
@@ -127,6 +136,16 @@ class Decoder:
             for name, tensor in self._layer_destinations(layer).items():
                 named[f"model.layers.{index}.{name}"] = tensor
         return named
+
+    @property
+    def deterministic(self) -> bool:
+        """See `Model.deterministic`; torch's products sum by the number of rows."""
+        return self.has_silu and isinstance(self.attention, NativeAttention)
+
+    def _native(self) -> NativeDecoder | None:
+        if self.native is None and self.has_silu and isinstance(self.attention, NativeAttention):
+            self.native = NativeDecoder(self, self.attention)
+        return self.native
 
     def _depth(self) -> int:
         """Layers up to the last that computes anything."""

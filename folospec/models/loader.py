@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folospec.attention.base import AttentionBackend
+from folospec.attention.base import AttentionBackend, choose_backend, refusal
 from folospec.models import decoder, rope
 from folospec.models.base import Model, ModelSpec
 
@@ -62,7 +62,8 @@ def load_model(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
-    attention: AttentionBackend,
+    attention: AttentionBackend | str = "auto",
+    block_size: int = 16,
     max_model_len: int | None = None,
     trust_remote_code: bool = False,
 ) -> Model:
@@ -73,7 +74,8 @@ def load_model(
         dtype: type of weights and activations; "auto" is the checkpoint's on a GPU, float32 on a
             CPU.
         device: where the weights go.
-        attention: how rows see paged KV.
+        attention: how rows see paged KV, or a backend's name; "auto" is the fastest that can.
+        block_size: slots per block of the KV, which a backend may have limits for.
         max_model_len: most tokens of a sequence. Default: the model's max_position_embeddings.
             Rope types that stretch (linear, dynamic, yarn) may be asked for more.
         trust_remote_code: run the checkpoint's own Python.
@@ -97,16 +99,33 @@ def load_model(
             architecture=architecture(hf_config),
             dtype=loaded_dtype,
             device=device,
-            attention=attention,
+            attention=lambda spec: attention_for(spec, attention, block_size, device),
             max_model_len=length,
             eos_token_ids=read_eos_token_ids(folder, hf_config),
             trust_remote_code=trust_remote_code,
         )
     length = _resolve_length(name, hf_config, max_model_len)
     spec = _decoder_spec(folder, hf_config, loaded_dtype, length)
-    model = decoder.Decoder(hf_config, spec, attention, device)
+    chosen = attention_for(spec, attention, block_size, device)
+    model = decoder.Decoder(hf_config, spec, chosen, device)
     fill(model.destinations(), folder, tied=hf_config.tie_word_embeddings)
     return model
+
+
+def attention_for(
+    spec: ModelSpec, wanted: AttentionBackend | str, block_size: int, device: torch.device
+) -> AttentionBackend:
+    """The attention backend for a model, by name where none is given.
+
+    Raises:
+        ValueError: the name is unknown, or the backend cannot serve the model.
+    """
+    sizes = [size for _, size in spec.kv_shapes]
+    if isinstance(wanted, str):
+        return choose_backend(wanted, spec.dtype, sizes, block_size, device)
+    if reason := refusal(wanted, spec.dtype, sizes, block_size, device):
+        raise ValueError(f"attention {wanted.name!r} cannot serve this: {reason}")
+    return wanted
 
 
 def fill(destinations: dict[str, Tensor], folder: Path, *, tied: bool) -> None:

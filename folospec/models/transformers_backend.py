@@ -79,9 +79,10 @@ class TransformersModel:
         self.config = spec
         self.device: torch.device = model.device
         self._model = model
-        self._attention = attention
+        self.attention = attention
         self._trunk = found.trunk
         self._layers = _decoder_layers(found, spec)
+        self.deterministic = False  # torch's products sum by the number of rows
         self._trunk.forward = _passing_over(self._trunk.forward, type(found.trunk_output))
 
     def forward(
@@ -93,7 +94,7 @@ class TransformersModel:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `Model.forward`."""
         check_taps(taps, self.config.num_layers)
-        step = Step(self._attention, metadata, kv, self.config.sliding_windows)
+        step = Step(self.attention, metadata, kv, self.config.sliding_windows)
         with torch.no_grad(), self._tapping(taps) as tapped:
             output = self._trunk(
                 input_ids=input_ids[None],
@@ -143,12 +144,15 @@ def load_transformers_model(
     architecture: str,
     dtype: torch.dtype,
     device: torch.device,
-    attention: AttentionBackend,
+    attention: Callable[[ModelSpec], AttentionBackend],
     max_model_len: int,
     eos_token_ids: tuple[int, ...],
     trust_remote_code: bool,
 ) -> TransformersModel:
     """Load a checkpoint that transformers knows and check that paged attention can serve it.
+
+    Args:
+        attention: chooses the backend, once the model's facts are known.
 
     Raises:
         ValueError: the architecture is no causal LM or needs more than paged attention gives, or a
@@ -175,7 +179,7 @@ def load_transformers_model(
         eos_token_ids=eos_token_ids,
         dtype=dtype,
     )
-    loaded = TransformersModel(model, found, spec, attention)
+    loaded = TransformersModel(model, found, spec, attention(spec))
     logits, expected = loaded.logits(hidden[0]), as_logits(found.logits[0])
     if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise refusal(architecture, "its logits do not follow from its hidden states alone")

@@ -56,6 +56,7 @@ def view_of(
             if not 0 <= layer < num_layers:
                 raise ValueError(f"{name} must have layers in 0..{num_layers - 1}, got {layer}")
     view = copy.copy(model)
+    view.native = None
     view.skip_attention, view.skip_mlp = frozenset(skip_attention), frozenset(skip_mlp)
     if quantized:
         unused = view.skip_attention & view.skip_mlp

@@ -32,6 +32,11 @@ class ModelRunner:
         self.num_passes = 0
 
     @property
+    def is_deterministic(self) -> bool:
+        """Whether a row's bits are the same whatever is in the batch."""
+        return self.row_at_a_time or self.model.deterministic
+
+    @property
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from folospec.attention.base import get_backend
 from folospec.models.loader import load_model
 from folospec.spec.draft_runner import Rows
 from folospec.worker.model_runner import ModelRunner
@@ -21,7 +20,7 @@ BLOCK_TABLE = [6, 1, 9, 3, 0, 8, 5, 2]
 
 
 def make_runner(folder: str, *, row_at_a_time: bool) -> ModelRunner:
-    model = load_model(folder, dtype=torch.float32, attention=get_backend())
+    model = load_model(folder, dtype=torch.float32, attention="torch")
     runner = ModelRunner(model, max_num_batched_tokens=64, row_at_a_time=row_at_a_time)
     runner.make_kv(16, BLOCK_SIZE, torch.device("cpu"))
     return runner

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from folospec.attention.base import get_backend
 from folospec.core.token_tree import TokenTree
 from folospec.models.loader import load_model
 from folospec.spec.draft_runner import Rows
@@ -58,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def make_runner(folder: str) -> Any:
     def make(row_at_a_time: bool = False, max_num_batched_tokens: int = 64) -> ModelRunner:
-        model = load_model(folder, dtype=torch.float64, attention=get_backend())
+        model = load_model(folder, dtype=torch.float64, attention="torch")
         runner = ModelRunner(
             model, max_num_batched_tokens=max_num_batched_tokens, row_at_a_time=row_at_a_time
         )

@@ -1,0 +1,195 @@
+"""Attention by the native CPU kernels: pages are read in place, keys in logical order.
+
+A row's bits depend on its keys alone, so that a token's logits are the same decoded alone, verified
+in a tree or computed in a chunk (`kernels/cpu/attention.h`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from folospec.attention.base import AttentionBackend, LayerKV
+from folospec.attention.metadata import AttentionMetadata
+from folospec.kernels import native
+
+MAX_HEAD_SIZE = 256
+HEAD_STEP = 32
+MAX_QUERIES = 32
+"""Query heads times rows that share the loading of keys: what one unit of work has room for."""
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Where every row of a step finds its keys; one per step, for all layers. The arrays are those
+    of `AttentionStep` in `kernels/cpu/attention.h`."""
+
+    row_seq: NDArray[np.int32]
+    num_keys: NDArray[np.int32]
+    context_lens: NDArray[np.int32]
+    block_table: NDArray[np.int32]
+    tail_start: NDArray[np.int64]
+    tail_slots: NDArray[np.int64]
+    group_starts: dict[int, NDArray[np.int32]]
+    """By the number of rows that a group may have."""
+    first_keys: dict[int, NDArray[np.int32]]
+    """By window: the first key that each row sees."""
+
+
+class NativeAttention(AttentionBackend):
+    """Raises RuntimeError where the native kernels do not run."""
+
+    name = "native"
+    devices = ("cpu",)
+    deterministic = True
+
+    def __init__(self) -> None:
+        library = native.load()
+        if library is None:
+            raise RuntimeError(native.why_not())
+        self.library = library
+
+    def supports(self, dtype: torch.dtype, head_size: int, block_size: int) -> str | None:
+        """float32 and bfloat16, head sizes in steps of 32."""
+        if dtype not in DTYPES:
+            return f"dtype must be float32 or bfloat16, got {dtype}"
+        if head_size % HEAD_STEP or not HEAD_STEP <= head_size <= MAX_HEAD_SIZE:
+            allowed = f"a multiple of {HEAD_STEP} up to {MAX_HEAD_SIZE}"
+            return f"head size must be {allowed}, got {head_size}"
+        return None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv: LayerKV,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """See `AttentionBackend.forward`."""
+        step = describe(
+            metadata, query.shape[1], kv, scale=scale, window=sliding_window, softcap=softcap
+        )
+        wide = [tensor.float().contiguous() for tensor in (query, key, value)]
+        out = torch.empty(wide[0].shape)
+        self.library.attention(
+            ctypes.byref(step),
+            ctypes.byref(native.Pages(kv.key.data_ptr(), kv.value.data_ptr())),
+            *(tensor.data_ptr() for tensor in wide),
+            metadata.slot_mapping.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out.to(query.dtype)
+
+
+def describe(
+    metadata: AttentionMetadata,
+    num_heads: int,
+    kv: LayerKV,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> native.AttentionStep:
+    """The step as the kernels read it. It points into `metadata`'s plan, which must outlive it."""
+    plan = plan_step(metadata)
+    _, kv_heads, head_size = kv.key.shape
+    groups = group_start(plan, max(1, MAX_QUERIES // (num_heads // kv_heads)))
+    first = None if window is None else first_keys(plan, window).ctypes.data
+    return native.AttentionStep(
+        metadata.num_tokens,
+        num_heads,
+        kv_heads,
+        head_size,
+        metadata.block_size,
+        plan.block_table.shape[1],
+        plan.row_seq.ctypes.data,
+        plan.num_keys.ctypes.data,
+        first,
+        plan.context_lens.ctypes.data,
+        plan.block_table.ctypes.data,
+        plan.tail_start.ctypes.data,
+        plan.tail_slots.ctypes.data,
+        groups.ctypes.data,
+        len(groups) - 1,
+        scale,
+        softcap or 0.0,
+        native.FORMATS[kv.key.dtype],
+    )
+
+
+def plan_step(metadata: AttentionMetadata) -> StepPlan:
+    """Number every row's keys; kept with the metadata."""
+    plan: Any = metadata.plan.get("native")
+    if plan is None:
+        plan = metadata.plan["native"] = _plan(metadata)
+    return plan
+
+
+def _plan(metadata: AttentionMetadata) -> StepPlan:
+    row_starts = metadata.query_start_loc.numpy()
+    suffix_starts = metadata.suffix_start_loc.numpy()
+    suffix_slots = metadata.suffix_slots.numpy()
+    contexts = metadata.context_lens.numpy()
+    num_rows = np.diff(row_starts)
+    row_seq = np.repeat(np.arange(len(num_rows), dtype=np.int32), num_rows)
+    # A chunk or chain: the last row sees the whole suffix, the row before it all but one, ...
+    tail_start = suffix_starts[:-1][row_seq].astype(np.int64)
+    behind = row_starts[1:][row_seq] - 1 - np.arange(len(row_seq), dtype=np.int32)
+    num_tail = np.diff(suffix_starts)[row_seq] - behind
+    tails, length = [suffix_slots], len(suffix_slots)
+    for seq, mask in enumerate(metadata.suffix_masks):
+        if mask is None:
+            continue
+        seen_rows, seen = np.nonzero(mask.numpy())
+        counts = np.bincount(seen_rows, minlength=num_rows[seq])
+        rows = slice(row_starts[seq], row_starts[seq + 1])
+        num_tail[rows] = counts
+        tail_start[rows] = length + np.cumsum(counts) - counts
+        tails.append(suffix_slots[suffix_starts[seq] + seen])
+        length += len(seen)
+    return StepPlan(
+        row_seq,
+        (contexts[row_seq] + num_tail).astype(np.int32),
+        contexts,
+        np.ascontiguousarray(metadata.block_table.numpy()),
+        tail_start,
+        np.concatenate(tails) if len(tails) > 1 else suffix_slots,
+        {},
+        {},
+    )
+
+
+def group_start(plan: StepPlan, most: int) -> NDArray[np.int32]:
+    """Cut each sequence's rows into groups of at most `most`: [groups + 1]."""
+    found = plan.group_starts.get(most)
+    if found is None:
+        num_rows = len(plan.row_seq)
+        if num_rows == 1:
+            found = np.array([0, 1], dtype=np.int32)
+        else:
+            starts = np.flatnonzero(np.diff(plan.row_seq, prepend=-1))
+            rank = np.arange(num_rows) - starts[plan.row_seq]
+            found = np.append(np.flatnonzero(rank % most == 0), num_rows).astype(np.int32)
+        plan.group_starts[most] = found
+    return found
+
+
+def first_keys(plan: StepPlan, window: int) -> NDArray[np.int32]:
+    """First key in each row's window: int32 [rows]. A key's logical number is its position."""
+    found = plan.first_keys.get(window)
+    if found is None:
+        found = plan.first_keys[window] = np.maximum(plan.num_keys - window, 0)
+    return found

@@ -1,0 +1,208 @@
+// A whole pass of a Llama-family decoder in one parallel region: the threads stay together and meet at
+// a barrier where one needs what another has made.
+//
+//     embed | norm | qkv | rotate, write KV | attend | output += | norm | gate, up, silu | down += | ...
+//
+// The residual stream is float32 whatever the weights are; activations are rounded to bfloat16 only as
+// operands of bfloat16 products, and keys and values to the type of the cache.
+#pragma once
+
+#include <omp.h>
+
+#include "attention.h"
+
+namespace folospec {
+
+constexpr int64_t MLP_ROWS = 256;  // rows that the MLP takes at once: its scratch stays small
+
+struct Layer {
+    const float* input_norm;
+    const float* query_norm;  // [head_size] or null
+    const float* key_norm;
+    const float* post_norm;
+    Matrix qkv, output, gate_up, down;
+    Pages pages;
+    int64_t window;  // 0: the whole context
+    int64_t skip_attention, skip_mlp;
+};
+
+struct Model {
+    int64_t num_layers, hidden, inner;
+    double eps;
+    const void* embedding;
+    int64_t embedding_format;
+    const float* final_norm;
+    const Layer* layers;
+};
+
+struct Pass {
+    AttentionStep attention;
+    const int64_t* input_ids;     // [rows]
+    const int64_t* positions;     // [rows]
+    const int64_t* slot_mapping;  // [rows]
+    const float* cos;             // [positions, head_size / 2]
+    const float* sin;
+    const int32_t* window_first;  // [windows, rows] first key in the window, for layers that have one
+    float* hidden;                // [rows, hidden], the result: after the final norm
+    float* const* taps;           // [num_layers + 1] where to put the stream before a layer, or null
+    float* scratch;
+    int64_t threads;
+};
+
+struct Scratch {
+    float* stream;   // [rows, hidden]
+    float* heads;    // [rows, (heads + 2 kv_heads) head_size]
+    Operand input;   // [rows, max(hidden, heads * head_size)]
+    float* gate_up;  // [MLP_ROWS, 2 inner]
+    Operand inner;   // [MLP_ROWS, inner]
+};
+
+INLINE int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }
+
+// Lay the scratch out; from null only its size in floats is of use.
+INLINE int64_t lay_out(const Model& m, const AttentionStep& a, float* base, Scratch& s) {
+    int64_t at = 0, mlp_rows = std::min(a.rows, MLP_ROWS);
+    auto take = [&](int64_t count) {
+        float* place = base + at;
+        at += padded(count);
+        return place;
+    };
+    int64_t wide = std::max(m.hidden, a.heads * a.head_size);
+    s.stream = take(a.rows * m.hidden);
+    s.heads = take(a.rows * (a.heads + 2 * a.kv_heads) * a.head_size);
+    s.input.stride = wide;
+    s.input.wide = take(a.rows * wide);
+    s.input.narrow = (bfloat16*)take(a.rows * wide / 2 + 1);
+    s.gate_up = take(mlp_rows * 2 * m.inner);
+    s.inner.stride = m.inner;
+    s.inner.wide = take(mlp_rows * m.inner);
+    s.inner.narrow = (bfloat16*)take(mlp_rows * m.inner / 2 + 1);
+    return at;
+}
+
+// A thread's share of `count` things, in multiples of `unit`.
+struct Share {
+    int64_t begin, end;
+    Share(int64_t count, int64_t unit, int64_t part, int64_t parts) {
+        int64_t units = (count + unit - 1) / unit;
+        begin = std::min(count, units * part / parts * unit);
+        end = std::min(count, units * (part + 1) / parts * unit);
+    }
+};
+
+constexpr int64_t OUT_UNIT = 12;  // outputs are shared out so that tiles of three and of four fit
+constexpr int64_t INNER_UNIT = 48;  // and whole vectors of the MLP's inner columns besides
+
+class Worker {
+public:
+    Worker(const Model& model, const Pass& pass, const Scratch& scratch)
+        : m(model), p(pass), a(pass.attention), s(scratch), part(omp_get_thread_num()),
+          parts(omp_get_num_threads()), rows(pass.attention.rows) {}
+
+    void run() {
+        embed();
+        for (int64_t i = 0; i < m.num_layers; i++) {
+            tap(i);
+            if (!m.layers[i].skip_attention) attend(m.layers[i]);
+            if (!m.layers[i].skip_mlp) mlp(m.layers[i]);
+        }
+        tap(m.num_layers);
+        Operand to = {p.hidden, nullptr, m.hidden};
+        norm(m.final_norm, to, FLOAT32);
+    }
+
+private:
+    const Model& m;
+    const Pass& p;
+    const AttentionStep& a;
+    const Scratch& s;
+    const int64_t part, parts, rows;
+
+    void meet() {
+#pragma omp barrier
+    }
+
+    void embed() {
+        Share mine(rows, 1, part, parts);
+        for (int64_t row = mine.begin; row < mine.end; row++) {
+            int64_t from = p.input_ids[row] * m.hidden;
+            float* to = s.stream + row * m.hidden;
+            if (m.embedding_format == BFLOAT16) widen((const bfloat16*)m.embedding + from, to, m.hidden);
+            else widen((const float*)m.embedding + from, to, m.hidden);
+        }
+        meet();
+    }
+
+    void tap(int64_t layer) {
+        if (!p.taps[layer]) return;
+        Share mine(rows * m.hidden, 64, part, parts);
+        std::memcpy(p.taps[layer] + mine.begin, s.stream + mine.begin,
+                    (mine.end - mine.begin) * sizeof(float));
+        meet();
+    }
+
+    void norm(const float* weight, const Operand& to, int64_t format) {
+        Share mine(rows, 1, part, parts);
+        for (int64_t row = mine.begin; row < mine.end; row++)
+            rms_norm(s.stream + row * m.hidden, weight, m.hidden, (float)m.eps, to, format, row);
+        meet();
+    }
+
+    void linear(const Matrix& matrix, const Operand& x, int64_t first_row, int64_t count, float* y,
+                bool add) {
+        Share mine(matrix.out, OUT_UNIT, part, parts);
+        linear_part(matrix, x, count, y + first_row * matrix.out, matrix.out, mine.begin, mine.end, add);
+        meet();
+    }
+
+    void attend(const Layer& layer) {
+        int64_t size = a.head_size, width = (a.heads + 2 * a.kv_heads) * size;
+        norm(layer.input_norm, s.input, layer.qkv.format);
+        linear(layer.qkv, s.input, 0, rows, s.heads, false);
+        Share mine(rows * (a.heads + a.kv_heads), 1, part, parts);
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+            int64_t row = i / (a.heads + a.kv_heads), head = i % (a.heads + a.kv_heads);
+            const float* head_norm = head < a.heads ? layer.query_norm : layer.key_norm;
+            int64_t angle = p.positions[row] * (size / 2);
+            rotate_head(s.heads + row * width + head * size, size, head_norm, (float)m.eps,
+                        p.cos + angle, p.sin + angle);
+        }
+        meet();
+        Share written(rows, 1, part, parts);
+        for (int64_t row = written.begin; row < written.end; row++) {
+            const float* keys = s.heads + row * width + a.heads * size;
+            write_kv(a, layer.pages.key, p.slot_mapping[row], keys);
+            write_kv(a, layer.pages.value, p.slot_mapping[row], keys + a.kv_heads * size);
+        }
+        meet();
+        AttentionStep step = a;
+        step.first_key = layer.window ? p.window_first + (layer.window - 1) * rows : nullptr;
+        bool narrow = layer.output.format == BFLOAT16;
+        attend_part(step, layer.pages, s.heads, width, s.input.wide, narrow ? s.input.narrow : nullptr,
+                    s.input.stride, part, parts);
+        meet();
+        linear(layer.output, s.input, 0, rows, s.stream, true);
+    }
+
+    void mlp(const Layer& layer) {
+        norm(layer.post_norm, s.input, layer.gate_up.format);
+        for (int64_t first = 0; first < rows; first += MLP_ROWS) {
+            int64_t count = std::min(MLP_ROWS, rows - first);
+            Operand x = {s.input.wide + first * s.input.stride, s.input.narrow + first * s.input.stride,
+                         s.input.stride};
+            // A thread makes the gate and the up of the same columns, so that it can multiply them.
+            Share mine(m.inner, INNER_UNIT, part, parts);
+            for (int64_t offset : {(int64_t)0, m.inner})
+                linear_part(layer.gate_up, x, count, s.gate_up, 2 * m.inner, offset + mine.begin,
+                            offset + mine.end, false);
+            for (int64_t row = 0; row < count; row++) {
+                const float* gate = s.gate_up + row * 2 * m.inner;
+                silu_mul(gate, gate + m.inner, mine.begin, mine.end, s.inner, layer.down.format, row);
+            }
+            meet();
+            linear(layer.down, s.inner, first, count, s.stream, true);
+        }
+    }
+};
+
+}  // namespace folospec

@@ -1,0 +1,115 @@
+// The native CPU kernels, one translation unit: plain functions over data pointers, for ctypes. Every
+// one has a torch form that it is tested against. `threads` is torch's own number, and the threads are
+// torch's own OpenMP's: a second runtime would spin against it.
+#include <omp.h>
+
+#include "decoder.h"
+
+using namespace folospec;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What the caller's structs must measure.
+EXPORT void folospec_sizes(int64_t* sizes) {
+    sizes[0] = sizeof(Matrix);
+    sizes[1] = sizeof(AttentionStep);
+    sizes[2] = sizeof(Layer);
+    sizes[3] = sizeof(Model);
+    sizes[4] = sizeof(Pass);
+}
+
+EXPORT int64_t folospec_scratch_floats(const Model* model, const Pass* pass) {
+    Scratch s;
+    return lay_out(*model, pass->attention, nullptr, s);
+}
+
+// The decoder over all rows of a step: writes their KV and `pass->hidden`.
+EXPORT void folospec_forward(const Model* model, const Pass* pass) {
+    Scratch s;
+    lay_out(*model, pass->attention, pass->scratch, s);
+#pragma omp parallel num_threads(pass->threads)
+    Worker(*model, *pass, s).run();
+}
+
+// y [rows, out] = x [rows, in] W^T. `narrow` is room for x in bfloat16 where the weight wants that.
+EXPORT void folospec_linear(const Matrix* m, const float* x, bfloat16* narrow, int64_t rows, float* y,
+                            int64_t threads) {
+    Operand operand = {(float*)x, narrow, m->in};
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+        if (m->format == BFLOAT16) {
+            Share mine(rows * m->in, LANES, part, parts);
+            copy_converted(x + mine.begin, narrow + mine.begin, mine.end - mine.begin);
+#pragma omp barrier
+        }
+        Share mine(m->out, OUT_UNIT, part, parts);
+        linear_part(*m, operand, rows, y, m->out, mine.begin, mine.end, false);
+    }
+}
+
+// Write the rows' keys and values, [rows, kv_heads, head_size], then attend: out [rows, heads, head_size].
+EXPORT void folospec_attention(const AttentionStep* step, const Pages* pages, const float* queries,
+                               const float* keys, const float* values, const int64_t* slot_mapping,
+                               float* out, int64_t threads) {
+    int64_t kv_width = step->kv_heads * step->head_size, width = step->heads * step->head_size;
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+        Share mine(step->rows, 1, part, parts);
+        for (int64_t row = mine.begin; row < mine.end; row++) {
+            write_kv(*step, pages->key, slot_mapping[row], keys + row * kv_width);
+            write_kv(*step, pages->value, slot_mapping[row], values + row * kv_width);
+        }
+#pragma omp barrier
+        attend_part(*step, *pages, queries, width, out, nullptr, width, part, parts);
+    }
+}
+
+EXPORT void folospec_rms_norm(const float* x, const float* weight, int64_t rows, int64_t size, double eps,
+                              float* out) {
+    Operand to = {out, nullptr, size};
+    for (int64_t row = 0; row < rows; row++)
+        rms_norm(x + row * size, weight, size, (float)eps, to, FLOAT32, row);
+}
+
+EXPORT void folospec_rotate(float* heads, const float* cos, const float* sin, int64_t rows,
+                            int64_t heads_per_row, int64_t size) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t head = 0; head < heads_per_row; head++)
+            rotate_head(heads + (row * heads_per_row + head) * size, size, nullptr, 0,
+                        cos + row * (size / 2), sin + row * (size / 2));
+}
+
+EXPORT void folospec_silu_mul(const float* gate_up, int64_t rows, int64_t inner, float* out) {
+    Operand to = {out, nullptr, inner};
+    for (int64_t row = 0; row < rows; row++) {
+        const float* gate = gate_up + row * 2 * inner;
+        silu_mul(gate, gate + inner, 0, inner, to, FLOAT32, row);
+    }
+}
+
+// Move rows of `bytes` each to other slots, in several tensors. All of a tensor's rows are read, into
+// `held` [count * bytes], before one is written: the lists may overlap.
+EXPORT void folospec_move_rows(void* const* tensors, const int64_t* bytes, int64_t num_tensors,
+                               const int64_t* sources, const int64_t* targets, int64_t count, char* held) {
+    for (int64_t t = 0; t < num_tensors; t++) {
+        char* base = (char*)tensors[t];
+        for (int64_t i = 0; i < count; i++) std::memcpy(held + i * bytes[t], base + sources[i] * bytes[t], bytes[t]);
+        for (int64_t i = 0; i < count; i++) std::memcpy(base + targets[i] * bytes[t], held + i * bytes[t], bytes[t]);
+    }
+}
+
+// Read `count` floats and return their sum: what memory gives at best.
+EXPORT float folospec_read(const float* from, int64_t count, int64_t threads) {
+    float total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    {
+        Share mine(count, 64, omp_get_thread_num(), omp_get_num_threads());
+        Vec sums[4] = {};
+        for (int64_t i = mine.begin; i + 64 <= mine.end; i += 64)
+            for (int v = 0; v < 4; v++) sums[v] = sums[v] + load(from + i + v * LANES);
+        total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+    return total;
+}

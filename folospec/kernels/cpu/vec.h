@@ -1,0 +1,204 @@
+// Sixteen floats at a time, whatever the instruction set: compiler vector types, which the compiler
+// splits where registers are narrower. Intrinsics appear only where the language has no word for the
+// instruction: fused multiply-add, and the dot product of bfloat16 pairs.
+//
+// Nothing here is reordered by the compiler (-ffp-contract=off, no fast-math): what a lane computes is
+// what is written, on every path of the same machine.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace folospec {
+
+constexpr int LANES = 16;
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef uint32_t UintVec __attribute__((vector_size(64)));
+typedef int8_t ByteVec __attribute__((vector_size(16)));
+typedef uint16_t HalfVec __attribute__((vector_size(32)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
+#endif
+
+template <class To, class From>
+INLINE To as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps their number");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+INLINE Vec splat(float value) { return as<Vec>(IntVec{} + as<int32_t>(value)); }  // bits, not a sum
+
+// a * b + c, rounded once where the machine can; a machine that cannot rounds twice, everywhere.
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    __m256 x[2], y[2], z[2];
+    std::memcpy(x, &a, sizeof x);
+    std::memcpy(y, &b, sizeof y);
+    std::memcpy(z, &c, sizeof z);
+    for (int half = 0; half < 2; half++) x[half] = _mm256_fmadd_ps(x[half], y[half], z[half]);
+    std::memcpy(&a, x, sizeof a);
+    return a;
+#elif defined(__aarch64__)
+    Vec out;
+    for (int lane = 0; lane < LANES; lane++) out[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return out;
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE Vec load(const float* from) {
+    Vec v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE Vec load(const bfloat16* from) {
+    HalfVec halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return as<Vec>(__builtin_convertvector(halves, UintVec) << 16);
+}
+
+INLINE Vec load(const int8_t* from) {
+    ByteVec bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
+}
+
+INLINE void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+// Round to nearest, ties to even, as torch does; a NaN stays one.
+INLINE void store(bfloat16* to, Vec v) {
+    UintVec bits = as<UintVec>(v);
+    UintVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    UintVec is_nan = as<UintVec>(v != v);
+    rounded = (is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded);
+    HalfVec halves = __builtin_convertvector(rounded, HalfVec);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+INLINE float to_float(float value) { return value; }
+INLINE float to_float(bfloat16 value) { return as<float>((uint32_t)value.bits << 16); }
+
+// The first `count` of sixteen values, zeros behind them.
+template <class T>
+INLINE Vec load_part(const T* from, int count) {
+    T padded[LANES] = {};
+    std::memcpy(padded, from, count * sizeof(T));
+    return load(padded);
+}
+
+template <class T>
+INLINE void store_part(T* to, Vec v, int count) {
+    T whole[LANES];
+    store(whole, v);
+    std::memcpy(to, whole, count * sizeof(T));
+}
+
+INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// The sums of four vectors. Each is ((lanes 0 + 8) + (4 + 12)) and so on: one tree, fixed, so that a
+// sum is the same whichever three stand beside it.
+INLINE void sum_four(Vec a, Vec b, Vec c, Vec d, float out[4]) {
+    Vec ab = SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+             SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    Vec cd = SHUFFLE(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+             SHUFFLE(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    Vec all = SHUFFLE(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+              SHUFFLE(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    float lanes[LANES];
+    store(lanes, all);
+    for (int i = 0; i < 4; i++) out[i] = (lanes[i] + lanes[i + 4]) + (lanes[i + 8] + lanes[i + 12]);
+}
+
+INLINE float sum(Vec v) {
+    float out[4];
+    sum_four(v, v, v, v, out);
+    return out[0];
+}
+
+INLINE float largest(Vec v) {
+    float best = v[0];
+    for (int lane = 1; lane < LANES; lane++) best = v[lane] > best ? v[lane] : best;
+    return best;
+}
+
+// e^x to about one unit in the last place; 0 below -87.3, and the largest power above 88.
+INLINE Vec exp(Vec x) {
+    x = x < splat(88.0f) ? x : splat(88.0f);
+    IntVec underflow = x < splat(-87.3f);
+    x = x > splat(-87.3f) ? x : splat(-87.3f);
+    // Adding and taking away 1.5 * 2^23 rounds to an integer.
+    Vec shifted = fma(x, splat(1.44269504088896341f), splat(12582912.0f));
+    Vec n = shifted - 12582912.0f;
+    Vec r = fma(n, splat(-0.693145751953125f), x);
+    r = fma(n, splat(-1.42860682030941723e-6f), r);
+    Vec y = splat(1.9875691500e-4f);
+    y = fma(y, r, splat(1.3981999507e-3f));
+    y = fma(y, r, splat(8.3334519073e-3f));
+    y = fma(y, r, splat(4.1665795894e-2f));
+    y = fma(y, r, splat(1.6666665459e-1f));
+    y = fma(y, r, splat(5.0000001201e-1f));
+    y = fma(y, r * r, r) + 1.0f;
+    IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    y = y * as<Vec>(power);
+    return as<Vec>(as<IntVec>(y) & ~underflow);
+}
+
+// Swap rows and columns of a 16 x 16 block: four rounds, each exchanging halves between rows that
+// are 8, 4, 2 and 1 apart.
+INLINE void transpose(Vec rows[LANES]) {
+    for (int i = 0; i < 8; i++) {
+        Vec a = rows[i], b = rows[i + 8];
+        rows[i] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        rows[i + 8] = SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < LANES; i += 8)
+        for (int j = i; j < i + 4; j++) {
+            Vec a = rows[j], b = rows[j + 4];
+            rows[j] = SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+            rows[j + 4] = SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+        }
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = i; j < i + 2; j++) {
+            Vec a = rows[j], b = rows[j + 2];
+            rows[j] = SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+            rows[j + 2] = SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        }
+    for (int i = 0; i < LANES; i += 2) {
+        Vec a = rows[i], b = rows[i + 1];
+        rows[i] = SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        rows[i + 1] = SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
+}
+
+// Sixteen pairs of bfloat16, as 32-bit words, times sixteen pairs, added to sixteen sums.
+INLINE Vec dot_pairs(UintVec a, UintVec b, Vec sums) {
+#if defined(__AVX512BF16__)
+    return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+    sums = fma(as<Vec>(a << 16), as<Vec>(b << 16), sums);
+    return fma(as<Vec>(a & 0xffff0000u), as<Vec>(b & 0xffff0000u), sums);
+#endif
+}
+
+}  // namespace folospec

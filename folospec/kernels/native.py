@@ -1,0 +1,230 @@
+"""The native CPU kernels from Python: the library, its structs, and its functions on tensors.
+
+`load()` gives the library or None; whoever has a torch form to fall back on asks it. What the
+structs mean is said beside their twins in `cpu/*.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, c_double, c_int64, c_void_p
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from folospec.kernels.build import BuildError
+from folospec.kernels.build import load as load_library
+from folospec.kernels.torch_ops import Int8Weight
+
+logger = logging.getLogger(__name__)
+
+Weight = Tensor | Int8Weight
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("data", "scale", "bias")),
+        *((name, c_int64) for name in ("out_size", "in_size", "format")),
+    ]
+
+
+class AttentionStep(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, c_int64)
+            for name in ("rows", "heads", "kv_heads", "head_size", "block_size", "table_width")
+        ),
+        *(
+            (name, c_void_p)
+            for name in (
+                "row_seq",
+                "num_keys",
+                "first_key",
+                "context_lens",
+                "block_table",
+                "tail_start",
+                "tail_slots",
+                "group_start",
+            )
+        ),
+        ("groups", c_int64),
+        ("scale", c_double),
+        ("softcap", c_double),
+        ("kv_format", c_int64),
+    ]
+
+
+class Pages(ctypes.Structure):
+    _fields_ = [("key", c_void_p), ("value", c_void_p)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("input_norm", "query_norm", "key_norm", "post_norm")),
+        *((name, Matrix) for name in ("qkv", "output", "gate_up", "down")),
+        ("pages", Pages),
+        *((name, c_int64) for name in ("window", "skip_attention", "skip_mlp")),
+    ]
+
+
+class ModelStruct(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("num_layers", "hidden", "inner")),
+        ("eps", c_double),
+        ("embedding", c_void_p),
+        ("embedding_format", c_int64),
+        ("final_norm", c_void_p),
+        ("layers", POINTER(Layer)),
+    ]
+
+
+class Pass(ctypes.Structure):
+    _fields_ = [
+        ("attention", AttentionStep),
+        *(
+            (name, c_void_p)
+            for name in (
+                "input_ids",
+                "positions",
+                "slot_mapping",
+                "cos",
+                "sin",
+                "window_first",
+                "hidden",
+                "taps",
+                "scratch",
+            )
+        ),
+        ("threads", c_int64),
+    ]
+
+
+_STRUCTS = (Matrix, AttentionStep, Layer, ModelStruct, Pass)
+_POINTER, _COUNT = c_void_p, c_int64
+_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "sizes": (None, (_POINTER,)),
+    "scratch_floats": (c_int64, (_POINTER, _POINTER)),
+    "forward": (None, (_POINTER, _POINTER)),
+    "linear": (None, (_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _COUNT)),
+    "attention": (None, (*[_POINTER] * 7, _COUNT)),
+    "rms_norm": (None, (_POINTER, _POINTER, _COUNT, _COUNT, c_double, _POINTER)),
+    "rotate": (None, (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT)),
+    "silu_mul": (None, (_POINTER, _COUNT, _COUNT, _POINTER)),
+    "move_rows": (None, (_POINTER, _POINTER, _COUNT, _POINTER, _POINTER, _COUNT, _POINTER)),
+    "read": (ctypes.c_float, (_POINTER, _COUNT, _COUNT)),
+}
+
+
+class Native:
+    """The library. Tensors must be contiguous and on the CPU.
+
+    Args:
+        target: the instruction set to build for; None: this machine's own.
+
+    Raises:
+        BuildError: it cannot be built or loaded; the message says why.
+    """
+
+    forward: Callable[..., None]
+    linear: Callable[..., None]
+    attention: Callable[..., None]
+    scratch_floats: Callable[..., int]
+    sizes: Callable[..., None]
+    move_rows: Callable[..., None]
+    rms_norm: Callable[..., None]
+    rotate: Callable[..., None]
+    silu_mul: Callable[..., None]
+    read: Callable[..., float]
+
+    def __init__(self, target: str | None = None) -> None:
+        self.library = load_library(target)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self.library, f"folospec_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+        sizes = (c_int64 * len(_STRUCTS))()
+        self.sizes(sizes)
+        assert list(sizes) == [ctypes.sizeof(s) for s in _STRUCTS], "structs differ from cpu/*.h"
+
+    def apply_linear(self, x: Tensor, weight: Matrix, out_size: int) -> Tensor:
+        """`x @ weight.T + bias`: float32 [rows, in] -> float32 [rows, out]. For a bfloat16 weight
+        `x` is rounded to bfloat16 first; sums are float32."""
+        x = x.float().contiguous()
+        out = torch.empty(len(x), out_size)
+        narrow = torch.empty(x.shape if weight.format == 1 else 0, dtype=torch.bfloat16)
+        self.linear(
+            ctypes.byref(weight),
+            x.data_ptr(),
+            narrow.data_ptr(),
+            len(x),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def move(
+        self, tensors: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
+    ) -> None:
+        """Copy rows of every tensor to other rows; all are read before any is written."""
+        count, row_bytes = len(sources), [t[0].numel() * t.element_size() for t in tensors]
+        held = ctypes.create_string_buffer(count * max(row_bytes))
+        self.move_rows(
+            (c_void_p * len(tensors))(*(t.data_ptr() for t in tensors)),
+            (c_int64 * len(tensors))(*row_bytes),
+            len(tensors),
+            (c_int64 * count)(*sources),
+            (c_int64 * count)(*targets),
+            count,
+            held,
+        )
+
+
+def matrix(weight: Weight, bias: Tensor | None = None) -> Matrix:
+    """Describe a weight, [out, in], and its float32 bias where they lie; the caller keeps both."""
+    if isinstance(weight, Int8Weight):
+        values, scale = weight.values, weight.scale
+    else:
+        values, scale = weight, None
+    assert values.is_contiguous()
+    assert values.dtype in FORMATS
+    assert scale is None or scale.dtype == torch.float32
+    assert bias is None or bias.dtype == torch.float32
+    return Matrix(
+        values.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        *values.shape,
+        FORMATS[values.dtype],
+    )
+
+
+def why_not() -> str | None:
+    """Say why the native kernels do not run here; None if they do."""
+    return _loaded()[1]
+
+
+def load() -> Native | None:
+    """The library, built at the first call; None where it cannot run, which is logged once.
+
+    FOLOSPEC_KERNELS=torch in the environment leaves it out.
+    """
+    return _loaded()[0]
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> tuple[Native | None, str | None]:
+    wanted = os.environ.get("FOLOSPEC_KERNELS", "auto")
+    if wanted not in ("auto", "torch"):
+        raise ValueError(f"FOLOSPEC_KERNELS must be auto or torch, got {wanted!r}")
+    if wanted == "torch":
+        return None, "FOLOSPEC_KERNELS=torch leaves them out"
+    try:
+        return Native(), None
+    except BuildError as error:
+        logger.warning("the native CPU kernels are off, torch's run instead: %s", error)
+        return None, str(error)
