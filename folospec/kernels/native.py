@@ -12,11 +12,12 @@ import os
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_double, c_int64, c_void_p
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from folospec.kernels.build import BuildError
+from folospec.kernels.build import SOURCES, BuildError
 from folospec.kernels.build import load as load_library
 from folospec.kernels.torch_ops import Int8Weight
 
@@ -125,6 +126,7 @@ class Native:
 
     Args:
         target: the instruction set to build for; None: this machine's own.
+        sources: the folder of kernels.cpp and its headers.
 
     Raises:
         BuildError: it cannot be built or loaded; the message says why.
@@ -141,8 +143,8 @@ class Native:
     silu_mul: Callable[..., None]
     read: Callable[..., float]
 
-    def __init__(self, target: str | None = None) -> None:
-        self.library = load_library(target)
+    def __init__(self, target: str | None = None, sources: Path = SOURCES) -> None:
+        self.library = load_library(target, sources)
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self.library, f"folospec_{name}")
             function.restype, function.argtypes = result, arguments
@@ -156,11 +158,11 @@ class Native:
         `x` is rounded to bfloat16 first; sums are float32."""
         x = x.float().contiguous()
         out = torch.empty(len(x), out_size)
-        narrow = torch.empty(x.shape if weight.format == 1 else 0, dtype=torch.bfloat16)
+        room = torch.empty(len(x), weight.in_size + 31)
         self.linear(
             ctypes.byref(weight),
             x.data_ptr(),
-            narrow.data_ptr(),
+            room.data_ptr(),
             len(x),
             out.data_ptr(),
             torch.get_num_threads(),

@@ -208,8 +208,7 @@ INLINE bool same_keys(const AttentionStep& s, int64_t a, int64_t b, int64_t end)
 // Let the rows of one group attend with the query heads of one KV head.
 template <class KV>
 void attend_unit(const AttentionStep& s, const Pages& pages, int64_t group, int64_t head,
-                 const float* queries, int64_t query_stride, float* out, bfloat16* narrow_out,
-                 int64_t out_stride, Unit& u) {
+                 const float* queries, int64_t query_stride, const Operand& out, Unit& u) {
     int64_t first_row = s.group_start[group], end_row = s.group_start[group + 1];
     int fold = s.heads / s.kv_heads;
     int64_t first_key = INT64_MAX, last_key = 0;
@@ -260,31 +259,26 @@ void attend_unit(const AttentionStep& s, const Pages& pages, int64_t group, int6
             }
             row = end;
         }
-    for (int64_t row = first_row; row < end_row; row++)
+    for (int64_t row = first_row; row < end_row; row++) {
+        OperandRow to(out, row);
         for (int f = 0; f < fold; f++) {
             Running& r = u.running[(row - first_row) * fold + f];
-            int64_t at = row * out_stride + (head * fold + f) * s.head_size;
-            for (int64_t d = 0; d < s.head_size; d += LANES) {
-                Vec v = load(r.values + d) / r.total;
-                if (narrow_out) store(narrow_out + at + d, v);
-                else store(out + at + d, v);
-            }
+            for (int64_t d = 0; d < s.head_size; d += LANES)
+                to.put((head * fold + f) * s.head_size + d, load(r.values + d) / r.total);
         }
+    }
 }
 
 // Every `parts`-th unit of work, from `part` on.
 INLINE void attend_part(const AttentionStep& s, const Pages& pages, const float* queries,
-                        int64_t query_stride, float* out, bfloat16* narrow_out, int64_t out_stride,
-                        int64_t part, int64_t parts) {
+                        int64_t query_stride, const Operand& out, int64_t part, int64_t parts) {
     static thread_local Unit unit;
     for (int64_t i = part; i < s.groups * s.kv_heads; i += parts) {
         int64_t group = i / s.kv_heads, head = i % s.kv_heads;
         if (s.kv_format == BFLOAT16)
-            attend_unit<BFloat16KV>(s, pages, group, head, queries, query_stride, out, narrow_out,
-                                    out_stride, unit);
+            attend_unit<BFloat16KV>(s, pages, group, head, queries, query_stride, out, unit);
         else
-            attend_unit<Float32KV>(s, pages, group, head, queries, query_stride, out, narrow_out,
-                                   out_stride, unit);
+            attend_unit<Float32KV>(s, pages, group, head, queries, query_stride, out, unit);
     }
 }
 

@@ -52,9 +52,9 @@ struct Pass {
 struct Scratch {
     float* stream;   // [rows, hidden]
     float* heads;    // [rows, (heads + 2 kv_heads) head_size]
-    Operand input;   // [rows, max(hidden, heads * head_size)]
+    float* input;    // [rows, max(hidden, heads * head_size)], the operand of most products
     float* gate_up;  // [MLP_ROWS, 2 inner]
-    Operand inner;   // [MLP_ROWS, inner]
+    float* inner;    // [MLP_ROWS, inner], the operand of the MLP's last
 };
 
 INLINE int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }
@@ -67,16 +67,11 @@ INLINE int64_t lay_out(const Model& m, const AttentionStep& a, float* base, Scra
         at += padded(count);
         return place;
     };
-    int64_t wide = std::max(m.hidden, a.heads * a.head_size);
     s.stream = take(a.rows * m.hidden);
     s.heads = take(a.rows * (a.heads + 2 * a.kv_heads) * a.head_size);
-    s.input.stride = wide;
-    s.input.wide = take(a.rows * wide);
-    s.input.narrow = (bfloat16*)take(a.rows * wide / 2 + 1);
+    s.input = take(a.rows * std::max(m.hidden, a.heads * a.head_size));
     s.gate_up = take(mlp_rows * 2 * m.inner);
-    s.inner.stride = m.inner;
-    s.inner.wide = take(mlp_rows * m.inner);
-    s.inner.narrow = (bfloat16*)take(mlp_rows * m.inner / 2 + 1);
+    s.inner = take(mlp_rows * m.inner);
     return at;
 }
 
@@ -107,8 +102,7 @@ public:
             if (!m.layers[i].skip_mlp) mlp(m.layers[i]);
         }
         tap(m.num_layers);
-        Operand to = {p.hidden, nullptr, m.hidden};
-        norm(m.final_norm, to, FLOAT32);
+        norm(m.final_norm, 0, rows, {p.hidden, m.hidden, FLOAT32, Tiling(rows, true)});
     }
 
 private:
@@ -141,24 +135,25 @@ private:
         meet();
     }
 
-    void norm(const float* weight, const Operand& to, int64_t format) {
-        Share mine(rows, 1, part, parts);
+    void norm(const float* weight, int64_t first_row, int64_t count, const Operand& to) {
+        Share mine(count, 1, part, parts);
         for (int64_t row = mine.begin; row < mine.end; row++)
-            rms_norm(s.stream + row * m.hidden, weight, m.hidden, (float)m.eps, to, format, row);
+            rms_norm(s.stream + (first_row + row) * m.hidden, weight, m.hidden, (float)m.eps,
+                     OperandRow(to, row));
         meet();
     }
 
-    void linear(const Matrix& matrix, const Operand& x, int64_t first_row, int64_t count, float* y,
-                bool add) {
+    void linear(const Matrix& matrix, const Operand& x, float* y, bool add) {
         Share mine(matrix.out, OUT_UNIT, part, parts);
-        linear_part(matrix, x, count, y + first_row * matrix.out, matrix.out, mine.begin, mine.end, add);
+        linear_part(matrix, x, y, matrix.out, mine.begin, mine.end, add);
         meet();
     }
 
     void attend(const Layer& layer) {
         int64_t size = a.head_size, width = (a.heads + 2 * a.kv_heads) * size;
-        norm(layer.input_norm, s.input, layer.qkv.format);
-        linear(layer.qkv, s.input, 0, rows, s.heads, false);
+        Operand input = {s.input, m.hidden, layer.qkv.format, Tiling(rows)};
+        norm(layer.input_norm, 0, rows, input);
+        linear(layer.qkv, input, s.heads, false);
         Share mine(rows * (a.heads + a.kv_heads), 1, part, parts);
         for (int64_t i = mine.begin; i < mine.end; i++) {
             int64_t row = i / (a.heads + a.kv_heads), head = i % (a.heads + a.kv_heads);
@@ -177,30 +172,29 @@ private:
         meet();
         AttentionStep step = a;
         step.first_key = layer.window ? p.window_first + (layer.window - 1) * rows : nullptr;
-        bool narrow = layer.output.format == BFLOAT16;
-        attend_part(step, layer.pages, s.heads, width, s.input.wide, narrow ? s.input.narrow : nullptr,
-                    s.input.stride, part, parts);
+        Operand attended = {s.input, a.heads * size, layer.output.format, Tiling(rows)};
+        attend_part(step, layer.pages, s.heads, width, attended, part, parts);
         meet();
-        linear(layer.output, s.input, 0, rows, s.stream, true);
+        linear(layer.output, attended, s.stream, true);
     }
 
     void mlp(const Layer& layer) {
-        norm(layer.post_norm, s.input, layer.gate_up.format);
         for (int64_t first = 0; first < rows; first += MLP_ROWS) {
             int64_t count = std::min(MLP_ROWS, rows - first);
-            Operand x = {s.input.wide + first * s.input.stride, s.input.narrow + first * s.input.stride,
-                         s.input.stride};
+            Operand input = {s.input, m.hidden, layer.gate_up.format, Tiling(count)};
+            Operand inner = {s.inner, m.inner, layer.down.format, Tiling(count)};
+            norm(layer.post_norm, first, count, input);
             // A thread makes the gate and the up of the same columns, so that it can multiply them.
             Share mine(m.inner, INNER_UNIT, part, parts);
             for (int64_t offset : {(int64_t)0, m.inner})
-                linear_part(layer.gate_up, x, count, s.gate_up, 2 * m.inner, offset + mine.begin,
+                linear_part(layer.gate_up, input, s.gate_up, 2 * m.inner, offset + mine.begin,
                             offset + mine.end, false);
             for (int64_t row = 0; row < count; row++) {
                 const float* gate = s.gate_up + row * 2 * m.inner;
-                silu_mul(gate, gate + m.inner, mine.begin, mine.end, s.inner, layer.down.format, row);
+                silu_mul(gate, gate + m.inner, mine.begin, mine.end, OperandRow(inner, row));
             }
             meet();
-            linear(layer.down, s.inner, first, count, s.stream, true);
+            linear(layer.down, inner, s.stream + first * m.hidden, true);
         }
     }
 };

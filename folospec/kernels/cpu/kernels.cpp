@@ -31,20 +31,24 @@ EXPORT void folospec_forward(const Model* model, const Pass* pass) {
     Worker(*model, *pass, s).run();
 }
 
-// y [rows, out] = x [rows, in] W^T. `narrow` is room for x in bfloat16 where the weight wants that.
-EXPORT void folospec_linear(const Matrix* m, const float* x, bfloat16* narrow, int64_t rows, float* y,
+// y [rows, out] = x [rows, in] W^T; `room` holds the operand: rows * (in + 31) floats are enough.
+EXPORT void folospec_linear(const Matrix* m, const float* x, void* room, int64_t rows, float* y,
                             int64_t threads) {
-    Operand operand = {(float*)x, narrow, m->in};
+    Operand operand = {room, padded_columns(m->in, m->format), m->format, Tiling(rows)};
 #pragma omp parallel num_threads(threads)
     {
         int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-        if (m->format == BFLOAT16) {
-            Share mine(rows * m->in, LANES, part, parts);
-            copy_converted(x + mine.begin, narrow + mine.begin, mine.end - mine.begin);
-#pragma omp barrier
+        Share rows_of_mine(rows, 1, part, parts);
+        for (int64_t row = rows_of_mine.begin; row < rows_of_mine.end; row++) {
+            OperandRow to(operand, row);
+            for (int64_t i = 0; i < operand.columns; i += LANES) {
+                int count = std::clamp<int64_t>(m->in - i, 0, LANES);
+                to.put(i, load_up_to(x + row * m->in + i, count));
+            }
         }
+#pragma omp barrier
         Share mine(m->out, OUT_UNIT, part, parts);
-        linear_part(*m, operand, rows, y, m->out, mine.begin, mine.end, false);
+        linear_part(*m, operand, y, m->out, mine.begin, mine.end, false);
     }
 }
 
@@ -62,15 +66,16 @@ EXPORT void folospec_attention(const AttentionStep* step, const Pages* pages, co
             write_kv(*step, pages->value, slot_mapping[row], values + row * kv_width);
         }
 #pragma omp barrier
-        attend_part(*step, *pages, queries, width, out, nullptr, width, part, parts);
+        Operand rows = {out, width, FLOAT32, Tiling(step->rows, true)};
+        attend_part(*step, *pages, queries, width, rows, part, parts);
     }
 }
 
 EXPORT void folospec_rms_norm(const float* x, const float* weight, int64_t rows, int64_t size, double eps,
                               float* out) {
-    Operand to = {out, nullptr, size};
+    Operand to = {out, size, FLOAT32, Tiling(rows, true)};
     for (int64_t row = 0; row < rows; row++)
-        rms_norm(x + row * size, weight, size, (float)eps, to, FLOAT32, row);
+        rms_norm(x + row * size, weight, size, (float)eps, OperandRow(to, row));
 }
 
 EXPORT void folospec_rotate(float* heads, const float* cos, const float* sin, int64_t rows,
@@ -82,10 +87,10 @@ EXPORT void folospec_rotate(float* heads, const float* cos, const float* sin, in
 }
 
 EXPORT void folospec_silu_mul(const float* gate_up, int64_t rows, int64_t inner, float* out) {
-    Operand to = {out, nullptr, inner};
+    Operand to = {out, inner, FLOAT32, Tiling(rows, true)};
     for (int64_t row = 0; row < rows; row++) {
         const float* gate = gate_up + row * 2 * inner;
-        silu_mul(gate, gate + inner, 0, inner, to, FLOAT32, row);
+        silu_mul(gate, gate + inner, 0, inner, OperandRow(to, row));
     }
 }
 

@@ -65,40 +65,98 @@ struct Matrix {
     int64_t format;
 };
 
-constexpr int ROW_TILE = 6;       // with four outputs: 24 sums, of 32 registers
-constexpr int FEW_ROWS = 8;       // run in one tile, of three outputs above six rows
-constexpr int BLOCK_OUT = 32;     // outputs that stay in the cache while many rows pass
-constexpr int PREFETCH_BYTES = 1024;
-constexpr int CHUNK_BYTES = 2048;  // of a weight row: four of them and six of x fit the first level
+constexpr int ROW_TILE = 6;  // with four outputs: 24 sums, of 32 registers
+constexpr int FEW_ROWS = 8;  // run in one tile, of three outputs above six rows
+constexpr int BLOCK_OUT = 48;         // outputs that stay in the cache while rows pass
+constexpr int CHUNK_BYTES = 2048;     // of a weight row: four such and six of x fit the first level
+constexpr int PREFETCH_BYTES = 2048;  // how far ahead of a stream from memory to ask
 
-// Add columns [begin, end) to the sums of MR x NR outputs. `end` need not be a multiple of STEP: the
-// rest is padded with zeros.
-// `AHEAD`: fetch the weights to come, which a stream from memory is glad of.
-template <class F, int MR, int NR, bool AHEAD>
-INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x, int64_t x_stride,
-                        int64_t begin, int64_t end, Vec sums[MR][NR]) {
+// Rows are cut in tiles: up to eight are one, more are shared out over tiles of at most six, so that
+// none is nearly empty (13 rows run as 5, 4 and 4).
+struct Tiling {
+    int64_t rows, tiles, size, larger;  // the first `larger` tiles have one row more than `size`
+
+    explicit Tiling(int64_t count, bool single_rows = false)
+        : rows(count), tiles(single_rows ? count : count <= FEW_ROWS ? 1 : (count + ROW_TILE - 1) / ROW_TILE),
+          size(count ? count / tiles : 0), larger(count ? count % tiles : 0) {}
+    int64_t first(int64_t tile) const { return tile * size + std::min(tile, larger); }
+    int64_t tile_of(int64_t row) const {
+        int64_t in_larger = larger * (size + 1);
+        return row < in_larger ? row / (size + 1) : larger + (row - in_larger) / size;
+    }
+};
+
+// The activations of a product, in the order in which a tile reads them: step by step of K, and in a
+// step row by row. A tile of one row is a row as it is.
+//
+//     tile of 3 rows     a0 b0 c0 | a1 b1 c1 | ...     x0 is STEP columns of row x
+//
+// Rows one page apart would fight for the same few places of the first-level cache.
+struct Operand {
+    void* data;
+    int64_t columns;  // a multiple of STEP; what is beyond the matrix's own is zero
+    int64_t format;   // of the weight it is for
+    Tiling tiling;
+
+    template <class X>
+    X* tile(int64_t index) const {
+        return (X*)data + tiling.first(index) * columns;
+    }
+};
+
+INLINE int64_t step_of(int64_t format) { return format == BFLOAT16 ? 32 : 16; }
+INLINE int64_t padded_columns(int64_t columns, int64_t format) {
+    int64_t step = step_of(format);
+    return (columns + step - 1) / step * step;
+}
+
+// One row of an operand, to be written sixteen columns at a time.
+struct OperandRow {
+    char* base;
+    int64_t stride, step, bytes;
+
+    OperandRow(const Operand& x, int64_t row) {
+        int64_t tile = x.tiling.tile_of(row), first = x.tiling.first(tile);
+        int64_t rows = x.tiling.first(tile + 1) - first;
+        step = step_of(x.format);
+        bytes = x.format == BFLOAT16 ? sizeof(bfloat16) : sizeof(float);
+        stride = rows * step;
+        base = (char*)x.data + (first * x.columns + (row - first) * step) * bytes;
+    }
+    inline void put(int64_t column, Vec v) const {
+        char* to = base + (column / step * stride + column % step) * bytes;
+        if (bytes == sizeof(float)) store((float*)to, v);
+        else store((bfloat16*)to, v);
+    }
+};
+
+// Add columns [begin, end) to the sums of MR x NR outputs; `ahead` is how far from the weights in use
+// those are that memory should bring next. Where the weight's columns end within a step, zeros follow.
+template <class F, int MR, int NR>
+INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x, int64_t begin,
+                        int64_t end, int64_t ahead, Vec sums[MR][NR]) {
     int64_t k = begin;
     for (; k + F::STEP <= end; k += F::STEP) {
         typename F::Operand weights[NR];
         for (int j = 0; j < NR; j++) {
             weights[j] = F::load_w(w[j] + k);
-            if (AHEAD) __builtin_prefetch((const char*)(w[j] + k) + PREFETCH_BYTES);
+            if (ahead) __builtin_prefetch(w[j] + k + ahead);
         }
         for (int i = 0; i < MR; i++) {
-            typename F::Operand row = F::load_x(x + i * x_stride + k);
+            typename F::Operand row = F::load_x(x + k * MR + i * F::STEP);
             for (int j = 0; j < NR; j++) sums[i][j] = F::accumulate(weights[j], row, sums[i][j]);
         }
     }
     if (k < end) {
-        size_t rest = end - k;
+        typename F::Operand weights[NR];
+        for (int j = 0; j < NR; j++) {
+            typename F::W part[F::STEP] = {};
+            std::memcpy(part, w[j] + k, (end - k) * sizeof(typename F::W));
+            weights[j] = F::load_w(part);
+        }
         for (int i = 0; i < MR; i++) {
-            typename F::X row[F::STEP] = {};
-            std::memcpy(row, x + i * x_stride + k, rest * sizeof(typename F::X));
-            for (int j = 0; j < NR; j++) {
-                typename F::W weight[F::STEP] = {};
-                std::memcpy(weight, w[j] + k, rest * sizeof(typename F::W));
-                sums[i][j] = F::accumulate(F::load_w(weight), F::load_x(row), sums[i][j]);
-            }
+            typename F::Operand row = F::load_x(x + k * MR + i * F::STEP);
+            for (int j = 0; j < NR; j++) sums[i][j] = F::accumulate(weights[j], row, sums[i][j]);
         }
     }
 }
@@ -128,33 +186,40 @@ INLINE void point(const Matrix& m, int64_t first, int64_t count, const typename 
     for (int j = 0; j < NR; j++) w[j] = data + (first + std::min<int64_t>(j, count - 1)) * m.in;
 }
 
+// Outputs [begin, end) for the rows of one tile, a few outputs at a time from end to end.
 template <class F, int MR, int NR>
-void few_rows(const Matrix& m, const typename F::X* x, int64_t x_stride, float* y, int64_t y_stride,
-              int64_t begin, int64_t end, bool add) {
+void stream_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_stride, int64_t begin,
+                 int64_t end, bool add) {
+    constexpr int64_t AHEAD = PREFETCH_BYTES / sizeof(typename F::W);
+    // Near the end of these rows of W the next ones are due, which begin NR - 1 rows further on.
+    int64_t turn = std::max<int64_t>(0, m.in - AHEAD) / F::STEP * F::STEP;
     for (int64_t first = begin; first < end; first += NR) {
         int64_t count = std::min<int64_t>(NR, end - first);
         const typename F::W* w[NR];
         point<F, NR>(m, first, count, w);
         Vec sums[MR][NR] = {};
-        add_columns<F, MR, NR, true>(w, x, x_stride, 0, m.in, sums);
+        add_columns<F, MR, NR>(w, x, 0, turn, AHEAD, sums);
+        add_columns<F, MR, NR>(w, x, turn, m.in, AHEAD + (NR - 1) * m.in, sums);
         finish<MR, NR>(sums, m, first, count, y, y_stride, add);
     }
 }
 
-template <class F, int MR>
-void block_of_rows(const Matrix& m, const typename F::X* x, int64_t x_stride, float* y,
-                   int64_t y_stride, int64_t begin, int64_t end, bool add) {
-    constexpr int NR = 4, GROUPS = BLOCK_OUT / NR;
+// The same with K in chunks: a chunk of x stays in the first level for all the outputs of the block.
+// The sums wait between chunks as they are, in all their lanes, so that this changes no bit.
+template <class F, int MR, int NR>
+void block_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_stride, int64_t begin,
+                int64_t end, bool add, bool from_memory) {
+    constexpr int GROUPS = BLOCK_OUT / NR;
     constexpr int64_t CHUNK = CHUNK_BYTES / sizeof(typename F::W);
     Vec sums[GROUPS][MR][NR] = {};
-    int64_t groups = (end - begin + NR - 1) / NR;
+    int64_t groups = (end - begin + NR - 1) / NR, ahead = from_memory ? NR * m.in : 0;
     for (int64_t k = 0; k < m.in; k += CHUNK)
         for (int64_t g = 0; g < groups; g++) {
             const typename F::W* w[NR];
             point<F, NR>(m, begin + g * NR, std::min<int64_t>(NR, end - begin - g * NR), w);
             Vec local[MR][NR];
             std::memcpy(local, sums[g], sizeof local);
-            add_columns<F, MR, NR, false>(w, x, x_stride, k, std::min(k + CHUNK, m.in), local);
+            add_columns<F, MR, NR>(w, x, k, std::min(k + CHUNK, m.in), ahead, local);
             std::memcpy(sums[g], local, sizeof local);
         }
     for (int64_t g = 0; g < groups; g++) {
@@ -165,62 +230,46 @@ void block_of_rows(const Matrix& m, const typename F::X* x, int64_t x_stride, fl
 
 // Outputs [begin, end) for all rows: y[row, out] (+)= sum.
 template <class F>
-void linear_range(const Matrix& m, const typename F::X* x, int64_t rows, int64_t x_stride, float* y,
-                  int64_t y_stride, int64_t begin, int64_t end, bool add) {
-#define FEW(MR, NR) \
-    case MR: return few_rows<F, MR, NR>(m, x, x_stride, y, y_stride, begin, end, add)
-    switch (rows) {
-        case 0: return;
-        FEW(1, 4);
-        FEW(2, 4);
-        FEW(3, 4);
-        FEW(4, 4);
-        FEW(5, 4);
-        FEW(6, 4);
-        FEW(7, 3);
-        FEW(8, 3);
+void linear_range(const Matrix& m, const Operand& x, float* y, int64_t y_stride, int64_t begin,
+                  int64_t end, bool add) {
+    const Tiling& tiling = x.tiling;
+    if (tiling.rows <= 3) {
+#define STREAM(MR) \
+    case MR: return stream_tile<F, MR, 4>(m, x.tile<typename F::X>(0), y, y_stride, begin, end, add)
+        switch (tiling.rows) {
+            STREAM(1);
+            STREAM(2);
+            STREAM(3);
+        }
+        return;
+#undef STREAM
     }
-#undef FEW
     for (int64_t out = begin; out < end; out += BLOCK_OUT) {
         int64_t out_end = std::min(out + BLOCK_OUT, end);
-        for (int64_t row = 0; row < rows;) {
-            // Rows left over are shared out: 13 rows run as 5, 4 and 4, and no tile is nearly empty.
-            int64_t left = rows - row, tiles = (left + ROW_TILE - 1) / ROW_TILE;
-            int64_t size = (left + tiles - 1) / tiles;
-            const typename F::X* from = x + row * x_stride;
-            float* to = y + row * y_stride;
-#define BLOCK(MR)                                                             \
-    case MR: block_of_rows<F, MR>(m, from, x_stride, to, y_stride, out, out_end, add); break
-            switch (size) {
-                BLOCK(1);
-                BLOCK(2);
-                BLOCK(3);
-                BLOCK(4);
-                BLOCK(5);
-                BLOCK(6);
+        for (int64_t tile = 0; tile < tiling.tiles; tile++) {
+            int64_t first = tiling.first(tile);
+            const typename F::X* from = x.tile<typename F::X>(tile);
+            float* to = y + first * y_stride;
+#define BLOCK(MR, NR) \
+    case MR: block_tile<F, MR, NR>(m, from, to, y_stride, out, out_end, add, tile == 0); break
+            switch (tiling.first(tile + 1) - first) {
+                BLOCK(4, 4);
+                BLOCK(5, 4);
+                BLOCK(6, 4);
+                BLOCK(7, 3);
+                BLOCK(8, 3);
             }
 #undef BLOCK
-            row += size;
         }
     }
 }
 
-// The activations of a matrix product, in both types that a weight may want.
-struct Operand {
-    float* wide;
-    bfloat16* narrow;
-    int64_t stride;
-};
-
-INLINE void linear_part(const Matrix& m, const Operand& x, int64_t rows, float* y, int64_t y_stride,
-                        int64_t begin, int64_t end, bool add) {
+INLINE void linear_part(const Matrix& m, const Operand& x, float* y, int64_t y_stride, int64_t begin,
+                        int64_t end, bool add) {
     switch (m.format) {
-        case FLOAT32:
-            return linear_range<Float32Weight>(m, x.wide, rows, x.stride, y, y_stride, begin, end, add);
-        case BFLOAT16:
-            return linear_range<BFloat16Weight>(m, x.narrow, rows, x.stride, y, y_stride, begin, end, add);
-        case INT8:
-            return linear_range<Int8Weight>(m, x.wide, rows, x.stride, y, y_stride, begin, end, add);
+        case FLOAT32: return linear_range<Float32Weight>(m, x, y, y_stride, begin, end, add);
+        case BFLOAT16: return linear_range<BFloat16Weight>(m, x, y, y_stride, begin, end, add);
+        case INT8: return linear_range<Int8Weight>(m, x, y, y_stride, begin, end, add);
     }
 }
 

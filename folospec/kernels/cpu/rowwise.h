@@ -24,13 +24,6 @@ INLINE void store_up_to(T* to, Vec v, int count) {
     else store_part(to, v, count);
 }
 
-// Put activations where the next matrix product looks for them.
-INLINE void store_operand(const Operand& to, int64_t format, int64_t row, int64_t column, Vec v,
-                          int count) {
-    if (format == BFLOAT16) store_up_to(to.narrow + row * to.stride + column, v, count);
-    else store_up_to(to.wide + row * to.stride + column, v, count);
-}
-
 INLINE float inverse_rms(const float* x, int64_t count, float eps) {
     Vec squares = {};
     each_vec(count, [&](int64_t i, int n) {
@@ -41,13 +34,9 @@ INLINE float inverse_rms(const float* x, int64_t count, float eps) {
 }
 
 // Root mean square norm of one row (Zhang, Sennrich, arXiv 1910.07467), into the operand of a product.
-INLINE void rms_norm(const float* x, const float* weight, int64_t count, float eps, const Operand& to,
-                     int64_t format, int64_t row) {
+INLINE void rms_norm(const float* x, const float* weight, int64_t count, float eps, const OperandRow& to) {
     Vec inverse = splat(inverse_rms(x, count, eps));
-    each_vec(count, [&](int64_t i, int n) {
-        Vec v = load_up_to(x + i, n) * inverse * load_up_to(weight + i, n);
-        store_operand(to, format, row, i, v, n);
-    });
+    for (int64_t i = 0; i < count; i += LANES) to.put(i, load(x + i) * inverse * load(weight + i));
 }
 
 // Norm (if there is one) and rotate a head in place: halves (a, b) become (a cos - b sin, b cos + a sin).
@@ -70,13 +59,9 @@ INLINE void rotate_head(float* head, int64_t size, const float* norm, float eps,
 
 INLINE Vec silu(Vec x) { return x / (exp(-x) + 1.0f); }
 
-// silu(gate) * up for columns [begin, end) of one row.
-INLINE void silu_mul(const float* gate, const float* up, int64_t begin, int64_t end, const Operand& to,
-                     int64_t format, int64_t row) {
-    each_vec(end - begin, [&](int64_t i, int n) {
-        Vec v = silu(load_up_to(gate + begin + i, n)) * load_up_to(up + begin + i, n);
-        store_operand(to, format, row, begin + i, v, n);
-    });
+// silu(gate) * up for columns [begin, end) of one row, multiples of sixteen.
+INLINE void silu_mul(const float* gate, const float* up, int64_t begin, int64_t end, const OperandRow& to) {
+    for (int64_t i = begin; i < end; i += LANES) to.put(i, silu(load(gate + i)) * load(up + i));
 }
 
 template <class T>
