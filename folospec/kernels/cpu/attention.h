@@ -20,7 +20,7 @@ namespace folospec {
 
 constexpr int TILE = 64;
 constexpr int MAX_HEAD = 256;
-constexpr int MAX_QUERIES = 32;  // of one unit: rows times the query heads of one KV head
+constexpr int MAX_QUERIES = 64;  // of one unit: rows times query heads
 
 struct AttentionStep {
     int64_t rows, heads, kv_heads, head_size, block_size, table_width;
@@ -53,7 +53,7 @@ struct Unit {
     float scores[MAX_QUERIES][TILE] __attribute__((aligned(64)));
     float keys[MAX_HEAD * TILE] __attribute__((aligned(64)));  // transposed: one dimension, TILE keys
     float queries[MAX_QUERIES][MAX_HEAD] __attribute__((aligned(64)));
-    int64_t slots[TILE];
+    int64_t places[TILE], next_places[TILE];
     int32_t first[MAX_QUERIES], last[MAX_QUERIES];  // the keys of the tile that each query sees
 };
 
@@ -76,26 +76,43 @@ struct BFloat16KV {
     }
 };
 
-INLINE int64_t slot_of(const AttentionStep& s, int64_t row, int64_t key) {
-    int64_t seq = s.row_seq[row], context = s.context_lens[seq];
-    if (key >= context) return s.tail_slots[s.tail_start[row] + key - context];
-    return (int64_t)s.block_table[seq * s.table_width + key / s.block_size] * s.block_size +
-           key % s.block_size;
+// Where the keys [begin, end) that `row` sees lie: runs within a page, then its tail. A place is the
+// number of elements before the first of KV head 0.
+INLINE void find_places(const AttentionStep& s, int64_t row, int64_t begin, int64_t end, int64_t* places) {
+    int64_t seq = s.row_seq[row], context = s.context_lens[seq], key = begin;
+    int64_t stride = s.kv_heads * s.head_size;
+    const int32_t* table = s.block_table + seq * s.table_width;
+    while (key < std::min(end, context)) {
+        int64_t page = key / s.block_size, offset = key - page * s.block_size;
+        int64_t stop = std::min({end, context, (page + 1) * s.block_size});
+        int64_t place = (table[page] * s.block_size + offset) * stride;
+        for (; key < stop; key++, place += stride) *places++ = place;
+    }
+    for (; key < end; key++) *places++ = s.tail_slots[s.tail_start[row] + key - context] * stride;
+}
+
+// Ask memory for the keys or values of heads [first, end) at these places.
+template <class T>
+INLINE void fetch(const AttentionStep& s, const void* pages, int64_t first, int64_t end, const int64_t* places,
+                  int64_t count) {
+    int64_t bytes = (end - first) * s.head_size * sizeof(T);
+    for (int64_t j = 0; j < count; j++) {
+        const char* from = (const char*)((const T*)pages + places[j] + first * s.head_size);
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+    }
 }
 
 // Transpose `count` keys of one head: word w of key j goes to keys[w * TILE + j].
 template <class KV>
 void load_keys(const AttentionStep& s, const Pages& pages, int64_t head, int count, Unit& u) {
-    const typename KV::T* keys = (const typename KV::T*)pages.key;
+    const typename KV::T* keys = (const typename KV::T*)pages.key + head * s.head_size;
     int64_t words = s.head_size / KV::PER_WORD;
     for (int j = 0; j < count; j += LANES)
         for (int64_t w = 0; w < words; w += LANES) {
             Vec block[LANES];
-            for (int i = 0; i < LANES; i++) {
-                int64_t slot = u.slots[j + i < count ? j + i : count - 1];
-                std::memcpy(&block[i], keys + (slot * s.kv_heads + head) * s.head_size + w * KV::PER_WORD,
+            for (int i = 0; i < LANES; i++)
+                std::memcpy(&block[i], keys + u.places[std::min(j + i, count - 1)] + w * KV::PER_WORD,
                             sizeof(Vec));
-            }
             transpose(block);
             for (int i = 0; i < LANES; i++) store(u.keys + (w + i) * TILE + j, block[i]);
         }
@@ -148,18 +165,18 @@ INLINE void weigh(const AttentionStep& s, int q, Unit& u) {
             store(r.values + d, load(r.values + d) * scale);
 }
 
-// Add keys [begin, end) of the tile to the weighted values of Q queries, one key after the other.
-template <class KV, int Q>
+// Add keys [begin, end) of the tile to the weighted values of Q queries, one key after the other;
+// VECS vectors of the head at once.
+template <class KV, int Q, int VECS>
 void add_values(const AttentionStep& s, const Pages& pages, int64_t head, int first, int begin, int end,
                 Unit& u) {
-    constexpr int VECS = 2;  // head sizes are multiples of 32
-    const typename KV::T* values = (const typename KV::T*)pages.value;
+    const typename KV::T* values = (const typename KV::T*)pages.value + head * s.head_size;
     for (int64_t d = 0; d < s.head_size; d += VECS * LANES) {
         Vec sums[Q][VECS];
         for (int q = 0; q < Q; q++)
             for (int v = 0; v < VECS; v++) sums[q][v] = load(u.running[first + q].values + d + v * LANES);
         for (int j = begin; j < end; j++) {
-            const typename KV::T* from = values + (u.slots[j] * s.kv_heads + head) * s.head_size + d;
+            const typename KV::T* from = values + u.places[j] + d;
             for (int v = 0; v < VECS; v++) {
                 Vec value = load(from + v * LANES);
                 for (int q = 0; q < Q; q++)
@@ -169,6 +186,14 @@ void add_values(const AttentionStep& s, const Pages& pages, int64_t head, int fi
         for (int q = 0; q < Q; q++)
             for (int v = 0; v < VECS; v++) store(u.running[first + q].values + d + v * LANES, sums[q][v]);
     }
+}
+
+template <class KV, int Q>
+INLINE void add_values(const AttentionStep& s, const Pages& pages, int64_t head, int first, int begin, int end,
+                       Unit& u) {
+    if (begin >= end) return;
+    if (s.head_size % (4 * LANES) == 0) add_values<KV, Q, 4>(s, pages, head, first, begin, end, u);
+    else add_values<KV, Q, 2>(s, pages, head, first, begin, end, u);
 }
 
 template <class KV, int Q>
@@ -189,7 +214,7 @@ void attend_queries(const AttentionStep& s, const Pages& pages, int64_t head, in
         add_values<KV, 1>(s, pages, head, q, std::max(end, u.first[q]), u.last[q], u);
 }
 
-// Queries [first, end) meet one tile, whose slots are loaded.
+// Queries [first, end) meet one tile, whose places are known.
 template <class KV>
 void attend_tile(const AttentionStep& s, const Pages& pages, int64_t head, int count, int first, int end,
                  Unit& u) {
@@ -205,80 +230,119 @@ INLINE bool same_keys(const AttentionStep& s, int64_t a, int64_t b, int64_t end)
     return end <= s.context_lens[s.row_seq[a]] || s.tail_start[a] == s.tail_start[b];
 }
 
-// Let the rows of one group attend with the query heads of one KV head.
-template <class KV>
-void attend_unit(const AttentionStep& s, const Pages& pages, int64_t group, int64_t head,
-                 const float* queries, int64_t query_stride, const Operand& out, Unit& u) {
-    int64_t first_row = s.group_start[group], end_row = s.group_start[group + 1];
-    int fold = s.heads / s.kv_heads;
-    int64_t first_key = INT64_MAX, last_key = 0;
-    for (int64_t row = first_row; row < end_row; row++) {
-        first_key = std::min<int64_t>(first_key, s.first_key ? s.first_key[row] : 0);
-        last_key = std::max<int64_t>(last_key, s.num_keys[row]);
-        for (int f = 0; f < fold; f++) {
-            int q = (row - first_row) * fold + f;
-            KV::put_query(queries + row * query_stride + (head * fold + f) * s.head_size, u.queries[q],
-                          s.head_size);
-            u.running[q].maximum = -INFINITY;
-            u.running[q].total = 0;
-            std::memset(u.running[q].values, 0, s.head_size * sizeof(float));
-        }
+// What one thread works off at a time: the rows of a group with a range of KV heads. All heads of a tile
+// come before the next tile, since they lie side by side in memory.
+struct Work {
+    int64_t first_row, end_row, first_head, end_head;
+    int fold;
+
+    int query(int64_t head, int64_t row) const {
+        return ((head - first_head) * (end_row - first_row) + row - first_row) * fold;
     }
-    for (int64_t tile = first_key / TILE * TILE; tile < last_key; tile += TILE)
-        for (int64_t row = first_row; row < end_row;) {
-            // Rows from `row` to `end` read the same keys here; the last of them, or one before it,
-            // reads the most.
-            int64_t end = row, count = 0;
-            for (; end < end_row && same_keys(s, row, end, tile + TILE); end++) {
-                int64_t from = s.first_key ? s.first_key[end] : 0;
-                int32_t first = std::clamp<int64_t>(from - tile, 0, TILE);
-                int32_t last = std::clamp<int64_t>(s.num_keys[end] - tile, first, TILE);
-                count = std::max<int64_t>(count, last);
-                for (int f = 0; f < fold; f++) {
-                    u.first[(end - first_row) * fold + f] = first;
-                    u.last[(end - first_row) * fold + f] = last;
-                }
+};
+
+template <class KV>
+void begin_unit(const AttentionStep& s, const Work& w, const float* queries, int64_t query_stride, Unit& u) {
+    for (int64_t head = w.first_head; head < w.end_head; head++)
+        for (int64_t row = w.first_row; row < w.end_row; row++)
+            for (int f = 0; f < w.fold; f++) {
+                int q = w.query(head, row) + f;
+                const float* from = queries + row * query_stride + (head * w.fold + f) * s.head_size;
+                KV::put_query(from, u.queries[q], s.head_size);
+                u.running[q].maximum = -INFINITY;
+                u.running[q].total = 0;
+                std::memset(u.running[q].values, 0, s.head_size * sizeof(float));
             }
-            // Of rows with one tail the longest knows every slot; shorter ones do not ask for more.
-            int64_t longest = row;
-            for (int64_t r = row; r < end; r++)
-                if (s.num_keys[r] > s.num_keys[longest]) longest = r;
-            for (int64_t j = 0; j < count; j++) u.slots[j] = slot_of(s, longest, tile + j);
-            for (int64_t r = row; r < end;) {
-                // Skip rows that see nothing of this tile.
-                int64_t stop = r;
-                auto sees = [&](int64_t x) {
-                    int q = (x - first_row) * fold;
-                    return u.first[q] < u.last[q];
-                };
-                while (stop < end && sees(stop)) stop++;
-                if (stop > r)
-                    attend_tile<KV>(s, pages, head, count, (r - first_row) * fold,
-                                    (stop - first_row) * fold, u);
-                r = stop + 1;
-            }
-            row = end;
+}
+
+// Set what row sees of the tile for all its queries; return the end of it.
+INLINE int see(const AttentionStep& s, const Work& w, int64_t row, int64_t tile, Unit& u) {
+    int64_t from = s.first_key ? s.first_key[row] : 0;
+    int32_t first = std::clamp<int64_t>(from - tile, 0, TILE);
+    int32_t last = std::clamp<int64_t>(s.num_keys[row] - tile, first, TILE);
+    for (int64_t head = w.first_head; head < w.end_head; head++)
+        for (int f = 0; f < w.fold; f++) {
+            u.first[w.query(head, row) + f] = first;
+            u.last[w.query(head, row) + f] = last;
         }
-    for (int64_t row = first_row; row < end_row; row++) {
-        OperandRow to(out, row);
-        for (int f = 0; f < fold; f++) {
-            Running& r = u.running[(row - first_row) * fold + f];
-            for (int64_t d = 0; d < s.head_size; d += LANES)
-                to.put((head * fold + f) * s.head_size + d, load(r.values + d) / r.total);
-        }
+    return last;
+}
+
+// Rows [first, end), which read the same keys, meet a tile.
+template <class KV>
+void attend_rows(const AttentionStep& s, const Pages& pages, const Work& w, int64_t first, int64_t end,
+                 int64_t tile, int count, Unit& u) {
+    // Of rows with one tail the longest knows every place; shorter ones do not ask for more.
+    int64_t longest = first;
+    for (int64_t row = first; row < end; row++)
+        if (s.num_keys[row] > s.num_keys[longest]) longest = row;
+    // The values are due when the keys are done, and the next tile's keys after that.
+    int64_t next = std::clamp<int64_t>(s.num_keys[longest] - tile - TILE, 0, TILE);
+    find_places(s, longest, tile, tile + count, u.places);
+    fetch<typename KV::T>(s, pages.value, w.first_head, w.end_head, u.places, count);
+    find_places(s, longest, tile + TILE, tile + TILE + next, u.next_places);
+    fetch<typename KV::T>(s, pages.key, w.first_head, w.end_head, u.next_places, next);
+    auto sees = [&](int64_t row) {
+        int q = w.query(w.first_head, row);
+        return u.first[q] < u.last[q];
+    };
+    for (int64_t row = first; row < end;) {
+        int64_t stop = row;
+        while (stop < end && sees(stop)) stop++;
+        for (int64_t head = w.first_head; head < w.end_head && stop > row; head++)
+            attend_tile<KV>(s, pages, head, count, w.query(head, row), w.query(head, stop - 1) + w.fold, u);
+        row = stop + 1;  // the one at `stop` sees nothing of this tile
     }
 }
 
-// Every `parts`-th unit of work, from `part` on.
+template <class KV>
+void attend_unit(const AttentionStep& s, const Pages& pages, const Work& w, const float* queries,
+                 int64_t query_stride, const Operand& out, Unit& u) {
+    begin_unit<KV>(s, w, queries, query_stride, u);
+    int64_t first_key = INT64_MAX, last_key = 0;
+    for (int64_t row = w.first_row; row < w.end_row; row++) {
+        first_key = std::min<int64_t>(first_key, s.first_key ? s.first_key[row] : 0);
+        last_key = std::max<int64_t>(last_key, s.num_keys[row]);
+    }
+    for (int64_t tile = first_key / TILE * TILE; tile < last_key; tile += TILE)
+        for (int64_t row = w.first_row; row < w.end_row;) {
+            int count = 0;
+            int64_t end = row;
+            for (; end < w.end_row && same_keys(s, row, end, tile + TILE); end++)
+                count = std::max(count, see(s, w, end, tile, u));
+            attend_rows<KV>(s, pages, w, row, end, tile, count, u);
+            row = end;
+        }
+    for (int64_t row = w.first_row; row < w.end_row; row++) {
+        OperandRow to(out, row);
+        for (int64_t head = w.first_head; head < w.end_head; head++)
+            for (int f = 0; f < w.fold; f++) {
+                Running& r = u.running[w.query(head, row) + f];
+                for (int64_t d = 0; d < s.head_size; d += LANES)
+                    to.put((head * w.fold + f) * s.head_size + d, load(r.values + d) / r.total);
+            }
+    }
+}
+
+// Every `parts`-th unit of work, from `part` on: as many heads in one as it has room for, and as leave
+// something for every thread. Who does what changes no bit.
 INLINE void attend_part(const AttentionStep& s, const Pages& pages, const float* queries,
                         int64_t query_stride, const Operand& out, int64_t part, int64_t parts) {
     static thread_local Unit unit;
-    for (int64_t i = part; i < s.groups * s.kv_heads; i += parts) {
-        int64_t group = i / s.kv_heads, head = i % s.kv_heads;
+    int fold = s.heads / s.kv_heads;
+    int64_t rows = 0;
+    for (int64_t g = 0; g < s.groups; g++)
+        rows = std::max<int64_t>(rows, s.group_start[g + 1] - s.group_start[g]);
+    int64_t ranges = std::max({(s.kv_heads * rows * fold + MAX_QUERIES - 1) / MAX_QUERIES,
+                               std::min(s.kv_heads, (parts + s.groups - 1) / s.groups), (int64_t)1});
+    for (int64_t i = part; i < s.groups * ranges; i += parts) {
+        int64_t group = i / ranges, range = i % ranges;
+        Work work = {s.group_start[group], s.group_start[group + 1], s.kv_heads * range / ranges,
+                     s.kv_heads * (range + 1) / ranges, fold};
         if (s.kv_format == BFLOAT16)
-            attend_unit<BFloat16KV>(s, pages, group, head, queries, query_stride, out, unit);
+            attend_unit<BFloat16KV>(s, pages, work, queries, query_stride, out, unit);
         else
-            attend_unit<Float32KV>(s, pages, group, head, queries, query_stride, out, unit);
+            attend_unit<Float32KV>(s, pages, work, queries, query_stride, out, unit);
     }
 }
 

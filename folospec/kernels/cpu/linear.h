@@ -165,16 +165,24 @@ INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x
 template <int MR, int NR>
 INLINE void finish(Vec sums[MR][NR], const Matrix& m, int64_t first, int64_t count, float* y,
                    int64_t y_stride, bool add) {
+    FourFloats scale = {1, 1, 1, 1}, bias = {}, before = {};
+    size_t bytes = std::min<int64_t>(NR, count) * sizeof(float);
+    if (m.scale) std::memcpy(&scale, m.scale + first, bytes);
+    if (m.bias) std::memcpy(&bias, m.bias + first, bytes);
     for (int i = 0; i < MR; i++) {
-        float totals[4];
-        sum_four(sums[i][0], sums[i][NR > 1 ? 1 : 0], sums[i][NR > 2 ? 2 : 0], sums[i][NR > 3 ? 3 : 0],
-                 totals);
-        for (int j = 0; j < NR && j < count; j++) {
-            float total = totals[j];
-            if (m.scale) total *= m.scale[first + j];
-            if (m.bias) total += m.bias[first + j];
-            float* to = y + i * y_stride + first + j;
-            *to = add ? *to + total : total;
+        FourFloats total =
+            sum_four(sums[i][0], sums[i][NR > 1 ? 1 : 0], sums[i][NR > 2 ? 2 : 0], sums[i][NR > 3 ? 3 : 0]);
+        if (m.scale) total = total * scale;
+        if (m.bias) total = total + bias;
+        float* to = y + i * y_stride + first;
+        if (bytes == sizeof total) {
+            if (add) std::memcpy(&before, to, sizeof before);
+            total = add ? before + total : total;
+            std::memcpy(to, &total, sizeof total);
+        } else {
+            if (add) std::memcpy(&before, to, bytes);
+            total = add ? before + total : total;
+            std::memcpy(to, &total, bytes);
         }
     }
 }

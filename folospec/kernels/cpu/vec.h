@@ -1,6 +1,7 @@
 // Sixteen floats at a time, whatever the instruction set: compiler vector types, which the compiler
 // splits where registers are narrower. Intrinsics appear only where the language has no word for the
-// instruction: fused multiply-add, and the dot product of bfloat16 pairs.
+// instruction (fused multiply-add, the dot product of bfloat16 pairs) or the compiler does not find it
+// (widening loads).
 //
 // Nothing here is reordered by the compiler (-ffp-contract=off, no fast-math): what a lane computes is
 // what is written, on every path of the same machine.
@@ -24,6 +25,7 @@ typedef int32_t IntVec __attribute__((vector_size(64)));
 typedef uint32_t UintVec __attribute__((vector_size(64)));
 typedef int8_t ByteVec __attribute__((vector_size(16)));
 typedef uint16_t HalfVec __attribute__((vector_size(32)));
+typedef float FourFloats __attribute__((vector_size(16)));
 
 struct bfloat16 {
     uint16_t bits;
@@ -73,15 +75,23 @@ INLINE Vec load(const float* from) {
 }
 
 INLINE Vec load(const bfloat16* from) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#else
     HalfVec halves;
     std::memcpy(&halves, from, sizeof halves);
     return as<Vec>(__builtin_convertvector(halves, UintVec) << 16);
+#endif
 }
 
 INLINE Vec load(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#else
     ByteVec bytes;
     std::memcpy(&bytes, from, sizeof bytes);
     return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
+#endif
 }
 
 INLINE void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
@@ -116,37 +126,37 @@ INLINE void store_part(T* to, Vec v, int count) {
 
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// The sums of four vectors. Each is ((lanes 0 + 8) + (4 + 12)) and so on: one tree, fixed, so that a
-// sum is the same whichever three stand beside it.
-INLINE void sum_four(Vec a, Vec b, Vec c, Vec d, float out[4]) {
+// The sums of four vectors, by one fixed tree, so that a sum is the same whichever three stand beside
+// it: neighbours in fours, then the halves, then the quarters.
+INLINE FourFloats sum_four(Vec a, Vec b, Vec c, Vec d) {
     Vec ab = SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
              SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
     Vec cd = SHUFFLE(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
              SHUFFLE(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
     Vec all = SHUFFLE(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
               SHUFFLE(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    float lanes[LANES];
-    store(lanes, all);
-    for (int i = 0; i < 4; i++) out[i] = (lanes[i] + lanes[i + 4]) + (lanes[i + 8] + lanes[i + 12]);
+    all = all + SHUFFLE(all, all, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    all = all + SHUFFLE(all, all, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    FourFloats low;
+    std::memcpy(&low, &all, sizeof low);
+    return low;
 }
 
-INLINE float sum(Vec v) {
-    float out[4];
-    sum_four(v, v, v, v, out);
-    return out[0];
-}
+INLINE float sum(Vec v) { return sum_four(v, v, v, v)[0]; }
 
 INLINE float largest(Vec v) {
-    float best = v[0];
-    for (int lane = 1; lane < LANES; lane++) best = v[lane] > best ? v[lane] : best;
-    return best;
+    v = max(v, SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = max(v, SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = max(v, SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    v = max(v, SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+    return v[0];
 }
 
-// e^x to about one unit in the last place; 0 below -87.3, and the largest power above 88.
+// e^x to about one unit in the last place; 0 below -87.3, e^88 above 88; a NaN stays one.
 INLINE Vec exp(Vec x) {
-    x = x < splat(88.0f) ? x : splat(88.0f);
+    x = x > splat(88.0f) ? splat(88.0f) : x;
     IntVec underflow = x < splat(-87.3f);
-    x = x > splat(-87.3f) ? x : splat(-87.3f);
+    x = underflow ? splat(-87.3f) : x;
     // Adding and taking away 1.5 * 2^23 rounds to an integer.
     Vec shifted = fma(x, splat(1.44269504088896341f), splat(12582912.0f));
     Vec n = shifted - 12582912.0f;
