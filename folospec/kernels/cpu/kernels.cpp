@@ -3,7 +3,9 @@
 // torch's own OpenMP's: a second runtime would spin against it.
 #include <omp.h>
 
+#include "children.h"
 #include "decoder.h"
+#include "sampling.h"
 
 using namespace folospec;
 
@@ -113,7 +115,10 @@ EXPORT float folospec_read(const float* from, int64_t count, int64_t threads) {
         Share mine(count, 64, omp_get_thread_num(), omp_get_num_threads());
         Vec sums[4] = {};
         for (int64_t i = mine.begin; i + 64 <= mine.end; i += 64)
-            for (int v = 0; v < 4; v++) sums[v] = sums[v] + load(from + i + v * LANES);
+            for (int v = 0; v < 4; v++) {
+                sums[v] = sums[v] + load(from + i + v * LANES);
+                __builtin_prefetch((const char*)(from + i + v * LANES) + AHEAD_BYTES, 0, 2);
+            }
         total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
     return total;
