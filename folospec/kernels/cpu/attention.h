@@ -91,14 +91,14 @@ INLINE void find_places(const AttentionStep& s, int64_t row, int64_t begin, int6
     for (; key < end; key++) *places++ = s.tail_slots[s.tail_start[row] + key - context] * stride;
 }
 
-// Ask memory for the keys or values of heads [first, end) at these places.
+// Ask memory, up to the second level, for the keys or values of heads [first, end) at these places.
 template <class T>
 INLINE void fetch(const AttentionStep& s, const void* pages, int64_t first, int64_t end, const int64_t* places,
                   int64_t count) {
     int64_t bytes = (end - first) * s.head_size * sizeof(T);
     for (int64_t j = 0; j < count; j++) {
         const char* from = (const char*)((const T*)pages + places[j] + first * s.head_size);
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
     }
 }
 
@@ -126,6 +126,7 @@ void score_keys(const AttentionStep& s, int first, Unit& u) {
     for (int64_t w = 0; w < words; w++)
         for (int v = 0; v < VECS; v++) {
             Vec keys = load(u.keys + w * TILE + v * LANES);
+            keep(keys);
             for (int q = 0; q < Q; q++)
                 sums[q][v] = KV::score(splat(u.queries[first + q][w]), keys, sums[q][v]);
         }
@@ -179,6 +180,7 @@ void add_values(const AttentionStep& s, const Pages& pages, int64_t head, int fi
             const typename KV::T* from = values + u.places[j] + d;
             for (int v = 0; v < VECS; v++) {
                 Vec value = load(from + v * LANES);
+                keep(value);
                 for (int q = 0; q < Q; q++)
                     sums[q][v] = fma(splat(u.scores[first + q][j]), value, sums[q][v]);
             }
@@ -230,12 +232,16 @@ INLINE bool same_keys(const AttentionStep& s, int64_t a, int64_t b, int64_t end)
     return end <= s.context_lens[s.row_seq[a]] || s.tail_start[a] == s.tail_start[b];
 }
 
-// What one thread works off at a time: the rows of a group with a range of KV heads. All heads of a tile
-// come before the next tile, since they lie side by side in memory.
+// What one thread works off at a time: the rows of a group with a range of KV heads, and of each of
+// these `fold` query heads, from number `first` of them on. All heads of a tile come before the next
+// tile, since they lie side by side in memory.
 struct Work {
     int64_t first_row, end_row, first_head, end_head;
-    int fold;
+    int fold, first;
 
+    int64_t query_head(const AttentionStep& s, int64_t head, int f) const {
+        return head * (s.heads / s.kv_heads) + first + f;
+    }
     int query(int64_t head, int64_t row) const {
         return ((head - first_head) * (end_row - first_row) + row - first_row) * fold;
     }
@@ -247,7 +253,7 @@ void begin_unit(const AttentionStep& s, const Work& w, const float* queries, int
         for (int64_t row = w.first_row; row < w.end_row; row++)
             for (int f = 0; f < w.fold; f++) {
                 int q = w.query(head, row) + f;
-                const float* from = queries + row * query_stride + (head * w.fold + f) * s.head_size;
+                const float* from = queries + row * query_stride + w.query_head(s, head, f) * s.head_size;
                 KV::put_query(from, u.queries[q], s.head_size);
                 u.running[q].maximum = -INFINITY;
                 u.running[q].total = 0;
@@ -319,7 +325,7 @@ void attend_unit(const AttentionStep& s, const Pages& pages, const Work& w, cons
             for (int f = 0; f < w.fold; f++) {
                 Running& r = u.running[w.query(head, row) + f];
                 for (int64_t d = 0; d < s.head_size; d += LANES)
-                    to.put((head * w.fold + f) * s.head_size + d, load(r.values + d) / r.total);
+                    to.put(w.query_head(s, head, f) * s.head_size + d, load(r.values + d) / r.total);
             }
     }
 }
@@ -329,16 +335,19 @@ void attend_unit(const AttentionStep& s, const Pages& pages, const Work& w, cons
 INLINE void attend_part(const AttentionStep& s, const Pages& pages, const float* queries,
                         int64_t query_stride, const Operand& out, int64_t part, int64_t parts) {
     static thread_local Unit unit;
-    int fold = s.heads / s.kv_heads;
-    int64_t rows = 0;
+    int64_t fold = s.heads / s.kv_heads, rows = 1;
     for (int64_t g = 0; g < s.groups; g++)
         rows = std::max<int64_t>(rows, s.group_start[g + 1] - s.group_start[g]);
-    int64_t ranges = std::max({(s.kv_heads * rows * fold + MAX_QUERIES - 1) / MAX_QUERIES,
-                               std::min(s.kv_heads, (parts + s.groups - 1) / s.groups), (int64_t)1});
-    for (int64_t i = part; i < s.groups * ranges; i += parts) {
-        int64_t group = i / ranges, range = i % ranges;
+    // Of very many query heads per KV head, some run after the others.
+    int64_t turns = (fold + MAX_QUERIES - 1) / MAX_QUERIES;
+    int64_t heads = std::max<int64_t>(1, MAX_QUERIES / (rows * fold));
+    int64_t ranges = std::max((s.kv_heads + heads - 1) / heads,
+                              std::min(s.kv_heads, (parts + s.groups - 1) / s.groups));
+    for (int64_t i = part; i < s.groups * ranges * turns; i += parts) {
+        int64_t group = i / turns / ranges, range = i / turns % ranges, first = i % turns * MAX_QUERIES;
         Work work = {s.group_start[group], s.group_start[group + 1], s.kv_heads * range / ranges,
-                     s.kv_heads * (range + 1) / ranges, fold};
+                     s.kv_heads * (range + 1) / ranges, (int)std::min<int64_t>(fold - first, MAX_QUERIES),
+                     (int)first};
         if (s.kv_format == BFLOAT16)
             attend_unit<BFloat16KV>(s, pages, work, queries, query_stride, out, unit);
         else

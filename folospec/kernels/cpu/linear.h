@@ -149,6 +149,7 @@ INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x
         }
         for (int i = 0; i < MR; i++) {
             typename F::Operand row = F::load_x(x + k * MR + i * F::STEP);
+            keep(row);
             for (int j = 0; j < NR; j++) sums[i][j] = F::accumulate(weights[j], row, sums[i][j]);
         }
     }
@@ -161,6 +162,7 @@ INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x
         }
         for (int i = 0; i < MR; i++) {
             typename F::Operand row = F::load_x(x + k * MR + i * F::STEP);
+            keep(row);
             for (int j = 0; j < NR; j++) sums[i][j] = F::accumulate(weights[j], row, sums[i][j]);
         }
     }
@@ -222,24 +224,22 @@ void block_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_str
                 int64_t end, bool add, bool fetch_next) {
     constexpr int GROUPS = BLOCK_OUT / NR;
     constexpr int64_t CHUNK = CHUNK_BYTES / sizeof(typename F::W);
-    Vec sums[GROUPS][MR][NR] = {};
+    Vec waiting[GROUPS][MR][NR];
     int64_t groups = (end - begin + NR - 1) / NR;
     const typename F::W* ahead = fetch_next ? (const typename F::W*)m.data + end * m.in : nullptr;
     for (int64_t k = 0; k < m.in; k += CHUNK) {
         int64_t stop = std::min(k + CHUNK, m.in);
         for (int64_t g = 0; g < groups; g++) {
+            int64_t first = begin + g * NR, count = std::min<int64_t>(NR, end - first);
             const typename F::W* w[NR];
-            point<F, NR>(m, begin + g * NR, std::min<int64_t>(NR, end - begin - g * NR), w);
-            Vec local[MR][NR];
-            std::memcpy(local, sums[g], sizeof local);
-            add_columns<F, MR, NR>(w, x, k, stop, ahead, local);
-            std::memcpy(sums[g], local, sizeof local);
+            point<F, NR>(m, first, count, w);
+            Vec sums[MR][NR] = {};
+            if (k > 0) std::memcpy(sums, waiting[g], sizeof sums);
+            add_columns<F, MR, NR>(w, x, k, stop, ahead, sums);
             if (ahead) ahead += (stop - k) * NR;
+            if (stop == m.in) finish<MR, NR>(sums, m, first, count, y, y_stride, add);
+            else std::memcpy(waiting[g], sums, sizeof sums);
         }
-    }
-    for (int64_t g = 0; g < groups; g++) {
-        int64_t first = begin + g * NR;
-        finish<MR, NR>(sums[g], m, first, std::min<int64_t>(NR, end - first), y, y_stride, add);
     }
 }
 

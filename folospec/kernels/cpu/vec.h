@@ -124,6 +124,15 @@ INLINE void store_part(T* to, Vec v, int count) {
     std::memcpy(to, whole, count * sizeof(T));
 }
 
+// Make the compiler load a value once and keep it in a register. It would rather make it the memory
+// operand of every instruction that uses it, and loads are what a tile has least to spare of.
+template <class T>
+INLINE void keep(T& value) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(value));
+#endif
+}
+
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // The sums of four vectors, by one fixed tree, so that a sum is the same whichever three stand beside
