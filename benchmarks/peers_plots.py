@@ -1,0 +1,74 @@
+"""Draws the rows of peers.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+mpl.rcParams["svg.hashsalt"] = "folospec"  # the same rows, the same file
+mpl.rcParams["svg.fonttype"] = "none"  # text stays text
+COLORS = {
+    "folospec": "#33608c",
+    "transformers": "#8c8c8c",
+    "vllm": "#e08a3c",
+    "openvino": "#6a9f58",
+    "llama_cpp": "#b0577b",
+}
+PLAIN_ALPHA, INK = 0.45, "#222222"
+TASK, TEMPERATURE = "completion", 0.0
+
+Row = dict[str, Any]
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None}, facecolor="white", bbox_inches="tight")
+
+
+def rates(rows: Sequence[Row], task: str = TASK, temperature: float = TEMPERATURE) -> Figure:
+    """Tokens per second of every contestant at one task and temperature: a line of panels per
+    checkpoint and type, a panel per batch size. Plain decoding is pale; the black line is the limit
+    of plain decoding.
+
+    Raises:
+        ValueError: there is no row of the task at the temperature.
+    """
+    rows = [r for r in rows if r["task"] == task and r["temperature"] == temperature]
+    if not rows:
+        raise ValueError(f"there must be rows of {task} at temperature {temperature:g}, got none")
+    models = list(dict.fromkeys((row["checkpoint"], row["dtype"]) for row in rows))
+    batches = sorted({row["batch"] for row in rows})
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    height = 0.2 * len(names) + 0.8
+    figure = Figure(figsize=(3.2 * len(batches) + 1.8, height * len(models) + 0.6))
+    panels = figure.subplots(len(models), len(batches), sharey=True, squeeze=False)
+    for line, (checkpoint, dtype) in zip(panels, models, strict=True):
+        for panel, batch in zip(line, batches, strict=True):
+            for row in rows:
+                if (row["checkpoint"], row["dtype"], row["batch"]) != (checkpoint, dtype, batch):
+                    continue
+                if "error" not in row:
+                    panel.barh(
+                        names.index(row["contestant"]),
+                        row["tokens_per_second"],
+                        color=COLORS[row["peer"]],
+                        alpha=1.0 if row["speculative"] else PLAIN_ALPHA,
+                    )
+                panel.axvline(row["limit_tokens_per_second"], color=INK, linewidth=1)
+            panel.set_title(f"{checkpoint}, {dtype}, batch {batch}", fontsize=9)
+            panel.tick_params(labelsize=8)
+            for side in ("top", "right"):
+                panel.spines[side].set_visible(False)
+        line[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0][0].invert_yaxis()
+    for panel in panels[-1]:
+        panel.set_xlabel("tokens per second", fontsize=8)
+    keys = [Patch(color=color, label=peer) for peer, color in COLORS.items()]
+    figure.legend(handles=keys, loc="lower center", ncol=len(keys), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
+    return figure

@@ -1,0 +1,141 @@
+"""Write the results of benchmarks/peers.py into docs/peers.md and draw its plot.
+
+python benchmarks/peers.py --out peers.jsonl
+python docs/update_peers.py peers.jsonl
+
+All rows must come from one run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "peers.md"
+PLOT = DOCS / "plots" / "peers.svg"
+BENCHMARKS = DOCS.parent / "benchmarks"
+BEGIN = "<!-- peers: written by docs/update_peers.py -->\n"
+END = "<!-- end of peers -->\n"
+HEADERS = (
+    ("", "---"),
+    ("tokens/s", "---:"),
+    ("x plain", "---:"),
+    ("x fastest peer", "---:"),
+    ("x fastest plain peer", "---:"),
+    ("share of the limit", "---:"),
+    ("tokens as folospec plain", "---:"),
+    ("excess surprise", "---:"),
+)
+
+Row = dict[str, Any]
+
+
+def section(rows: Sequence[Row]) -> str:
+    """A table for every checkpoint, type, task, temperature and batch size."""
+    keys = ("checkpoint", "dtype", "task", "temperature", "batch")
+    parts = []
+    for cell in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        own = [row for row in rows if tuple(row[key] for key in keys) == cell]
+        checkpoint, dtype, task, temperature, batch = cell
+        title = f"**{checkpoint}, {dtype}, {task}, temperature {temperature:g}, batch {batch}**"
+        parts.append(f"{title} ({_limit(own[0])})\n\n{_table(own)}\n")
+    return "".join(parts) + "![Tokens per second](plots/peers.svg)\n\n" + _setting(rows)
+
+
+def _limit(row: Row) -> str:
+    return (
+        f"a step reads {row['step_bytes'] / 1e6:.0f} MB, {row['step_operations'] / 1e9:.2f} GFLOP; "
+        f"limit {1000 * row['step_limit_seconds']:.2f} ms, "
+        f"{row['limit_tokens_per_second']:.0f} tokens/s with the prompts"
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [[header for header, _ in HEADERS], [rule for _, rule in HEADERS]]
+    for row in rows:
+        if "error" in row:
+            blank = [""] * (len(HEADERS) - 2)
+            lines.append([row["contestant"], f"failed: {row['error']}".replace("|", "/"), *blank])
+            continue
+        same, excess = row.get("same_completions"), row.get("excess_surprise")
+        lines.append(
+            [
+                row["contestant"],
+                f"{row['tokens_per_second']:.1f}",
+                _number(row["ratio_to_folospec_plain"]),
+                _number(row["ratio_to_fastest_peer"]),
+                _number(row["ratio_to_fastest_plain_peer"]),
+                _number(row["share_of_limit"]),
+                "" if same is None else f"{same:.0%}",
+                "" if excess is None else f"{excess:.2f} ± {row['excess_surprise_error']:.2f}",
+            ]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _setting(rows: Sequence[Row]) -> str:
+    """Machine, versions, limits and command: what a number has to name."""
+    row = rows[0]
+    source, machine = row["provenance"], row["machine"]
+    versions: dict[str, str] = {}
+    for other in rows:
+        for package, version in other["versions"].items():
+            versions[f"{other['peer']}: {package}"] = version
+    peaks = ", ".join(
+        f"{dtype} {value / 1e9:.0f} GFLOP/s"
+        for dtype, value in machine["operations_per_second"].items()
+    )
+    changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
+    return (
+        f"{source['cpu']}, threads: {row['threads']}; read bandwidth "
+        f"{machine['read_bytes_per_second'] / 1e9:.1f} GB/s, peak {peaks}. {row['rounds']} rounds, "
+        f"{row['max_tokens']} new tokens. {'; '.join(f'{k} {v}' for k, v in versions.items())}. "
+        f"Commit {str(source['git_commit'])[:10]}{changed}. Command: `{source['command']}`.\n"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def updated(page: str, rows: Sequence[Row]) -> str:
+    """Return the page with the section filled in.
+
+    Raises:
+        ValueError: there are no rows, they come from several runs, or the page lacks a marker.
+    """
+    own = [row for row in rows if row.get("benchmark") == "peers"]
+    if not own:
+        raise ValueError("there must be rows of peers, got none")
+    runs = {(row["provenance"]["command"], row["provenance"]["time"]) for row in own}
+    if len(runs) != 1:
+        raise ValueError(f"the rows must come from one run, got {sorted(runs)}")
+    before, found, rest = page.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not (found and closed):
+        raise ValueError(f"the page must have the lines {BEGIN!r} and {END!r}")
+    return before + BEGIN + section(own) + END + after
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    import peers_plots
+
+    peers_plots.save(peers_plots.rates(rows), path)
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python docs/update_peers.py RESULTS.jsonl ...")
+    lines = [line for name in sys.argv[1:] for line in Path(name).read_text().splitlines()]
+    rows = [json.loads(line) for line in lines if line]
+    PAGE.write_text(updated(PAGE.read_text(), rows))
+    draw(rows, PLOT)
+
+
+if __name__ == "__main__":
+    main()

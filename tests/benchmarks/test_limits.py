@@ -1,0 +1,55 @@
+"""The limits are what the arithmetic of a Llama model says."""
+
+import limits
+import pytest
+from limits import Machine, Work
+
+from folospec.models.loader import read_tensors, resolve_model
+
+MACHINE = Machine(100.0, {"float32": 1000.0, "bfloat16": 2000.0})
+WORK = Work(layer_weights=80, output_weights=20, kv_entries=2, attention_operations=4)
+
+
+def test_the_weights_are_those_of_the_checkpoint():
+    folder = resolve_model("folospec-demo")
+    work = Work.of_checkpoint(folder)
+    matrices = {name: w.numel() for name, w in read_tensors(folder) if w.dim() == 2}
+    embedding = matrices.pop("model.embed_tokens.weight")
+    assert work.layer_weights == sum(matrices.values())
+    assert work.output_weights == embedding
+    assert work.kv_entries == 6 * 2 * 2 * 64
+    assert work.attention_operations == 6 * 4 * 64 * 4  # scores and values, 2 operations each
+
+
+def test_a_step_reads_the_weights_once_and_the_kv_of_every_row():
+    assert WORK.step([3], "float32") == (4 * (100 + 6), 200 + 12)
+    assert WORK.step([3, 5], "bfloat16") == (2 * (100 + 16), 400 + 32)
+
+
+def test_prompts_have_logits_for_their_last_rows_alone():
+    assert WORK.prompts([3, 1], "float32") == (400, 2 * 80 * 4 + 2 * 20 * 2 + 4 * (6 + 1))
+
+
+def test_whatever_takes_longer_is_the_limit():
+    assert MACHINE.seconds(100, 500, "float32") == 1.0
+    assert MACHINE.seconds(100, 3000, "float32") == 3.0
+    assert MACHINE.seconds(100, 3000, "bfloat16") == 1.5
+
+
+def test_a_run_is_its_prompts_and_one_step_for_every_further_token():
+    prompts = MACHINE.seconds(*WORK.prompts([2], "float32"), "float32")
+    steps = [MACHINE.seconds(*WORK.step([c], "float32"), "float32") for c in (3, 4)]
+    found = limits.run_seconds(WORK, MACHINE, [2], 3, 1, "float32")
+    assert found == pytest.approx(prompts + sum(steps))
+    in_two = limits.run_seconds(WORK, MACHINE, [2, 2], 3, 1, "float32")
+    assert in_two == pytest.approx(2 * found)
+    assert limits.run_seconds(WORK, MACHINE, [2, 2], 3, 2, "float32") < in_two
+
+
+def test_this_machine_can_be_measured(monkeypatch):
+    monkeypatch.setattr(limits, "ARRAY_BYTES", 1 << 22)
+    monkeypatch.setattr(limits, "MATRIX_SIZE", 64)
+    found = limits.measure(1)
+    assert found.bytes_per_second > 1e8
+    assert found.operations_per_second.keys() == limits.ITEM_BYTES.keys()
+    assert min(found.operations_per_second.values()) > 1e7
