@@ -3,22 +3,35 @@ step.
 
 Plain steps and speculative ones take the same way: the pipeline runs over all rows, each with its
 node's own path as history, and a plain step is a tree without nodes.
+
+    rule          law wanted?   from logits to tokens
+    coupled       no            constrain, then one native call that draws and verifies
+    coupled       yes           process, then draw_target
+    ratio rules                 process, then draw_target for rows without drafts; the rule for the
+                                others
+
+Where there are no native kernels for the logits, the second line stands for the first too.
 """
 
 from __future__ import annotations
 
 import collections.abc
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
+import torch
 from torch import Tensor
 
 from folospec.core.sequence import Sequence
 from folospec.core.token_tree import TokenTree
 from folospec.engine.request import Request
+from folospec.kernels import native_sampling
+from folospec.kernels.native_sampling import NativeSampling, Walks, pack_law
 from folospec.sampling import noise
-from folospec.sampling.constraints import SamplingRow
+from folospec.sampling.constraints import NoTokenError, SamplingRow, constrain, is_constrained
 from folospec.sampling.noise import Purpose
-from folospec.sampling.pipeline import process
+from folospec.sampling.pipeline import no_token_error, process
 from folospec.sampling.sampler import NO_TOKEN, draw_target
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE, KeyedCoins, Verdict, verify_coupled
@@ -57,21 +70,48 @@ class Judgement:
         return [row for row, is_judged in zip(self.rows, judged, strict=True) if is_judged]
 
     @property
+    def judged_positions(self) -> collections.abc.Sequence[int]:
+        """The position of the token that each of `judged_rows` is about."""
+        begin, tree = self.seq.num_tokens, self.tree
+        if tree.is_chain:
+            positions: collections.abc.Sequence[int] = range(begin, begin + len(self.rows))
+        else:
+            positions = [begin, *(begin + depth for depth in tree.depths)]
+        if self.proposal is None or self.proposal.candidate is None:
+            return positions
+        return [positions[row - self.rows.start] for row in self.judged_rows]
+
+    @property
     def tree(self) -> TokenTree:
         return self.proposal.tree if self.proposal else _NO_DRAFT
 
+    def walk(self, drawn: Iterator[int]) -> None:
+        """Take the target's tokens, those of the judged rows for each draw, and verify."""
+        tree, candidate = self.tree, self.proposal.candidate if self.proposal else None
+        self.verdicts = []
+        for _ in range(self.num_draws):
+            if candidate is None:
+                tokens = list(islice(drawn, len(self.rows)))
+            else:
+                tokens = [next(drawn) if judged else NO_TOKEN for judged in (True, *candidate)]
+            self.verdicts.append(verify_coupled(tree, tokens, candidate))
 
-def judge(judgements: list[Judgement], logits: Tensor, acceptance: str) -> Tensor:
+
+def judge(
+    judgements: list[Judgement], logits: Tensor, acceptance: str, *, wants_law: bool = True
+) -> Tensor | None:
     """Fill in the verdict of every judgement that has rows.
 
     Args:
+        judgements: the sequences of the step.
         logits: float [num_rows, vocab_size]; `Judgement.rows` are its indices, and it may have
             others.
         acceptance: the rule that judges proposals.
+        wants_law: whether the caller has a use for what is returned.
 
     Returns:
         The log-probabilities that were sampled from, [num_rows, vocab_size]; rows that nobody
-        judged are as in `logits`.
+        judged are as in `logits`. None if tokens were drawn without them.
 
     Raises:
         NoTokenError: the options of a request leave no token; its `row` counts the judged rows.
@@ -79,6 +119,80 @@ def judge(judgements: list[Judgement], logits: Tensor, acceptance: str) -> Tenso
     judgements = [judgement for judgement in judgements if judgement.rows]
     if not judgements:
         return logits
+    coupled = ACCEPTANCE[acceptance].shares_noise
+    native = native_sampling.load() if coupled and not wants_law else None
+    if native is not None and native.takes(logits):
+        _judge_natively(native, judgements, logits)
+        return None
+    return _judge_by_law(judgements, logits, acceptance)
+
+
+def find_judgement(judgements: list[Judgement], row: int) -> Judgement:
+    """Return the judgement that the given judged row belongs to."""
+    for judgement in judgements:
+        num_rows = len(judgement.judged_rows)
+        if row < num_rows:
+            return judgement
+        row -= num_rows
+    raise IndexError(f"there is no judged row {row}")
+
+
+def _sampling_rows(judgement: Judgement) -> list[SamplingRow]:
+    seq, request, tree = judgement.seq, judgement.request, judgement.tree
+    nodes = [row - judgement.rows.start - 1 for row in judgement.judged_rows]
+    paths = [tree.path_token_ids(node) if node >= 0 else None for node in nodes]
+    return [request.sampling_row(seq, path) for path in paths]
+
+
+def _judge_natively(native: NativeSampling, judgements: list[Judgement], logits: Tensor) -> None:
+    """Draw the target's tokens and walk the trees in one call."""
+    logits = _constrained(judgements, logits)
+    walks = Walks()
+    for judgement in judgements:
+        seq, request, tree = judgement.seq, judgement.request, judgement.tree
+        token_ids = tree.token_ids
+        if judgement.proposal is not None and judgement.proposal.candidate is not None:
+            judged = zip(token_ids, judgement.proposal.candidate, strict=True)
+            token_ids = [token_id if candidate else NO_TOKEN for token_id, candidate in judged]
+        for draw in range(judgement.num_draws):
+            law = pack_law(request.seed, seq.sample_index + draw, request.filters)
+            walks.add(law, judgement.rows.start, seq.num_tokens, token_ids, tree.parents)
+    found = iter(native.walk(logits, walks))
+    for judgement in judgements:
+        judgement.verdicts = []
+        for walk in islice(found, judgement.num_draws):
+            # Below drafts, where plain decoding might not come, there need be no token.
+            if walk.token_id == NO_TOKEN and not walk.path:
+                before = takewhile(lambda other: other is not judgement, judgements)  # noqa: B023
+                place = sum(len(other.judged_rows) for other in before)
+                root = judgement.request.sampling_row(judgement.seq)
+                raise no_token_error(place, root, walk.peak)
+            judgement.verdicts.append(Verdict(walk.path, walk.token_id))
+
+
+def _constrained(judgements: list[Judgement], logits: Tensor) -> Tensor:
+    """The logits with the stages before temperature applied where a request asks for them."""
+    indices: list[int] = []
+    asked: list[SamplingRow] = []
+    places: list[int] = []  # among the judged rows of the step
+    place = 0
+    for judgement in judgements:
+        judged = judgement.judged_rows
+        if judgement.request.is_constrained:
+            indices.extend(judged)
+            asked.extend(_sampling_rows(judgement))
+            places.extend(range(place, place + len(judged)))
+        place += len(judged)
+    if not any(is_constrained(row) for row in asked):
+        return logits
+    try:
+        constrained = constrain(logits[indices], asked)
+    except NoTokenError as error:
+        raise NoTokenError(places[error.row], str(error)) from error.__cause__
+    return logits.index_copy(0, torch.tensor(indices, device=logits.device), constrained)
+
+
+def _judge_by_law(judgements: list[Judgement], logits: Tensor, acceptance: str) -> Tensor:
     indices = [row for judgement in judgements for row in judgement.judged_rows]
     sampling_rows = [row for judgement in judgements for row in _sampling_rows(judgement)]
     if len(indices) == len(logits):
@@ -98,52 +212,21 @@ def judge(judgements: list[Judgement], logits: Tensor, acceptance: str) -> Tenso
     return log_probs
 
 
-def find_judgement(judgements: list[Judgement], row: int) -> Judgement:
-    """Return the judgement that the given judged row belongs to."""
-    for judgement in judgements:
-        num_rows = len(judgement.judged_rows)
-        if row < num_rows:
-            return judgement
-        row -= num_rows
-    raise IndexError(f"there is no judged row {row}")
-
-
-def _sampling_rows(judgement: Judgement) -> list[SamplingRow]:
-    seq, request, tree = judgement.seq, judgement.request, judgement.tree
-    return [
-        SamplingRow(
-            params=request.params,
-            prompt_token_ids=seq.prompt_token_ids,
-            output_token_ids=seq.output_token_ids,
-            draft_token_ids=tree.path_token_ids(node) if node >= 0 else (),
-            bad_words_token_ids=request.bad_words_token_ids,
-            stop_ids=request.stop_ids,
-        )
-        for node in (row - judgement.rows.start - 1 for row in judgement.judged_rows)
-    ]
-
-
 def _judge_by_draw(judgements: list[Judgement], log_probs: Tensor) -> None:
     """Draw the target's token at every row with its keyed noise, and walk the trees."""
     rows: list[int] = []
     keys: list[int] = []
     for judgement in judgements:
         seq, seed = judgement.seq, judgement.request.seed
-        depths, first = [0, *judgement.tree.depths], judgement.rows.start
         for draw in range(judgement.num_draws):
-            for row in judgement.judged_rows:
-                rows.append(row)
-                position = seq.num_tokens + depths[row - first]
-                keys.append(noise.key(seed, seq.sample_index + draw, position, Purpose.TARGET))
+            rows.extend(judgement.judged_rows)
+            keys.extend(
+                noise.key(seed, seq.sample_index + draw, position, Purpose.TARGET)
+                for position in judgement.judged_positions
+            )
     if not rows:
         return
     chosen = log_probs if rows == list(range(len(log_probs))) else log_probs[rows]
     drawn = iter(draw_target(chosen, noise.key_tensor(keys, log_probs.device)).tolist())
     for judgement in judgements:
-        candidate = judgement.proposal.candidate if judgement.proposal else None
-        judgement.verdicts = []
-        for _ in range(judgement.num_draws):
-            tokens = [NO_TOKEN] * len(judgement.rows)
-            for row in judgement.judged_rows:
-                tokens[row - judgement.rows.start] = next(drawn)
-            judgement.verdicts.append(verify_coupled(judgement.tree, tokens, candidate))
+        judgement.walk(drawn)

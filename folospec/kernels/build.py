@@ -37,11 +37,12 @@ class BuildError(RuntimeError):
     """The kernels cannot be built or loaded here; the message says why."""
 
 
-def build(target: str | None = None) -> Path:
+def build(target: str | None = None, sources: Path = SOURCES) -> Path:
     """Return the library's file, compiling it if no earlier run has.
 
     Args:
         target: the instruction set, as the compiler's -march names it; None: this machine's own.
+        sources: the folder of kernels.cpp and its headers.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -49,19 +50,24 @@ def build(target: str | None = None) -> Path:
     compiler = find_compiler()
     flags = (*FLAGS, _target_flag(target))
     folder = cache_folder() / "kernels"
-    path = folder / f"{_fingerprint(compiler, flags)}.so"
-    if not path.is_file():
-        _compile(compiler, flags, path)
-    return path
+    name = _fingerprint(compiler, flags, sources)
+    try:
+        for path in sorted(folder.glob(f"{name}-*.so")):
+            if path.name == _named(name, path):
+                return path
+            path.unlink()  # cut short, by a crash or a full disk; to load it may end the process
+        return _compile(compiler, flags, sources, folder, name)
+    except OSError as error:
+        raise BuildError(f"the kernels cannot be kept in {folder}: {error}") from error
 
 
-def load(target: str | None = None) -> ctypes.CDLL:
+def load(target: str | None = None, sources: Path = SOURCES) -> ctypes.CDLL:
     """Build the library if need be, and load it beside torch's OpenMP.
 
     Raises:
         BuildError: it cannot be built, or torch runs without an OpenMP that it can share.
     """
-    path = build(target)
+    path = build(target, sources)
     try:
         ctypes.CDLL(find_openmp(), mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
@@ -95,44 +101,61 @@ def find_openmp() -> str:
         mapped = Path("/proc/self/maps").read_text().splitlines()
     except OSError as error:
         raise BuildError(f"the OpenMP that torch uses cannot be found: {error}") from error
-    for line in mapped:
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith(OPENMP_NAMES):
-            return path
-    raise BuildError("torch has loaded no OpenMP, whose threads the kernels would share")
+    files = dict.fromkeys(line.split(maxsplit=5)[-1] for line in mapped)
+    found = [path for path in files if Path(path).name.startswith(OPENMP_NAMES)]
+    # Other packages may have brought one of their own, before torch or after it.
+    homes = tuple(f"{Path(torch.__file__).parent}{end}{os.sep}" for end in ("", ".libs"))
+    found.sort(key=lambda path: not path.startswith(homes))
+    if not found:
+        raise BuildError("torch has loaded no OpenMP, whose threads the kernels would share")
+    return found[0]
 
 
 def cache_folder() -> Path:
-    """Where folospec keeps what it can make again: FOLOSPEC_CACHE_DIR, else the user's cache."""
+    """Where folospec keeps what it can make again: FOLOSPEC_CACHE_DIR, else the user's cache.
+
+    Raises:
+        BuildError: the user has no home.
+    """
     if folder := os.environ.get("FOLOSPEC_CACHE_DIR"):
         return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "folospec"
-
-
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "folospec"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = path.parent
-        # Beside the final place, so that the rename is atomic: processes may compile at once.
-        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-            compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
-            _run([compiler, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled)])
-            # Without -fopenmp here: the symbols stay open until torch's runtime answers for them.
-            _run([compiler, "-shared", str(compiled), "-o", str(linked)])
-            linked.rename(path)
-    except OSError as error:
-        raise BuildError(f"the kernels cannot be kept in {path.parent}: {error}") from error
+        return Path.home() / ".cache" / "folospec"
+    except RuntimeError as error:
+        raise BuildError(f"there is no folder for them, set FOLOSPEC_CACHE_DIR: {error}") from error
 
 
-def _run(command: list[str]) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], sources: Path, folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside the final place, so that the rename is atomic: processes may compile at once.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+        compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+        _run([compiler, *flags, "-c", str(sources / "kernels.cpp"), "-o", str(compiled)])
+        # Without -fopenmp here: the symbols stay open until torch's runtime answers for them.
+        _run([compiler, "-shared", str(compiled), "-o", str(linked)])
+        return linked.rename(folder / _named(name, linked))
+
+
+def _named(name: str, path: Path) -> str:
+    """What a library's file is called: its name says what it was made from, and what is in it."""
+    return f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _run(command: list[str]) -> str:
+    """Run the compiler and return what it printed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from error
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command[0]} did not end in {TIMEOUT_SECONDS} s") from error
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
-        raise BuildError(f"{command[0]} failed: {said[0] if said else 'it said nothing'}")
+        errors = [line for line in said if "error" in line] or said
+        raise BuildError(f"{command[0]} failed: {errors[0] if errors else 'it said nothing'}")
+    return done.stdout
 
 
 def _target_flag(target: str | None) -> str:
@@ -141,14 +164,13 @@ def _target_flag(target: str | None) -> str:
 
 
 @lru_cache
-def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+def _fingerprint(compiler: str, flags: tuple[str, ...], sources: Path) -> str:
     """Changes with the sources, the flags, the compiler and the processor."""
     digest = hashlib.sha256("\n".join(flags).encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(sources.iterdir()):
         if source.suffix in (".h", ".cpp"):
             digest.update(source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30)
-    digest.update(version.stdout)
+    digest.update(_run([compiler, "--version"]).encode())
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.is_file():
         lines = cpu_info.read_text().splitlines()

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, c_double, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -109,6 +109,7 @@ _STRUCTS = (Matrix, AttentionStep, Layer, ModelStruct, Pass)
 _POINTER, _COUNT = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sizes": (None, (_POINTER,)),
+    "instruction_set": (c_char_p, ()),
     "scratch_floats": (c_int64, (_POINTER, _POINTER)),
     "forward": (None, (_POINTER, _POINTER)),
     "linear": (None, (_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _COUNT)),
@@ -137,6 +138,7 @@ class Native:
     attention: Callable[..., None]
     scratch_floats: Callable[..., int]
     sizes: Callable[..., None]
+    instruction_set: Callable[[], bytes]
     move_rows: Callable[..., None]
     rms_norm: Callable[..., None]
     rotate: Callable[..., None]
@@ -152,6 +154,11 @@ class Native:
         sizes = (c_int64 * len(_STRUCTS))()
         self.sizes(sizes)
         assert list(sizes) == [ctypes.sizeof(s) for s in _STRUCTS], "structs differ from cpu/*.h"
+
+    @property
+    def instructions(self) -> str:
+        """What the library was built for, as it says itself: "AVX-512 with bfloat16"."""
+        return str(self.instruction_set().decode())
 
     def apply_linear(self, x: Tensor, weight: Matrix, out_size: int) -> Tensor:
         """`x @ weight.T + bias`: float32 [rows, in] -> float32 [rows, out]. For a bfloat16 weight

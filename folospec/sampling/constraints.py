@@ -80,6 +80,11 @@ def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
                 )
 
 
+def is_constrained(row: SamplingRow) -> bool:
+    """Whether `constrain` may change the row's logits."""
+    return any(uses(row) for uses, _ in _STAGES)
+
+
 def constrain(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Apply the stages above to the rows that use them.
 

@@ -16,10 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from folospec.kernels import native_sampling
 from folospec.sampling.constraints import NEG_INF, NoTokenError, SamplingRow, constrain
 from folospec.sampling_params import SamplingParams
 
-__all__ = ["NoTokenError", "SamplingRow", "keep_largest", "log_total", "process", "sort_descending"]
+__all__ = [
+    "NoTokenError",
+    "SamplingRow",
+    "keep_largest",
+    "log_total",
+    "no_token_error",
+    "pack_filters",
+    "process",
+    "sort_descending",
+]
 
 _MASKING_OPTIONS = (
     "allowed_token_ids",
@@ -54,6 +64,9 @@ def process(logits: Tensor, rows: Sequence[SamplingRow], *, soften_greedy: bool 
     if logits.dim() != 2 or logits.shape[0] != len(rows):
         raise ValueError(f"logits must have {len(rows)} rows, got the shape {tuple(logits.shape)}")
     logits = constrain(logits, rows)
+    native = native_sampling.load()
+    if native is not None and native.takes(logits):
+        return _process_natively(native, logits, rows, soften_greedy)
     peak = logits.amax(-1, keepdim=True)
     possible = torch.isfinite(peak)
     all_possible = bool(possible.all())
@@ -65,17 +78,50 @@ def process(logits: Tensor, rows: Sequence[SamplingRow], *, soften_greedy: bool 
     return log_probs if all_possible else log_probs.masked_fill_(~possible, NEG_INF)
 
 
-def _require_token(possible: list[bool], peaks: list[float], rows: Sequence[SamplingRow]) -> None:
+def _process_natively(
+    native: native_sampling.NativeSampling,
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    soften_greedy: bool,
+) -> Tensor:
+    laws: dict[int, bytes] = {}  # by the identity of the parameters, which many rows share
+    for row in rows:
+        if id(row.params) not in laws:
+            softened = soften_greedy and row.params.greedy
+            filters = _SOFTENED if softened else pack_filters(row.params)
+            laws[id(row.params)] = native_sampling.pack_law(0, 0, filters)
+    places = {params: place for place, params in enumerate(laws)}
+    law_of = [places[id(row.params)] for row in rows]
+    log_probs, peaks = native.log_probs(logits, list(laws.values()), law_of)
+    _require_token([math.isfinite(peak) for peak in peaks], peaks, rows)
+    return log_probs
+
+
+_SOFTENED = native_sampling.pack_filters(1.0, 0, 1.0, 0.0)
+
+
+def pack_filters(params: SamplingParams) -> bytes:
+    """Temperature, top_k, top_p and min_p as the native kernels read them."""
+    return native_sampling.pack_filters(
+        params.temperature, params.top_k, params.top_p, params.min_p
+    )
+
+
+def _require_token(
+    possible: Sequence[bool], peaks: Sequence[float], rows: Sequence[SamplingRow]
+) -> None:
     for index, row in enumerate(rows):
-        if possible[index] or row.hypothetical:
-            continue
-        if peaks[index] != NEG_INF:
-            raise NoTokenError(index, f"logits must not be NaN or +inf, got {peaks[index]}")
-        names = [n for n in _MASKING_OPTIONS if getattr(row.params, n)]
-        what = (
-            f"{', '.join(names)} must leave a token possible" if names else "logits must be finite"
-        )
-        raise NoTokenError(index, f"{what}, got none after {row.num_output_tokens} output tokens")
+        if not (possible[index] or row.hypothetical):
+            raise no_token_error(index, row, peaks[index])
+
+
+def no_token_error(index: int, row: SamplingRow, peak: float) -> NoTokenError:
+    """What is wrong with row `index`, whose largest logit is -inf, or no number to draw by."""
+    if peak != NEG_INF:
+        return NoTokenError(index, f"logits must not be NaN or +inf, got {peak}")
+    names = [n for n in _MASKING_OPTIONS if getattr(row.params, n)]
+    what = f"{', '.join(names)} must leave a token possible" if names else "logits must be finite"
+    return NoTokenError(index, f"{what}, got none after {row.num_output_tokens} output tokens")
 
 
 def _by_kind(

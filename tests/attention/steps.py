@@ -35,28 +35,44 @@ class Step:
 
 
 def random_step(
-    kinds: list[str], heads: tuple[int, int], *, seed: int, dtype: torch.dtype = torch.float64
+    kinds: list[str],
+    heads: tuple[int, int],
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+    head_size: int = 8,
+    contexts: tuple[int, ...] = (),
+    num_rows: int | None = None,
 ) -> Step:
-    """A step with one sequence per kind: "decode", "chain", "chunk" (long), "prompt", "tree"."""
+    """A step with one sequence per kind: "decode", "chain", "chunk" (long), "prompt", "tree".
+
+    `contexts` are their tokens before the step, as far as it goes, and `num_rows` their rows in it;
+    else these are drawn too.
+    """
     rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
     blocks = list(range(NUM_SLOTS // BLOCK_SIZE))
     rng.shuffle(blocks)
-    sequences = [_random_rows(kind, rng, blocks) for kind in kinds]
-    num_rows = sum(len(rows.positions) for rows in sequences)
+    given = [*contexts, *[None] * (len(kinds) - len(contexts))]
+    sequences = [
+        _random_rows(kind, rng, blocks, context, num_rows)
+        for kind, context in zip(kinds, given, strict=True)
+    ]
+    total = sum(len(rows.positions) for rows in sequences)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=noise, dtype=torch.float64).to(dtype)
 
-    caches = [torch.full((NUM_SLOTS, heads[1], 8), torch.nan, dtype=dtype) for _ in range(2)]
+    shape = (NUM_SLOTS, heads[1], head_size)
+    caches = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
     for rows in sequences:
         slots = [_slot(rows.block_table, index) for index in range(rows.context_len)]
         for cache in caches:
-            cache[slots] = normal(len(slots), heads[1], 8)
+            cache[slots] = normal(len(slots), heads[1], head_size)
     return Step(
         sequences=sequences,
-        query=normal(num_rows, heads[0], 8),
-        key=normal(num_rows, heads[1], 8),
-        value=normal(num_rows, heads[1], 8),
+        query=normal(total, heads[0], head_size),
+        key=normal(total, heads[1], head_size),
+        value=normal(total, heads[1], head_size),
         kv=LayerKV(*caches),
     )
 
@@ -99,10 +115,14 @@ def _keys(rows: SequenceRows, row: int) -> list[tuple[int, int]]:
     return context + [key for key, seen in zip(own, rows.suffix_mask[row], strict=True) if seen]
 
 
-def _random_rows(kind: str, rng: random.Random, blocks: list[int]) -> SequenceRows:
-    context = 0 if kind == "prompt" else rng.randrange(0, 40)
-    num_rows = {"decode": 1, "chain": rng.randrange(2, 7), "tree": rng.randrange(4, 13)}.get(kind)
-    num_rows = num_rows or rng.randrange(35, 60)
+def _random_rows(
+    kind: str, rng: random.Random, blocks: list[int], given: int | None, num_rows: int | None
+) -> SequenceRows:
+    context = given
+    if context is None:
+        context = 0 if kind == "prompt" else rng.randrange(0, 40)
+    drawn = {"decode": 1, "chain": rng.randrange(2, 7), "tree": rng.randrange(4, 13)}.get(kind)
+    num_rows = num_rows or drawn or rng.randrange(35, 60)
     table = [blocks.pop() for _ in range((context + num_rows - 1) // BLOCK_SIZE + 1)]
     slots = [_slot(table, context + row) for row in range(num_rows)]
     parents = [rng.randrange(row) if kind == "tree" else row - 1 for row in range(1, num_rows)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from steps import BLOCK_SIZE, NUM_SLOTS, Step, naive, random_step
@@ -69,6 +71,26 @@ def test_the_step_writes_its_keys_and_values_at_its_slots_and_nowhere_else():
         assert torch.equal(cache[slots], new)
         old[slots] = new
         assert torch.equal(cache.nan_to_num(), old.nan_to_num())
+
+
+@pytest.mark.parametrize("mix", ["one decode", "everything"])
+def test_keys_and_values_are_rounded_to_the_type_of_the_kv(mix):
+    step = random_step(MIXES[mix], (4, 2), seed=5)
+    narrow = LayerKV(*(cache.bfloat16() for cache in step.kv))
+    rounded = replace(
+        step,
+        key=step.key.bfloat16().double(),
+        value=step.value.bfloat16().double(),
+        kv=LayerKV(*(cache.double() for cache in narrow)),
+    )
+    result = BACKEND.forward(
+        step.query, step.key, step.value, narrow, step.metadata, scale=step.query.shape[2] ** -0.5
+    )
+    assert narrow.key.dtype == torch.bfloat16
+    assert result.dtype == torch.float64
+    expected = naive(rounded, window=None, softcap=None)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+    assert (result - naive(step, window=None, softcap=None)).abs().max() > 1e-4
 
 
 def test_one_plan_serves_every_layer_of_a_step():

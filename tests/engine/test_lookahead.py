@@ -3,10 +3,12 @@ window left behind."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
 import harness
+import numpy as np
 import pytest
 import torch
 from harness import assert_speculated, make_llm, run
@@ -14,6 +16,7 @@ from test_kv_after_commit import Checker
 from transformers import LlamaForCausalLM
 
 from folospec import SamplingParams
+from folospec.attention.metadata import SuffixMask
 from folospec.engine import commit, judge
 from folospec.engine.speculation import Speculation
 from folospec.spec.drafters.lookahead import LookaheadDrafter
@@ -153,15 +156,19 @@ def test_the_windows_trajectory_is_that_of_plain_forwards(
     assert trajectory.wrong_places(models.target) == 0
 
 
-@pytest.mark.parametrize("broken", ["_ancestor_mask", "_depths"])
+@pytest.mark.parametrize("broken", ["mask", "depths"])
 def test_a_window_with_a_wrong_mask_or_wrong_positions_is_noticed(
     broken: str, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = {
-        "_ancestor_mask": lambda parents: torch.ones(len(parents), len(parents)).tril() > 0,
-        "_depths": lambda rows: range(len(rows.token_ids)),
-    }
-    monkeypatch.setattr(input_batch, broken, wrong[broken])
+    real = input_batch.tree_rows
+
+    def wrong(parents: tuple[int, ...], num_computed: int) -> input_batch.TreeRows:
+        tree, size = real(parents, num_computed), len(parents)
+        if broken == "depths":
+            return dataclasses.replace(tree, depths=np.arange(size))
+        return dataclasses.replace(tree, mask=SuffixMask(np.tril(np.ones((size, size), np.bool_))))
+
+    monkeypatch.setattr(input_batch, "tree_rows", wrong)
     trajectory = Trajectory(monkeypatch)
     run(make_llm(models.target, SETTINGS), harness.PROMPTS[:3], GREEDY)
     assert trajectory.wrong_places(models.target) > 0

@@ -20,6 +20,21 @@ EXPORT void folospec_sizes(int64_t* sizes) {
     sizes[4] = sizeof(Pass);
 }
 
+// What this build computes with.
+EXPORT const char* folospec_instruction_set() {
+#if defined(__AVX512BF16__)
+    return "AVX-512 with bfloat16";
+#elif defined(__AVX512F__)
+    return "AVX-512";
+#elif defined(__AVX2__) && defined(__FMA__)
+    return "AVX2";
+#elif defined(__aarch64__)
+    return "NEON";
+#else
+    return "no vector instructions in particular";
+#endif
+}
+
 EXPORT int64_t folospec_scratch_floats(const Model* model, const Pass* pass) {
     Scratch s;
     return lay_out(*model, pass->attention, nullptr, s);

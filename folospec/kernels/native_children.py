@@ -1,0 +1,97 @@
+"""The native form of drawing the children of draft nodes, for rows of logits on the CPU. See
+`cpu/children.h`; the torch form is `spec.children.draw_children`."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from array import array
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from folospec.kernels import native
+
+NO_NOISE = -1
+"""Instead of a position."""
+_WANTED = struct.Struct("=qqqd")
+_POINTER, _COUNT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_CELLS_PER_THREAD = 1 << 15
+"""Numbers of logits below which a thread more costs more than it saves."""
+
+pack_wanted = _WANTED.pack
+"""`pack_wanted(law, position, count, scale)`: what is asked of a row of `NativeChildren.draw`. The
+index of its law, the position of the token that is drawn or `NO_NOISE`, how many tokens, and the
+factor of scores in the confidence."""
+
+
+class NativeChildren:
+    """The library's function.
+
+    Args:
+        library: with `cpu/children.h` in it.
+
+    Raises:
+        RuntimeError: the library lays the struct out in another way.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        library.folospec_sizeof_wanted.restype = ctypes.c_int64
+        if (size := library.folospec_sizeof_wanted()) != _WANTED.size:
+            raise RuntimeError(f"what is wanted must have {_WANTED.size} bytes, got {size}")
+        self._draw = library.folospec_children
+        self._draw.restype = None
+        self._draw.argtypes = [
+            _POINTER, _COUNT, _POINTER, _POINTER, _COUNT, _COUNT, *[_POINTER] * 3, _THREADS,
+        ]  # fmt: skip
+
+    @staticmethod
+    def takes(logits: Tensor) -> bool:
+        """Whether the rows are of the kind that the library reads."""
+        return (
+            logits.dtype == torch.float32
+            and logits.device.type == "cpu"
+            and logits.is_contiguous()
+            and logits.shape[1] > 0
+        )
+
+    def draw(
+        self, logits: Tensor, laws: Sequence[bytes], wanted: Sequence[bytes], most: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """The best tokens of every row and the confidence in each, best first.
+
+        Args:
+            logits: [num_rows, vocab_size], such as `takes` says yes to.
+            laws: from `native_sampling.pack_law`. A greedy law is read as temperature 1 without
+                filters.
+            wanted: from `pack_wanted`, for each row.
+            most: the largest count that is wanted.
+        """
+        rows, size = logits.shape
+        assert len(wanted) == rows
+        tokens, found = array("q", bytes(8 * rows * most)), array("q", bytes(8 * rows))
+        chances = array("f", bytes(4 * rows * most))
+        self._draw(
+            logits.data_ptr(),
+            size,
+            b"".join(laws),
+            b"".join(wanted),
+            rows,
+            most,
+            tokens.buffer_info()[0],
+            chances.buffer_info()[0],
+            found.buffer_info()[0],
+            max(1, min(torch.get_num_threads(), logits.numel() // _CELLS_PER_THREAD)),
+        )
+        ids, likely = tokens.tolist(), chances.tolist()
+        ends = zip(range(0, rows * most, most), found, strict=True)
+        return [(ids[at : at + count], likely[at : at + count]) for at, count in ends]
+
+
+@lru_cache(maxsize=1)
+def load() -> NativeChildren | None:
+    """The function, or None where the native kernels do not run."""
+    library = native.load()
+    return None if library is None else NativeChildren(library.library)

@@ -1,0 +1,227 @@
+"""The kernels are built once, found again, and left out in words where they cannot be built."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from native_builds import require_native
+
+from folospec.kernels import build, native
+
+RUN = """
+import logging, sys, torch
+torch.set_num_threads(1)
+logging.basicConfig(stream=sys.stdout, format="LOG %(message)s")
+from folospec import LLM, SamplingParams
+from folospec.kernels import native
+llm = LLM("folospec-demo", "ngram", num_blocks=64)
+again = LLM("folospec-demo", num_blocks=64)
+out = llm.generate(["def f(x):"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+print("TOKENS", len(out[0].outputs[0].token_ids), llm.stats()["lossless"])
+print("WHY", native.why_not())
+"""
+PRETEND = '[ "$1" = --version ] && exit\nfor last; do :; done'
+"""Has no version, and knows the name of the file to write."""
+
+
+def run_alone(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own."""
+    settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **settings},
+        timeout=120,
+    )
+
+
+def compiler(folder: Path, body: str) -> str:
+    """Write a program that stands for the compiler."""
+    path = folder / "fake-compiler"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch) -> Path:
+    """A cache with nothing in it."""
+    monkeypatch.setenv("FOLOSPEC_CACHE_DIR", str(tmp_path / "cache"))
+    build._fingerprint.cache_clear()
+    yield tmp_path / "cache" / "kernels"
+    build._fingerprint.cache_clear()
+
+
+@pytest.fixture
+def pretend(fresh, monkeypatch, tmp_path) -> Path:
+    """A compiler that makes small files at once, one line to its log for each."""
+    log = tmp_path / "log"
+    body = f'echo "$*" >> {log}\necho lib > $last'
+    monkeypatch.setenv("CXX", compiler(tmp_path, f"{PRETEND}\n{body}"))
+    log.touch()
+    return log
+
+
+def test_without_a_compiler_everything_runs_on_torch_and_says_so_once(tmp_path):
+    done = run_alone(RUN, CXX="/nonexistent/c++", FOLOSPEC_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    reason = "there is no C++ compiler (/nonexistent/c++ is not on the path)"
+    assert f"TOKENS 8 path\nWHY {reason}\n" in done.stdout
+    said = [line for line in done.stdout.splitlines() if line.startswith("LOG")]
+    assert said == [f"LOG the native CPU kernels are off, torch's run instead: {reason}"]
+
+
+def test_they_can_be_left_out_and_nothing_is_said(tmp_path):
+    code = "import logging, sys; logging.basicConfig(stream=sys.stdout)\n"
+    code += "from folospec.kernels import native; print(native.load(), native.why_not())"
+    done = run_alone(code, FOLOSPEC_KERNELS="torch", FOLOSPEC_CACHE_DIR=str(tmp_path))
+    assert done.stdout == "None FOLOSPEC_KERNELS=torch leaves them out\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_wish_is_refused(monkeypatch):
+    monkeypatch.setenv("FOLOSPEC_KERNELS", "cuda")
+    native._loaded.cache_clear()
+    try:
+        for call in (native.load, native.why_not):
+            with pytest.raises(ValueError, match="must be auto or torch, got 'cuda'"):
+                call()
+    finally:
+        native._loaded.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("echo 'note: x' >&2; echo 'kernels.cpp:1: error: no' >&2; exit 1", "cpp:1: error: no"),
+        ("exit 3", "failed: it said nothing"),
+    ],
+)
+def test_a_compiler_that_fails_is_quoted(fresh, tmp_path, monkeypatch, body, reason):
+    monkeypatch.setenv("CXX", compiler(tmp_path, f'[ "$1" = --version ] || {{ {body}; }}'))
+    with pytest.raises(build.BuildError, match=reason):
+        native.Native()
+    assert list(fresh.iterdir()) == []
+
+
+def test_a_compiler_that_does_not_run_is_named(fresh, tmp_path, monkeypatch):
+    path = tmp_path / "not-a-program"
+    path.write_bytes(b"\x00\x01")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    with pytest.raises(build.BuildError, match="not-a-program does not run: "):
+        build.build()
+
+
+def test_a_compiler_that_never_ends_is_given_up(fresh, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", compiler(tmp_path, "exec sleep 60"))
+    monkeypatch.setattr(build, "TIMEOUT_SECONDS", 0.1)
+    with pytest.raises(build.BuildError, match=r"did not end in 0\.1 s"):
+        build.build()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, pretend):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FOLOSPEC_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match="cannot be kept in .*file/kernels"):
+        build.build()
+
+
+def test_what_was_built_is_found_again(fresh, pretend):
+    first = build.build()
+    assert build.build() == first
+    assert len(pretend.read_text().splitlines()) == 2  # compiled, and linked
+    assert list(fresh.iterdir()) == [first]
+
+
+def test_other_flags_and_other_sources_are_built_anew(fresh, pretend, tmp_path):
+    (tmp_path / "sources").mkdir()
+    for source in build.SOURCES.iterdir():
+        (tmp_path / "sources" / source.name).write_bytes(source.read_bytes())
+    same, edited = build.build(sources=tmp_path / "sources"), tmp_path / "sources" / "vec.h"
+    assert same == build.build()
+    edited.write_text(edited.read_text() + "\n")
+    build._fingerprint.cache_clear()
+    others = [build.build("x86-64"), build.build(sources=tmp_path / "sources")]
+    assert len({same, *others}) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"li", b"lob\n", b"lib\nlib\n"])
+def test_a_file_that_is_not_what_was_built_is_built_anew(fresh, pretend, content):
+    path = build.build()
+    path.write_bytes(content)
+    assert build.build() == path
+    assert path.read_bytes() == b"lib\n"
+
+
+def test_a_library_cut_short_ends_no_process(tmp_path):
+    """Control: loaded as it is, it would."""
+    require_native()
+    whole = build.build()
+    (tmp_path / "kernels").mkdir()
+    cut = tmp_path / "kernels" / whole.name
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    code = f"import torch, ctypes; ctypes.CDLL({str(cut)!r})"
+    assert run_alone(code).returncode < 0
+    code = "import torch; from folospec.kernels import native; native.Native()"
+    assert run_alone(code, FOLOSPEC_CACHE_DIR=str(tmp_path)).returncode == 0
+    (built,) = (tmp_path / "kernels").glob("*.so")
+    assert built.stat().st_size == whole.stat().st_size
+
+
+def test_processes_may_build_at_once(fresh, tmp_path, monkeypatch):
+    slow = compiler(tmp_path, f"{PRETEND}\nsleep 0.5\necho lib > $last")
+    code = "from folospec.kernels import build; print(build.build())"
+    environment = {**os.environ, "CXX": slow, "FOLOSPEC_CACHE_DIR": str(fresh.parent)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
+        for _ in range(3)
+    ]
+    said = {process.communicate(timeout=60)[0] for process in processes}
+    assert len(said) == 1
+    assert [str(path) for path in fresh.iterdir()] == [said.pop().decode().strip()]
+
+
+def test_the_cache_is_where_the_system_says(monkeypatch, tmp_path):
+    for name in ("FOLOSPEC_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / ".cache" / "folospec"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert build.cache_folder() == tmp_path / "x" / "folospec"
+    monkeypatch.setenv("FOLOSPEC_CACHE_DIR", str(tmp_path / "y"))
+    assert build.cache_folder() == tmp_path / "y"
+
+
+def test_the_openmp_is_torchs_own_where_there_are_several(monkeypatch):
+    import torch
+
+    own = f"{Path(torch.__file__).parent}/lib/libgomp.so.1"
+    line = "7f00-7f01 r-xp 00000000 00:00 1     "
+    maps = [f"{line}{path}" for path in ("/usr/lib/sklearn.libs/libgomp-a.so", "/lib/x.so", own)]
+    monkeypatch.setattr(build.Path, "read_text", lambda self: "\n".join([*maps, "7f02 [heap]"]))
+    assert build.find_openmp() == own
+    maps[-1] = f"{line}/opt/libiomp5.so"
+    assert build.find_openmp() == "/usr/lib/sklearn.libs/libgomp-a.so"
+    del maps[0], maps[-1]
+    with pytest.raises(build.BuildError, match="torch has loaded no OpenMP"):
+        build.find_openmp()
+
+
+def test_the_sources_are_part_of_the_package():
+    """What `pip install` leaves on a disk has them: they are declared as data."""
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["folospec"]
+    package = Path(build.__file__).parents[1]
+    declared = {path for pattern in patterns for path in package.glob(pattern)}
+    sources = {path for path in build.SOURCES.iterdir() if path.suffix in (".h", ".cpp")}
+    assert len(sources) > 4
+    assert sources <= declared
