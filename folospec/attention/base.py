@@ -52,8 +52,9 @@ class AttentionBackend(ABC):
         Args:
             query: [num_tokens, num_heads, head_size]; query head h reads KV head
                 h // (num_heads / num_kv_heads).
-            key, value: [num_tokens, num_kv_heads, head_size], of the KV's type.
-            kv: the layer's KV, written in place. metadata: the step's rows. scale: factor of
+            key, value: [num_tokens, num_kv_heads, head_size], of the query's type.
+            kv: the layer's KV, written in place; where its type is another, keys and values are
+                rounded to it, a row's own ones too. metadata: the step's rows. scale: factor of
                 the scores. sliding_window: a row at position i sees positions above i -
                 sliding_window only. softcap: scores become softcap * tanh(scores / softcap) before
                 the mask.

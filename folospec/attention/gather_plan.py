@@ -13,9 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from folospec.attention.metadata import AttentionMetadata
-
-IntArray = NDArray[np.int64]
+from folospec.attention.metadata import AttentionMetadata, IntArray
 
 ROW_CLASSES = (8, 32)
 """Sequences of up to 8 rows share a call, and those of up to 32; longer ones run alone."""
@@ -49,19 +47,17 @@ class _Step:
     """The step's metadata on the host, as numpy."""
 
     def __init__(self, metadata: AttentionMetadata, window: int | None) -> None:
-        self.row_starts = _host(metadata.query_start_loc)
+        self.row_starts = metadata.query_start_loc.astype(np.int64)
         self.num_rows = np.diff(self.row_starts)
-        self.contexts = _host(metadata.context_lens)
-        self.block_table = _host(metadata.block_table)
+        self.contexts = metadata.context_lens.astype(np.int64)
+        self.block_table = metadata.block_table.astype(np.int64)
         self.block_size = metadata.block_size
-        self.positions = _host(metadata.positions)
-        self.suffix_starts = _host(metadata.suffix_start_loc)
+        self.positions: IntArray = metadata.positions.cpu().numpy()
+        self.suffix_starts = metadata.suffix_start_loc.astype(np.int64)
         self.suffix_lens = np.diff(self.suffix_starts)
-        self.suffix_slots = _host(metadata.suffix_slots)
-        self.suffix_positions = _host(metadata.suffix_positions)
-        self.masks = [
-            None if mask is None else mask.cpu().numpy() for mask in metadata.suffix_masks
-        ]
+        self.suffix_slots = metadata.suffix_slots
+        self.suffix_positions = metadata.suffix_positions
+        self.masks = [None if mask is None else mask.seen for mask in metadata.suffix_masks]
         self.window = window
         self.first_keys = np.zeros_like(self.contexts)
         if window is not None:
@@ -191,10 +187,6 @@ def _group(step: _Step, seqs: IntArray, like: Tensor, fused: bool) -> Group:
     group.real_places = _device(np.flatnonzero(real), like)
     group.real_rows = _device(places[real], like)
     return group
-
-
-def _host(tensor: Tensor) -> IntArray:
-    return tensor.cpu().numpy().astype(np.int64, copy=False)
 
 
 def _device(array: NDArray[np.int64], like: Tensor) -> Tensor:

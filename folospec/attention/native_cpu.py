@@ -41,6 +41,14 @@ class StepPlan:
     """By the number of rows that a group may have."""
     first_keys: dict[int, NDArray[np.int32]]
     """By window: the first key that each row sees."""
+    steps: dict[tuple[Any, ...], native.AttentionStep]
+    """By what a layer asks: the plan as the kernels read it."""
+
+    def advance(self) -> None:
+        """Follow `AttentionMetadata.advance`: what the plan shares with it has moved on already."""
+        self.num_keys += 1
+        for window, first in self.first_keys.items():
+            np.maximum(self.num_keys - window, 0, out=first)
 
 
 class NativeAttention(AttentionBackend):
@@ -106,28 +114,37 @@ def describe(
     """The step as the kernels read it. It points into `metadata`'s plan, which must outlive it."""
     plan = plan_step(metadata)
     _, kv_heads, head_size = kv.key.shape
-    groups = group_start(plan, max(1, MAX_QUERIES // (num_heads // kv_heads)))
-    first = None if window is None else first_keys(plan, window).ctypes.data
-    return native.AttentionStep(
-        metadata.num_tokens,
-        num_heads,
-        kv_heads,
-        head_size,
-        metadata.block_size,
-        plan.block_table.shape[1],
-        plan.row_seq.ctypes.data,
-        plan.num_keys.ctypes.data,
-        first,
-        plan.context_lens.ctypes.data,
-        plan.block_table.ctypes.data,
-        plan.tail_start.ctypes.data,
-        plan.tail_slots.ctypes.data,
-        groups.ctypes.data,
-        len(groups) - 1,
-        scale,
-        softcap or 0.0,
-        native.FORMATS[kv.key.dtype],
-    )
+    asked = (num_heads, kv_heads, head_size, scale, window, softcap, kv.key.dtype)
+    step = plan.steps.get(asked)
+    if step is None:
+        groups = group_start(plan, max(1, MAX_QUERIES // (num_heads // kv_heads)))
+        step = plan.steps[asked] = native.AttentionStep(
+            metadata.num_tokens,
+            num_heads,
+            kv_heads,
+            head_size,
+            metadata.block_size,
+            plan.block_table.shape[1],
+            address(plan.row_seq),
+            address(plan.num_keys),
+            None if window is None else address(first_keys(plan, window)),
+            address(plan.context_lens),
+            address(plan.block_table),
+            address(plan.tail_start),
+            address(plan.tail_slots),
+            address(groups),
+            len(groups) - 1,
+            scale,
+            softcap or 0.0,
+            native.FORMATS[kv.key.dtype],
+        )
+    return step
+
+
+def address(array: NDArray[Any]) -> int:
+    """Where a contiguous array lies; cheaper than `array.ctypes.data`."""
+    pointer: int = array.__array_interface__["data"][0]
+    return pointer
 
 
 def plan_step(metadata: AttentionMetadata) -> StepPlan:
@@ -139,22 +156,23 @@ def plan_step(metadata: AttentionMetadata) -> StepPlan:
 
 
 def _plan(metadata: AttentionMetadata) -> StepPlan:
-    row_starts = metadata.query_start_loc.numpy()
-    suffix_starts = metadata.suffix_start_loc.numpy()
-    suffix_slots = metadata.suffix_slots.numpy()
-    contexts = metadata.context_lens.numpy()
-    num_rows = np.diff(row_starts)
-    row_seq = np.repeat(np.arange(len(num_rows), dtype=np.int32), num_rows)
-    # A chunk or chain: the last row sees the whole suffix, the row before it all but one, ...
-    tail_start = suffix_starts[:-1][row_seq].astype(np.int64)
-    behind = row_starts[1:][row_seq] - 1 - np.arange(len(row_seq), dtype=np.int32)
-    num_tail = np.diff(suffix_starts)[row_seq] - behind
+    row_starts, suffix_starts = metadata.query_start_loc, metadata.suffix_start_loc
+    contexts, suffix_slots = metadata.context_lens, metadata.suffix_slots
+    num_seqs, num_rows = metadata.num_seqs, metadata.num_tokens
+    seqs = np.arange(num_seqs, dtype=np.int32)
+    is_ragged = num_rows > num_seqs
+    row_seq = np.repeat(seqs, np.diff(row_starts)) if is_ragged else seqs
+    tail_start = suffix_starts[row_seq].astype(np.int64)
+    num_tail = suffix_starts[row_seq + 1] - suffix_starts[row_seq]
+    if is_ragged:
+        # A chunk or chain: the last row sees the whole suffix, the row before it all but one, ...
+        behind = row_starts[row_seq + 1] - np.arange(1, num_rows + 1, dtype=np.int32)
+        num_tail = num_tail - behind.astype(np.int32)
     tails, length = [suffix_slots], len(suffix_slots)
     for seq, mask in enumerate(metadata.suffix_masks):
         if mask is None:
             continue
-        seen_rows, seen = np.nonzero(mask.numpy())
-        counts = np.bincount(seen_rows, minlength=num_rows[seq])
+        seen, counts = mask.listed
         rows = slice(row_starts[seq], row_starts[seq + 1])
         num_tail[rows] = counts
         tail_start[rows] = length + np.cumsum(counts) - counts
@@ -162,11 +180,12 @@ def _plan(metadata: AttentionMetadata) -> StepPlan:
         length += len(seen)
     return StepPlan(
         row_seq,
-        (contexts[row_seq] + num_tail).astype(np.int32),
+        contexts[row_seq] + num_tail,
         contexts,
-        np.ascontiguousarray(metadata.block_table.numpy()),
+        metadata.block_table,
         tail_start,
         np.concatenate(tails) if len(tails) > 1 else suffix_slots,
+        {},
         {},
         {},
     )
@@ -177,8 +196,8 @@ def group_start(plan: StepPlan, most: int) -> NDArray[np.int32]:
     found = plan.group_starts.get(most)
     if found is None:
         num_rows = len(plan.row_seq)
-        if num_rows == 1:
-            found = np.array([0, 1], dtype=np.int32)
+        if num_rows == len(plan.context_lens):
+            found = np.arange(num_rows + 1, dtype=np.int32)
         else:
             starts = np.flatnonzero(np.diff(plan.row_seq, prepend=-1))
             rank = np.arange(num_rows) - starts[plan.row_seq]

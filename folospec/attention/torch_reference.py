@@ -43,8 +43,8 @@ class TorchAttention(AttentionBackend):
         softcap: float | None = None,
     ) -> Tensor:
         """See `AttentionBackend.forward`."""
-        kv.key.index_copy_(0, metadata.slot_mapping, key)
-        kv.value.index_copy_(0, metadata.slot_mapping, value)
+        kv.key.index_copy_(0, metadata.slot_mapping, key.to(kv.key.dtype))
+        kv.value.index_copy_(0, metadata.slot_mapping, value.to(kv.value.dtype))
         plan_key = (sliding_window, softcap is None, query.dtype)
         groups = metadata.plan.get(plan_key)
         if groups is None:
@@ -52,18 +52,21 @@ class TorchAttention(AttentionBackend):
                 metadata, sliding_window, query, softcap is None
             )
         if len(groups) == 1 and groups[0].padded_rows is None:
-            return _attend(query, self._gather(kv, groups[0]), groups[0], scale, softcap)
+            gathered = self._gather(kv, groups[0], query.dtype)
+            return _attend(query, gathered, groups[0], scale, softcap)
         output = query.new_empty(query.shape[0], query.shape[1], kv.value.shape[2])
         for group in groups:
             rows = query if group.padded_rows is None else query.index_select(0, group.padded_rows)
-            result = _attend(rows, self._gather(kv, group), group, scale, softcap)
+            gathered = self._gather(kv, group, query.dtype)
+            result = _attend(rows, gathered, group, scale, softcap)
             if group.real_places is not None and group.real_rows is not None:
                 result = result.index_select(0, group.real_places)
                 output.index_copy_(0, group.real_rows, result)
         return output
 
-    def _gather(self, kv: LayerKV, group: Group) -> LayerKV:
-        """The group's keys and values, each [num_seqs, num_kv_heads, num_keys, head_size].
+    def _gather(self, kv: LayerKV, group: Group, dtype: torch.dtype) -> LayerKV:
+        """The group's keys and values, each [num_seqs, num_kv_heads, num_keys, head_size], in the
+        type of the queries.
 
         They lie in memory that is kept from call to call: to take and return megabytes in every
         layer costs more than the attention itself, as the system has to map each page anew.
@@ -79,7 +82,8 @@ class TorchAttention(AttentionBackend):
                     scratch = self._scratch[key] = cache.new_empty(math.prod(shape))
             place = scratch[: math.prod(shape)].view(shape)
             torch.index_select(cache, 0, group.key_slots, out=place)
-            gathered.append(place.unflatten(0, (group.num_seqs, group.num_keys)).transpose(1, 2))
+            keys = place.to(dtype).unflatten(0, (group.num_seqs, group.num_keys))
+            gathered.append(keys.transpose(1, 2))
         return LayerKV(*gathered)
 
 

@@ -32,7 +32,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     """Every token that ends an output, from the generation config where there is one."""
     dtype: torch.dtype
-    """Type of weights, activations and KV."""
+    """Type of weights and activations, and of KV unless the engine is told otherwise."""
     early_exit_layer: int | None = None
     """The model was trained to speak after this many layers too, through the same norm and head."""
 

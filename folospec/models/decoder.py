@@ -20,7 +20,7 @@ from folospec.attention.native_cpu import NativeAttention
 from folospec.kernels.torch_ops import Int8Weight, linear, rms_norm, rotary
 from folospec.models import rope
 from folospec.models.base import ModelSpec, as_logits, check_taps
-from folospec.models.native_decoder import NativeDecoder
+from folospec.models.native_decoder import COLUMN_STEP, NativeDecoder
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 Weight = Tensor | Int8Weight
@@ -90,7 +90,11 @@ class Decoder:
         self.layers = [self._layer(hf_config) for _ in range(spec.num_layers)]
         self.skip_attention: frozenset[int] = frozenset()
         self.skip_mlp: frozenset[int] = frozenset()
-        self.has_silu = hf_config.hidden_act == "silu"
+        self.runs_natively = (
+            isinstance(attention, NativeAttention)
+            and hf_config.hidden_act == "silu"
+            and spec.hidden_size % COLUMN_STEP == self.inner_size % COLUMN_STEP == 0
+        )
         self.native: NativeDecoder | None = None
         """Runs the whole pass in native code; made at the first, when the weights are there."""
 
@@ -140,10 +144,11 @@ class Decoder:
     @property
     def deterministic(self) -> bool:
         """See `Model.deterministic`; torch's products sum by the number of rows."""
-        return self.has_silu and isinstance(self.attention, NativeAttention)
+        return self.runs_natively
 
     def _native(self) -> NativeDecoder | None:
-        if self.native is None and self.has_silu and isinstance(self.attention, NativeAttention):
+        if self.native is None and self.runs_natively:
+            assert isinstance(self.attention, NativeAttention)
             self.native = NativeDecoder(self, self.attention)
         return self.native
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from folospec.attention import native_cpu
@@ -22,12 +23,16 @@ from folospec.kernels import native
 if TYPE_CHECKING:
     from folospec.models.decoder import Decoder, DecoderLayer
 
+COLUMN_STEP = 32
+"""What the widths of the stream and of the MLP must be multiples of."""
+
 
 class NativeDecoder:
     """Runs one decoder, or one view of it.
 
     Args:
-        decoder: loaded, on the CPU, with native attention and SiLU. Its weights must not move.
+        decoder: loaded, on the CPU, with native attention, SiLU and widths in whole `COLUMN_STEP`s.
+            Its weights must not move.
     """
 
     def __init__(self, decoder: Decoder, attention: native_cpu.NativeAttention) -> None:
@@ -52,6 +57,7 @@ class NativeDecoder:
             layers,
         )
         self.lm_head = native.matrix(decoder.lm_head)
+        self._no_streams = (ctypes.c_void_p * (spec.num_layers + 1))()
         self._kv: Sequence[LayerKV] | None = None
         self._scratch = torch.empty(0)
         self._cos = self._sin = torch.empty(0, decoder.head_size // 2)
@@ -70,15 +76,15 @@ class NativeDecoder:
         step = native_cpu.describe(
             metadata, decoder.num_heads, kv[0], scale=decoder.head_size**-0.5
         )
-        plan = native_cpu.plan_step(metadata)
-        first = [native_cpu.first_keys(plan, window) for window in self.windows]
-        window_first = np.concatenate(first) if first else None
+        window_first = self._window_first(metadata)
         cos, sin = self._angles(int(metadata.positions.numpy().max()) + 1)
         hidden = torch.empty(rows, hidden_size)
         tapped = {tap: torch.empty(rows, hidden_size) for tap in taps}
-        streams = (ctypes.c_void_p * (decoder.config.num_layers + 1))()
-        for tap, stream in tapped.items():
-            streams[tap] = stream.data_ptr()
+        streams = self._no_streams
+        if taps:
+            streams = type(streams)()
+            for tap, stream in tapped.items():
+                streams[tap] = stream.data_ptr()
         call = native.Pass(
             step,
             input_ids.data_ptr(),
@@ -86,15 +92,22 @@ class NativeDecoder:
             metadata.slot_mapping.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
-            None if window_first is None else window_first.ctypes.data,
+            None if window_first is None else native_cpu.address(window_first),
             hidden.data_ptr(),
-            ctypes.cast(streams, ctypes.c_void_p),
+            ctypes.addressof(streams),
             None,
             torch.get_num_threads(),
         )
         call.scratch = self._room(call)
         self.library.forward(ctypes.byref(self.model), ctypes.byref(call))
         return hidden, tapped
+
+    def _window_first(self, metadata: AttentionMetadata) -> NDArray[np.int32] | None:
+        """[windows, rows]: the first key that each row sees in a layer of each window."""
+        if not self.windows:
+            return None
+        plan = native_cpu.plan_step(metadata)
+        return np.concatenate([native_cpu.first_keys(plan, window) for window in self.windows])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""

@@ -45,6 +45,23 @@ class ForwardResult:
     taps: dict[int, Tensor] = field(default_factory=dict)
 
 
+class Chains(Protocol):
+    """Sequences that go on by a token in every pass, each behind the one before."""
+
+    def forward(self, token_ids: Sequence[int]) -> Tensor:
+        """Run the next token of every sequence, write its KV, and return the logits after it:
+        float [num_seqs, vocab_size].
+
+        Raises:
+            ValueError: a sequence has no slot for it.
+        """
+        ...
+
+    def keep(self, chosen: Sequence[int]) -> None:
+        """Go on with these sequences alone, given by their indices, in this order."""
+        ...
+
+
 class DraftRunner(Protocol):
     """A model with KV tensors, indexed by the block tables of the target: its own, or for a view of
     the target the target's. The worker implements it; drafters never see the tensors."""
@@ -55,3 +72,34 @@ class DraftRunner(Protocol):
     def forward(self, batch: list[Rows], taps: tuple[int, ...] = ()) -> ForwardResult:
         """Run the rows, writing their KV, in passes of at most the engine's token budget."""
         ...
+
+    def chains(self, starts: Sequence[int], block_tables: Sequence[Sequence[int]]) -> Chains:
+        """Sequences whose first token goes to slot index `starts[i]` of their table, which is its
+        position too, and sees all that lies before it.
+
+        Raises:
+            ValueError: a sequence has no slot for it.
+        """
+        ...
+
+
+class RowChains:
+    """`Chains` of a runner that has only `forward`: every pass is made from rows."""
+
+    def __init__(
+        self, runner: DraftRunner, starts: Sequence[int], block_tables: Sequence[Sequence[int]]
+    ) -> None:
+        self.runner = runner
+        self._starts, self._tables = list(starts), list(block_tables)
+
+    def forward(self, token_ids: Sequence[int]) -> Tensor:
+        """See `Chains.forward`."""
+        rows = zip(token_ids, self._starts, self._tables, strict=True)
+        logits = self.runner.forward([Rows([t], start, table) for t, start, table in rows]).logits
+        self._starts = [start + 1 for start in self._starts]
+        return logits
+
+    def keep(self, chosen: Sequence[int]) -> None:
+        """See `Chains.keep`."""
+        self._starts = [self._starts[index] for index in chosen]
+        self._tables = [self._tables[index] for index in chosen]

@@ -78,16 +78,9 @@ class Drafting:
         self, max_nodes: int, max_depth: int, rank_acceptance: tuple[float, ...]
     ) -> TokenTree:
         """The shape of a static tree within the budget."""
-        if self.kind == "chain":
-            return _chain(min(max_nodes, max_depth))
         if self.kind == "expansion":
             return _expansion(self.widths[:max_depth], max_nodes)
         return _sequoia(rank_acceptance[: self.branching], max_nodes, min(max_depth, self.depth))
-
-
-@lru_cache(maxsize=256)
-def _chain(length: int) -> TokenTree:
-    return TokenTree.chain([0] * length)
 
 
 @lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from folospec.attention.base import LayerKV
+from folospec.kernels import native
 
 if TYPE_CHECKING:
     from folospec.core.kv_cache_manager import BlockCopy
@@ -61,6 +62,9 @@ class KVCache:
         if not source_slots:
             return
         device = self.layers[0].key.device
+        if device.type == "cpu" and (library := native.load()) is not None:
+            library.move([t for layer in self.layers for t in layer], source_slots, target_slots)
+            return
         sources = torch.tensor(source_slots, device=device)
         targets = torch.tensor(target_slots, device=device)
         for layer in self.layers:

@@ -3,12 +3,16 @@ class, each with its own KV."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from folospec.attention.metadata import AttentionMetadata, IntArray, pack_tables
 from folospec.models.base import Model
-from folospec.spec.draft_runner import ForwardResult, Rows
+from folospec.spec.draft_runner import Chains, ForwardResult, RowChains, Rows
 from folospec.worker.input_batch import make_batch, make_single
 from folospec.worker.kv_cache import KVCache
 
@@ -20,12 +24,19 @@ class ModelRunner:
         max_num_batched_tokens: most rows per pass; a longer batch is run in several, in order.
         row_at_a_time: run every row in a pass of its own. Slow; each row then is, to the bit, what
             plain decoding computes, whatever is in the batch: the oracle of the bit contract.
+        kv_dtype: type of keys and values in the cache; None is the model's own.
     """
 
     def __init__(
-        self, model: Model, *, max_num_batched_tokens: int, row_at_a_time: bool = False
+        self,
+        model: Model,
+        *,
+        max_num_batched_tokens: int,
+        row_at_a_time: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
+        self.kv_dtype = kv_dtype or model.config.dtype
         self.max_num_batched_tokens = max_num_batched_tokens
         self.row_at_a_time = row_at_a_time
         self.kv: KVCache | None = None
@@ -47,7 +58,7 @@ class ModelRunner:
             config.kv_shapes,
             num_blocks=num_blocks,
             block_size=block_size,
-            dtype=config.dtype,
+            dtype=self.kv_dtype,
             device=device,
         )
 
@@ -63,9 +74,18 @@ class ModelRunner:
             {tap: torch.cat([r.taps[tap] for r in results]) for tap in taps},
         )
 
+    def chains(self, starts: Sequence[int], block_tables: Sequence[Sequence[int]]) -> Chains:
+        """See `DraftRunner.chains`."""
+        if self.row_at_a_time or len(starts) > self.max_num_batched_tokens:
+            return RowChains(self, starts, block_tables)
+        return PassChains(self, starts, block_tables)
+
     def _parts(self, batch: list[Rows]) -> Iterator[list[Rows]]:
         """Split a batch into passes within the token budget. Only chains are cut; a tree is never
         larger than the budget."""
+        if sum(rows.num_run for rows in batch) <= self.max_num_batched_tokens:
+            yield batch
+            return
         part: list[Rows] = []
         room = self.max_num_batched_tokens
         for rows in batch:
@@ -88,7 +108,9 @@ class ModelRunner:
         inputs = make_batch(batch, self.kv.block_size, self.kv.layers[0].key.device)
         self.num_passes += 1
         hidden, tapped = self.model.forward(inputs.input_ids, inputs.metadata, self.kv.layers, taps)
-        return ForwardResult(self.model.logits(hidden[inputs.logits_indices]), tapped)
+        if inputs.logits_indices is not None:
+            hidden = hidden[inputs.logits_indices]
+        return ForwardResult(self.model.logits(hidden), tapped)
 
     def _run_rows(self, batch: list[Rows], taps: tuple[int, ...]) -> ForwardResult:
         assert self.kv is not None
@@ -110,6 +132,53 @@ class ModelRunner:
             torch.cat(logits) if logits else empty,
             {tap: torch.cat([t[tap] for t in tapped]) for tap in taps},
         )
+
+
+class PassChains:
+    """`Chains` whose metadata is made once, and moves on with them."""
+
+    def __init__(
+        self, runner: ModelRunner, starts: Sequence[int], block_tables: Sequence[Sequence[int]]
+    ) -> None:
+        assert runner.kv is not None
+        self.runner, self.kv = runner, runner.kv
+        self._has_run = False
+        self._num_slots = self.kv.block_size * np.array([len(table) for table in block_tables])
+        self._prepare(np.array(starts), pack_tables(block_tables))
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Sequence[int]) -> Tensor:
+        """See `Chains.forward`."""
+        if self._has_run:
+            self._check_room()
+            self.metadata.advance()
+        self._num_passes_left -= 1
+        self._has_run = True
+        input_ids = torch.from_numpy(np.array(token_ids)).to(self.metadata.positions.device)
+        model = self.runner.model
+        self.runner.num_passes += 1
+        return model.logits(model.forward(input_ids, self.metadata, self.kv.layers)[0])
+
+    def keep(self, chosen: Sequence[int]) -> None:
+        """See `Chains.keep`."""
+        kept, metadata = np.array(chosen), self.metadata
+        next_positions = metadata.suffix_positions[kept] + self._has_run
+        self._num_slots = self._num_slots[kept]
+        self._prepare(next_positions, metadata.block_table[kept])
+
+    def _prepare(self, positions: IntArray, block_table: NDArray[np.int32]) -> None:
+        # Behind the end of a shorter table there is padding: another sequence's block.
+        self._num_passes_left = int((self._num_slots - positions).min())
+        self._check_room()
+        device = self.kv.layers[0].key.device
+        self.metadata = AttentionMetadata.of_single_rows(
+            positions, block_table, self.kv.block_size, device
+        )
+        self._has_run = False
+
+    def _check_room(self) -> None:
+        if self._num_passes_left < 1:
+            raise ValueError("chains must stay within their slots, got one that is at its last")
 
 
 def _cut(rows: Rows, count: int) -> tuple[Rows, Rows]:

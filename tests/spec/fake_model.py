@@ -18,7 +18,7 @@ from folospec.config import DrafterConfig
 from folospec.core.token_tree import ROOT
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
-from folospec.spec.draft_runner import ForwardResult
+from folospec.spec.draft_runner import ForwardResult, RowChains
 from folospec.spec.drafters.base import DrafterContext, DraftRow
 from folospec.spec.drafters.model_drafter import DRAFTING_OPTIONS, ModelDrafter
 
@@ -60,6 +60,9 @@ class FakeRunner:
             for path in sees[len(rows.token_ids) - rows.num_logits :]:
                 logits.append(logits_after(self._seen(rows, path)))
         return ForwardResult(torch.tensor(logits, dtype=torch.float64))
+
+    def chains(self, starts, block_tables):
+        return RowChains(self, starts, block_tables)
 
     def _write(self, rows, depths):
         for row, (token_id, depth) in enumerate(zip(rows.token_ids, depths, strict=True)):

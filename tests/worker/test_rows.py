@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from folospec.attention.metadata import SuffixMask
 from folospec.core.token_tree import TokenTree
 from folospec.models.loader import load_model
 from folospec.spec.draft_runner import Rows
@@ -177,9 +180,13 @@ def test_rows_that_see_all_that_was_computed_are_noticed(
     make_runner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Control: the mask of a level lets its rows see every row before them."""
-    monkeypatch.setattr(
-        input_batch, "_ancestor_mask", lambda p: torch.ones(len(p), len(p)).tril() > 0
-    )
+    real = input_batch.tree_rows
+
+    def seeing_all(parents: tuple[int, ...], num_computed: int) -> input_batch.TreeRows:
+        everything = np.tri(len(parents), dtype=np.bool_)[num_computed:]
+        return replace(real(parents, num_computed), mask=SuffixMask(everything))
+
+    monkeypatch.setattr(input_batch, "tree_rows", seeing_all)
     grown = level_by_level(make_runner())
     monkeypatch.undo()
     assert distance(grown, one_pass(make_runner())) > 1e-3

@@ -54,6 +54,8 @@ class DraftRow:
     prompt_token_ids: Sequence[int] = ()
     output_token_ids: Sequence[int] = ()
     num_draft_computed: int = 0
+    min_path_chance: float = 0.0
+    """A node that is reached with less than this chance is not worth having children."""
 
     @property
     def root_position(self) -> int:
@@ -183,6 +185,11 @@ class Drafter(ABC):
     def num_speculative_tokens(self) -> int:
         """Most draft tokens per sequence and step."""
         return self.config.num_speculative_tokens or self.default_num_speculative_tokens
+
+    @property
+    def drafts_in_passes(self) -> bool:
+        """Whether every level of a draft costs a pass of a model, so that deep drafts are dear."""
+        return False
 
     @property
     def needs(self) -> Needs:

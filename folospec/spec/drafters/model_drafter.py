@@ -15,22 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from folospec.sampling import noise
-from folospec.sampling.constraints import SamplingRow
-from folospec.sampling.noise import Purpose
-from folospec.sampling.pipeline import process
-from folospec.sampling.sampler import NO_TOKEN
 from folospec.spec.acceptance_table import tried_nodes
-from folospec.spec.children import Children, Place, draw_children
+from folospec.spec.children import Children
 from folospec.spec.draft_runner import DraftRunner, Rows
 from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome
 from folospec.spec.drafting import DRAFTING_OPTIONS, RankAcceptance, Sharpness, read_drafting
-from folospec.spec.growth import Growth
+from folospec.spec.drawing import DraftLaw, Drawer, Spot
+from folospec.spec.growth import Chain, Growth
 from folospec.spec.proposal import Proposal
 
 __all__ = ["DRAFTING_OPTIONS", "ModelDrafter"]
@@ -73,23 +69,82 @@ class ModelDrafter(Drafter):
         self.max_scratch_slots = self.plan.num_scratch_slots(self.num_speculative_tokens)
         self.ranks = RankAcceptance(options["rank_acceptance"])
         self.sharpness = Sharpness()
-        self.stream = context.stream
+        self.drawer = Drawer(self.plan, context.stream)
         self.target_vocab_size = context.vocab_size
         self.runner = runner
         self._proposed: dict[str, _Proposed] = {}
 
+    @property
+    def drafts_in_passes(self) -> bool:
+        return True
+
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        growths = [Growth(row, self.plan, self.ranks) for row in rows]
+        drafts = [self._begin(row) for row in rows]
         logits = self.catch_up(rows)
+        if self.plan.kind == "chain":
+            self._draft_chains(cast("list[Chain]", drafts), logits)
+        else:
+            self._draft_trees(cast("list[Growth]", drafts), logits)
+        return [self._proposal(draft) for draft in drafts]
+
+    def _begin(self, row: DraftRow) -> Chain | Growth:
+        law = DraftLaw(row, self.plan)
+        # Under a ratio rule the length of a draft must not depend on what is drawn.
+        least = row.min_path_chance if self.shares_noise or not law.is_noisy else 0.0
+        if self.plan.kind == "chain":
+            return Chain(row, law, least)
+        return Growth(row, law, least, self.plan, self.ranks)
+
+    def _draft_chains(self, chains: list[Chain], logits: Tensor) -> None:
+        """Let all chains grow by a token in every pass; `logits` are those of the roots."""
+        going = [index for index, chain in enumerate(chains) if not chain.is_done]
+        if len(going) < len(chains):
+            chains, logits = [chains[index] for index in going], logits[going]
+        run = None
+        while chains:
+            spots = [Spot(c.law, c.token_ids, len(c.token_ids)) for c in chains]
+            for chain, children in zip(chains, self._draw(logits, spots), strict=True):
+                chain.add(children)
+            going = [index for index, chain in enumerate(chains) if not chain.is_done]
+            if not going:
+                return
+            if run is not None and len(going) < len(chains):
+                run.keep(going)
+            chains = [chains[index] for index in going]
+            if run is None:
+                rows = [chain.row for chain in chains]
+                run = self.runner.chains(
+                    [row.root_position + 1 for row in rows], [row.block_table for row in rows]
+                )
+            logits = self._widen(run.forward(self._fit([c.token_ids[-1] for c in chains])))
+
+    def _draft_trees(self, growths: list[Growth], logits: Tensor) -> None:
+        """Let all trees grow by a level in every pass; `logits` are those of the roots."""
         active = [growth for growth in growths if growth.frontier]
         if len(active) < len(growths):
             logits = logits[[bool(growth.frontier) for growth in growths]]
         while active:
-            self._grow(active, logits)
+            at = [(growth, node) for growth in active for node in growth.frontier]
+            drawn = self._draw(logits, [growth.spot(node) for growth, node in at])
+            for (growth, node), children in zip(at, drawn, strict=True):
+                growth.add(node, children)
+            for growth in active:
+                growth.advance()
             active = [growth for growth in active if growth.frontier]
             if active:
                 logits = self.run([growth.next_rows(self._fit) for growth in active])
-        return [self._proposal(growth) for growth in growths]
+
+    def _draw(self, logits: Tensor, spots: Sequence[Spot]) -> list[Children]:
+        """Draw the children of every spot, with the confidence that the rule allows."""
+        drawn = self.drawer.draw(logits, spots, self.sharpness.value)
+        for spot, children in zip(spots, drawn, strict=True):
+            if spot.law.has_own_noise and not self.shares_noise:
+                # What is said of a sampled draft may not look at its token under a ratio rule, so
+                # it is what children of its rank have met with so far.
+                estimates = self.ranks.estimates()
+                last, count = len(estimates) - 1, len(children.token_ids)
+                children.confidence = [estimates[min(rank, last)] for rank in range(count)]
+        return drawn
 
     def catch_up(self, rows: Sequence[DraftRow]) -> Tensor:
         """Run the committed tokens that the model has not seen, and the root, whose logits are the
@@ -103,7 +158,9 @@ class ModelDrafter(Drafter):
     def run(self, batch: list[Rows]) -> Tensor:
         """Run rows of the draft model: the wanted logits, float [num_logits, vocab_size of the
         target]. What only the target's vocabulary has is -inf."""
-        logits = self.runner.forward(batch).logits
+        return self._widen(self.runner.forward(batch).logits)
+
+    def _widen(self, logits: Tensor) -> Tensor:
         missing = self.target_vocab_size - logits.shape[-1]
         return (
             torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
@@ -111,25 +168,20 @@ class ModelDrafter(Drafter):
 
     def draw(
         self, logits: Tensor, places: Sequence[tuple[DraftRow, Sequence[int]]]
-    ) -> tuple[list[int], list[float], Tensor]:
-        """Draw one draft token after each place, as a chain would.
+    ) -> list[Children]:
+        """Draw one draft token after each place, as a chain would; none where the request leaves
+        none.
 
         Args:
             logits: float [num_places, vocab_size].
             places: a sequence, and the draft tokens between its root and the place.
-
-        Returns:
-            the token ids (`NO_TOKEN` where the request leaves none), the confidence in them, and
-            the log-probabilities they were drawn from, [num_places, vocab_size].
         """
-        log_probs = self._log_probs(logits, places)
-        wanted = [self._place(row, len(path), len(path), 1) for row, path in places]
-        drawn = draw_children(self.plan.children, log_probs, wanted, self.sharpness.value)
-        return (
-            [c.token_ids[0] if c.token_ids else NO_TOKEN for c in drawn],
-            [c.confidence[0] if c.confidence else 0.0 for c in drawn],
-            log_probs,
-        )
+        laws: dict[str, DraftLaw] = {}
+        for row, _ in places:
+            if row.seq_id not in laws:
+                laws[row.seq_id] = DraftLaw(row, self.plan)
+        spots = [Spot(laws[row.seq_id], path, len(path)) for row, path in places]
+        return self.drawer.draw(logits, spots, self.sharpness.value)
 
     def observe(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -148,78 +200,22 @@ class ModelDrafter(Drafter):
     def stats(self) -> dict[str, Any]:
         return {"rank_acceptance": self.ranks.estimates(), "sharpness": self.sharpness.value}
 
-    def _grow(self, growths: list[Growth], logits: Tensor) -> None:
-        """Draw the children of every frontier node; logits are [num_frontier_nodes, vocab_size], in
-        the order of the growths and their frontiers."""
-        at = [(growth, node) for growth in growths for node in growth.frontier]
-        paths = [(growth.row, growth.path_token_ids(node)) for growth, node in at]
-        log_probs = self._log_probs(logits, paths)
-        places = [
-            self._place(row, len(path), node + 1, growth.width(node))
-            for (growth, node), (row, path) in zip(at, paths, strict=True)
-        ]
-        drawn = draw_children(self.plan.children, log_probs, places, self.sharpness.value)
-        for (growth, node), children in zip(at, drawn, strict=True):
-            self._use_own_confidence(growth.row, children)
-            growth.add(node, children)
-        for growth in growths:
-            growth.advance()
-
-    def _use_own_confidence(self, row: DraftRow, children: Children) -> None:
-        """Sampled drafts under a ratio rule: what is said of a node may not look at its token, so
-        it is what children of its rank have met with so far."""
-        if not self.shares_noise and self.plan.is_sampled and not row.params.greedy:
-            estimates = self.ranks.estimates()
-            count = len(children.token_ids)
-            children.confidence = [estimates[min(r, len(estimates) - 1)] for r in range(count)]
-
-    def _log_probs(
-        self, logits: Tensor, places: Sequence[tuple[DraftRow, Sequence[int]]]
-    ) -> Tensor:
-        return process(
-            logits,
-            [
-                SamplingRow(
-                    params=row.params,
-                    prompt_token_ids=row.prompt_token_ids,
-                    output_token_ids=row.output_token_ids,
-                    draft_token_ids=path,
-                    is_draft=True,
-                )
-                for row, path in places
-            ],
-            soften_greedy=True,
-        )
-
-    def _place(self, row: DraftRow, depth: int, parent_row: int, count: int) -> Place:
-        temperature = row.params.temperature
-        keys: list[int] = []
-        if temperature > 0 and self.plan.is_sampled:
-            if self.plan.uses_target_noise:
-                codes = [int(Purpose.TARGET)]
-                position = row.root_position + 1 + depth
-            else:
-                draws = count if self.plan.children == "iid" else 1
-                streams = [self.stream + (draw << 10) for draw in range(draws)]
-                codes = [noise.purpose_code(Purpose.DRAFT, parent_row, s) for s in streams]
-                position = row.root_position
-            keys = [noise.key(row.seed, row.sample_index, position, code) for code in codes]
-        return Place(count, keys, temperature)
-
     def _catch_up_rows(self, row: DraftRow) -> Rows:
         computed = row.root_position if self.kv_owner is None else row.num_draft_computed
         start = min(computed, row.root_position)
         return Rows(self._fit(row.token_ids[start:]), start, row.block_table)
 
-    def _fit(self, token_ids: Sequence[int]) -> list[int]:
+    def _fit(self, token_ids: Sequence[int]) -> Sequence[int]:
         """Ids of padding rows that only the target has are read as the draft's last: a poor guess,
         never a wrong output."""
+        if self.runner.vocab_size >= self.target_vocab_size:
+            return token_ids
         last = self.runner.vocab_size - 1
         return [min(token_id, last) for token_id in token_ids]
 
-    def _proposal(self, growth: Growth) -> Proposal | None:
-        proposal, ranks = growth.finish(self.kv_owner, with_laws=not self.shares_noise)
+    def _proposal(self, draft: Chain | Growth) -> Proposal | None:
+        proposal, ranks = draft.finish(self.kv_owner, with_laws=not self.shares_noise)
         if proposal is not None:
-            known = self.plan.children == "coupled" or growth.row.params.greedy
-            self._proposed[growth.row.seq_id] = _Proposed(ranks, proposal.confidence or [], known)
+            known = draft.law.uses_sharpness
+            self._proposed[draft.row.seq_id] = _Proposed(ranks, proposal.confidence or [], known)
         return proposal

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 from folospec.core.token_tree import TokenTree
-from folospec.sampling.sampler import NO_TOKEN
 from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
+from folospec.spec.children import Children
 from folospec.spec.draft_runner import Rows
 from folospec.spec.drafters.base import DrafterContext, DraftRow, Needs, Outcome, check_count
 from folospec.spec.drafters.draft_model import find_draft_model
@@ -72,8 +72,8 @@ class _Draft:
     """Draft tokens that are wanted."""
     token_ids: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
-    log_probs: list[Tensor] = field(default_factory=list)
-    """What each token was drawn from, [vocab_size]."""
+    laws: list[Tensor] = field(default_factory=list)
+    """What each token was drawn from, [vocab_size], where it is not one-hot."""
     phrase: list[int] = field(default_factory=list)
     """What the next pass feeds behind the last token."""
     num_fed: int = 0
@@ -172,12 +172,12 @@ class OuroborosDrafter(ModelDrafter):
         logits = self.run(batch)
         for draft in drafts:  # not before: a pass that fails has computed nothing
             draft.row.num_draft_computed = len(draft.row.token_ids)
-        drawn, confidence, log_probs = self.draw(logits, places)
+        drawn = self.draw(logits, places)
         begin = 0
         for draft in drafts:
-            part = slice(begin, begin + len(draft.phrase) + 1)
-            self._keep_agreeing(draft, drawn[part], confidence[part], log_probs[part])
-            begin = part.stop
+            end = begin + len(draft.phrase) + 1
+            self._keep_agreeing(draft, drawn[begin:end])
+            begin = end
 
     def _next_rows(self, draft: _Draft) -> Rows:
         """The last token, and the phrase behind it as far as its draws are wanted; in the first
@@ -196,28 +196,27 @@ class OuroborosDrafter(ModelDrafter):
         rows.num_logits = 1 + len(draft.phrase)
         return rows
 
-    def _keep_agreeing(
-        self, draft: _Draft, drawn: list[int], confidence: list[float], log_probs: Tensor
-    ) -> None:
+    def _keep_agreeing(self, draft: _Draft, drawn: list[Children]) -> None:
         """Add the drawn tokens up to the first that the phrase did not foresee, that one included.
 
         Args:
-            drawn, confidence, log_probs: after the last token, and after each phrase token.
+            drawn: what comes after the last token, and after each phrase token.
         """
         phrase, before = draft.phrase, len(draft.token_ids)
+        said = [c.token_ids[0] if c.token_ids else NOTHING for c in drawn]
         agreed = 0
-        while agreed < len(phrase) and phrase[agreed] == drawn[agreed]:
+        while agreed < len(phrase) and phrase[agreed] == said[agreed]:
             agreed += 1
         draft.num_fed = before + agreed
-        draft.is_done = drawn[agreed] == NO_TOKEN
-        count = agreed + (not draft.is_done)
-        draft.token_ids += drawn[:count]
-        draft.confidence += confidence[:count]
-        draft.log_probs += log_probs[:count]
-        self._num_drafted += count
+        draft.is_done = not drawn[agreed].token_ids
+        for children in drawn[: agreed + 1]:
+            draft.token_ids += children.token_ids
+            draft.confidence += children.confidence
+            if children.laws is not None:
+                draft.laws += children.laws
+        self._num_drafted += len(draft.token_ids) - before
         self._num_turns += 1
-        said = [NOTHING if token_id == NO_TOKEN else token_id for token_id in drawn[1:]]
-        self._learn(TokenTree.chain(phrase), said, range(agreed, len(phrase)))
+        self._learn(TokenTree.chain(phrase), said[1:], range(agreed, len(phrase)))
 
     def _learn(self, tree: TokenTree, said: list[int], rejected: Iterable[int]) -> None:
         for phrase in phrases_said(tree, said, rejected, self.phrase_length):
@@ -248,7 +247,7 @@ class OuroborosDrafter(ModelDrafter):
         slots = [node + 1 if node < draft.num_fed else None for node in range(len(tree))]
         return Proposal(
             tree,
-            draft_probs=_laws(draft.log_probs, tail) if is_sampled else None,
+            draft_probs=_laws(draft.laws, tail) if is_sampled else None,
             confidence=confidence + phrase_confidence(tail, kinds, self._acceptance),
             draft_slots={self.kv_owner: slots},
         )
@@ -291,9 +290,9 @@ class OuroborosDrafter(ModelDrafter):
         }
 
 
-def _laws(log_probs: list[Tensor], tail: TokenTree) -> Tensor:
+def _laws(drawn: list[Tensor], tail: TokenTree) -> Tensor:
     """[num_nodes, vocab_size]: the draft model's laws, then a one-hot law for each phrase node."""
-    laws = torch.stack(log_probs).exp()
+    laws = torch.stack(drawn)
     tails = laws.new_zeros(len(tail), laws.shape[1])
     for node, token_id in enumerate(tail.token_ids):
         tails[node, token_id] = 1.0
