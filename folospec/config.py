@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+AUTO = "auto"
+"""As a drafter's name: those that are there, chosen when the engine is made."""
 ACCEPTANCE_RULES = ("coupled", "rejection", "block")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 
 
@@ -22,7 +25,8 @@ class DrafterConfig:
     """
 
     method: str
-    """Name of a registered drafter: "ngram", "suffix", "draft_model", or one of your own."""
+    """Name of a registered drafter: "ngram", "suffix", "draft_model", or one of your own. "auto" is
+    suffix, and the draft model that `model` names or that comes with the target."""
     model: str | None = None
     """Path, hub id or bundled name of the draft model, for the drafters that have one."""
     num_speculative_tokens: int | None = None
@@ -42,6 +46,8 @@ class DrafterConfig:
         if self.num_speculative_tokens is not None:
             _require_count("num_speculative_tokens", self.num_speculative_tokens)
         _require(isinstance(self.options, Mapping), "options", self.options, "a mapping")
+        if self.method == AUTO:
+            _require(not self.options, "options", dict(self.options), "empty with method='auto'")
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | DrafterConfig) -> DrafterConfig:
@@ -78,16 +84,21 @@ class SpeculativeConfig:
     """Ask all of them, and merge their proposals into one tree."""
     acceptance: str = "coupled"
     """"coupled": the same tokens as without speculation. "rejection" and "block": the same law."""
-    adaptive: bool = False
-    """Choose the depth of drafts per request from its acceptance so far, at most
-    `num_speculative_tokens`."""
+    adaptive: bool | None = None
+    """Let the planner decide, in every step, who is drafted for and how much, nobody and nothing
+    included: whatever gives most tokens per second. False drafts as much as is allowed, always.
+    None is True with "auto", and False with drafters of the user's choice."""
 
     def __post_init__(self) -> None:
         ok = isinstance(self.drafters, tuple) and len(self.drafters) > 0
         ok = ok and all(isinstance(drafter, DrafterConfig) for drafter in self.drafters)
         _require(ok, "drafters", self.drafters, "at least one drafter, each a DrafterConfig")
-        for name in ("merge", "adaptive"):
-            _require_bool(name, getattr(self, name))
+        _require_bool("merge", self.merge)
+        ok = self.adaptive is None or isinstance(self.adaptive, bool)
+        _require(ok, "adaptive", self.adaptive, "None, True or False")
+        methods = [drafter.method for drafter in self.drafters]
+        ok = AUTO not in methods or (len(methods) == 1 and self.adaptive is not False)
+        _require(ok, "drafters", methods, "'auto' alone, with adaptive=None or True")
         _require_choice("acceptance", self.acceptance, ACCEPTANCE_RULES)
         _require(
             not self.merge or self.acceptance != "block",
@@ -95,6 +106,13 @@ class SpeculativeConfig:
             self.merge,
             "False with acceptance='block', which judges chains",
         )
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the planner decides."""
+        if self.adaptive is None:
+            return any(drafter.method == AUTO for drafter in self.drafters)
+        return self.adaptive
 
     @property
     def label(self) -> str:
@@ -113,6 +131,8 @@ class SpeculativeConfig:
         `options`. So these are the same::
 
             "ngram", ["ngram"], {"method": "ngram"}, {"drafters": ["ngram"]}
+
+        "auto", or {"method": "auto", "model": path}, takes the drafters that are there.
         """
         if value is None or isinstance(value, cls):
             return value
@@ -155,7 +175,11 @@ class EngineConfig:
     """Run on token ids alone: no text in, no text out."""
     speculative: SpeculativeConfig | None = None
     dtype: str = "auto"
-    """Type of weights and KV; "auto" is the checkpoint's on a GPU and float32 on a CPU."""
+    """Type of weights; "auto" is the checkpoint's on a GPU and float32 on a CPU."""
+    kv_cache_dtype: str = "auto"
+    """Type of the KV of target and drafters: "auto" is each model's own. "bfloat16" halves what
+    float32 takes, in memory and in reading; the logits change a little, and with them the
+    tokens."""
     device: str = "auto"
     """A torch device; "auto" is "cuda" if there is one, else "cpu"."""
     block_size: int = 16
@@ -204,6 +228,7 @@ class EngineConfig:
             "None or a SpeculativeConfig (SpeculativeConfig.of makes one from a name or mapping)",
         )
         _require_choice("dtype", self.dtype, DTYPES)
+        _require_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _require_choice("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _require_count(name, getattr(self, name))

@@ -52,6 +52,9 @@ class SpeculationCounts:
     """Entry i counts the drafts whose accepted path has more than i tokens."""
     acceptance_histogram: list[int] = field(default_factory=list)
     """Entry i counts the drafts with exactly i accepted tokens."""
+    num_undrafted: dict[str, int] = field(default_factory=dict)
+    """By reason, how often a sequence took a step without a draft although its prompt was computed;
+    docs/planner.md has the reasons. Empty without drafters."""
     num_drafter_errors: int = 0
     draft_time: float = 0.0
     target_time: float = 0.0
@@ -85,6 +88,8 @@ class RequestMetrics(SpeculationCounts):
     """This and the next two are readings of `time.monotonic`."""
     first_token_time: float | None = None
     finished_time: float | None = None
+    undrafted_reason: str | None = None
+    """The last of these reasons, None if there was none."""
     num_cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
 

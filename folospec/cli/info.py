@@ -61,6 +61,11 @@ def gather() -> dict[str, Any]:
             name: reason or "available" for name, reason in known.attention_backends.items()
         },
         "attention_backend_chosen": {"name": auto, "why": _why(auto, known.attention_backends)},
+        "native_kernels": {
+            "state": known.no_native_kernels or "available",
+            "instructions": known.kernel_instructions,
+            "cache": known.kernel_cache,
+        },
         "drafters": list(known.drafters),
         "acceptance_rules": list(ACCEPTANCE_RULES),
         "compilers": {name: compiler_version(name) for name in COMPILERS},
@@ -194,6 +199,12 @@ def _table(facts: dict[str, Any]) -> Table:
     return table
 
 
+def _kernel_lines(kernels: dict[str, Any]) -> list[str]:
+    if kernels["instructions"] is None:
+        return [f"torch's own; native CPU kernels: {kernels['state']}"]
+    return [f"native, built for {kernels['instructions']}", f"kept in {kernels['cache']}"]
+
+
 def _sections(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
     cpu, versions = facts["cpu"], facts["versions"]
     packages = [f"{name} {versions[name]}" for name in PACKAGES]
@@ -222,6 +233,7 @@ def _sections(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
                 f"chosen: {chosen['name']}, {chosen['why']}",
             ],
         ),
+        ("kernels", _kernel_lines(facts["native_kernels"])),
         ("drafters", [", ".join(facts["drafters"])]),
         ("acceptance", [", ".join(facts["acceptance_rules"])]),
         (

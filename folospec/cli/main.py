@@ -59,7 +59,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME|JSON",
-            help="A drafter: ngram, suffix, draft_model:PATH, ... Several with commas, or JSON. "
+            help="auto, or auto:PATH with a draft model: drafts where they pay. Or a drafter: "
+            "ngram, suffix, draft_model:PATH, ... Several with commas, or JSON. "
             "folospec-demo has a draft model of its own.",
         ),
     ] = None,
@@ -79,6 +80,9 @@ def generate(
         list[str] | None, typer.Option(help="A text that ends the output. May be repeated.")
     ] = None,
     dtype: Dtype = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Type of the KV: auto (the model's), float32 or bfloat16.")
+    ] = "auto",
     device: Device = "auto",
     compare: Annotated[
         bool,
@@ -137,7 +141,13 @@ def generate(
                 commands.check_compare(config, show_steps=show_steps, trace=trace)
             elif rounds is not None:
                 raise ValueError("--rounds needs --compare")
-        options = {"speculative": config, "dtype": dtype, "device": device, "trace": trace}
+        options = {
+            "speculative": config,
+            "dtype": dtype,
+            "kv_cache_dtype": kv_cache_dtype,
+            "device": device,
+            "trace": trace,
+        }
         engine = make_engine(model, warm_cache=not compare, **options)
         with bad_input():
             commands.check_prediction(engine, params)

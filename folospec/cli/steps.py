@@ -114,7 +114,7 @@ def _what(seq: SequenceTrace) -> str:
         accepted, drafted = len(seq.path), seq.proposal.num_draft_tokens
         return f"{seq.proposal.drafter}: {accepted} of {drafted} accepted"
     if seq.num_tokens == 1 and seq.root is not None:
-        return "no draft"
+        return "no draft" if seq.undrafted_reason is None else f"no draft: {seq.undrafted_reason}"
     return f"computes tokens {seq.start} to {seq.start + seq.num_tokens - 1}"
 
 

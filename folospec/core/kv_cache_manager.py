@@ -129,9 +129,11 @@ class KVCacheManager:
     def num_blocks_needed(self, seq: Sequence, num_slots: int) -> int:
         """Free blocks that `allocate_slots(seq, num_slots)` would take."""
         first, stop = self._touched(seq, num_slots)
-        held = seq.block_table[first:stop]
-        num_shared = sum(self._pool[block_id].ref_cnt > 1 for block_id in held)
-        return num_shared + max(0, stop - max(first, len(seq.block_table)))
+        blocks, table = self._pool.blocks, seq.block_table
+        num_needed = max(0, stop - max(first, len(table)))
+        for block_id in table[first:stop]:
+            num_needed += blocks[block_id].ref_cnt > 1
+        return num_needed
 
     def can_allocate(self, seq: Sequence, num_slots: int) -> bool:
         return self.num_blocks_needed(seq, num_slots) <= self.num_free_blocks
@@ -155,7 +157,7 @@ class KVCacheManager:
             copy = self._make_private(seq, index)
             if copy is not None:
                 copies.append(copy)
-        while len(seq.block_table) < stop:
+        for _ in range(len(seq.block_table), stop):
             seq.block_table.append(self._pool.allocate().block_id)
         return copies
 
@@ -188,9 +190,10 @@ class KVCacheManager:
     def rollback(self, seq: Sequence) -> None:
         """Free the blocks past the last committed token, where only rejected draft nodes were."""
         keep = self._num_blocks(seq.num_tokens)
-        surplus = seq.block_table[keep:]
-        del seq.block_table[keep:]
-        self._pool.release(self._pool[block_id] for block_id in reversed(surplus))
+        if keep < len(seq.block_table):
+            surplus = seq.block_table[keep:]
+            del seq.block_table[keep:]
+            self._pool.release(self._pool[block_id] for block_id in reversed(surplus))
         for owner, progress in seq.draft_progress.items():
             seq.draft_progress[owner] = min(progress, seq.num_tokens)
 
@@ -311,6 +314,8 @@ class KVCacheManager:
 
     def _make_private(self, seq: Sequence, index: int) -> BlockCopy | None:
         block = self._pool[seq.block_table[index]]
+        if block.ref_cnt == 1 and block.block_hash is None and not block.owners:
+            return None
         end = (index + 1) * self.block_size
         # A drafter that is past this block has its rows here for tokens that stay, whatever the
         # target writes.

@@ -248,6 +248,8 @@ class Scheduler:
         insort(self._waiting, seq, key=_age)
 
     def _admit_waiting(self, output: SchedulerOutput, budget: int) -> int:
+        if not self._waiting:
+            return budget
         num_seats = self.max_num_seqs - sum(1 + _num_pending(seq) for seq in self._running)
         while self._waiting and budget > 0:
             seq = self._waiting[0]
@@ -287,6 +289,8 @@ class Scheduler:
         self, output: SchedulerOutput, budget: int, draft_lengths: Callable[[Sequence], int]
     ) -> None:
         for item in output.scheduled:
+            if budget == 0:
+                break
             # While siblings are pending, the row of the last token is for their first tokens too.
             if item.num_tokens > 1 or not item.samples or _num_pending(item.seq) > 0:
                 continue
@@ -334,8 +338,7 @@ def _age(seq: Sequence) -> tuple[int, int]:
 
 def _num_pending(seq: Sequence) -> int:
     """Siblings that this sequence has still to be forked into."""
-    return (
-        seq.group.num_pending_siblings
-        if seq.group is not None and seq is seq.group.sequences[0]
-        else 0
-    )
+    group = seq.group
+    if group is None or seq is not group.sequences[0]:
+        return 0
+    return group.num_pending_siblings

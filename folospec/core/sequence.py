@@ -28,9 +28,8 @@ class SequenceStatus(Enum):
     FINISHED_ABORTED = "abort"
     FINISHED_DROPPED = "dropped"
 
-    @property
-    def is_finished(self) -> bool:
-        return self.name.startswith("FINISHED")
+    def __init__(self, value: str) -> None:
+        self.is_finished = value in ("stop", "length", "abort", "dropped")
 
 
 class Sequence:

@@ -36,7 +36,7 @@ class EngineStats(SpeculationCounts):
         """All counts, and the rates that follow from them, by name."""
         counts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prefix_cache"}
         return {
-            **{k: list(v) if isinstance(v, list) else v for k, v in counts.items()},
+            **{k: v.copy() if isinstance(v, (list, dict)) else v for k, v in counts.items()},
             "acceptance_length": self.acceptance_length,
             "acceptance_rate": self.acceptance_rate,
             "acceptance_rate_per_pos": self.acceptance_rate_per_pos,
@@ -68,6 +68,12 @@ class EngineStats(SpeculationCounts):
                 counts.num_accepted_tokens_per_pos[position] += 1
             _grow(counts.acceptance_histogram, num_accepted + 1)
             counts.acceptance_histogram[num_accepted] += 1
+
+    def record_undrafted(self, metrics: RequestMetrics, reason: str) -> None:
+        """Count a step of a sequence without a draft, for its request and for the engine."""
+        metrics.undrafted_reason = reason
+        for counts in (metrics.num_undrafted, self.num_undrafted):
+            counts[reason] = counts.get(reason, 0) + 1
 
 
 def _grow(counts: list[int], length: int) -> None:

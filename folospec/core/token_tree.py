@@ -57,7 +57,7 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    @property
+    @cached_property
     def is_chain(self) -> bool:
         """Whether every node has at most one child, and the root too. True for an empty tree."""
         return self.parents == tuple(range(-1, len(self) - 1))

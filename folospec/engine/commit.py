@@ -67,8 +67,9 @@ class Committer:
             if reason is not None:
                 self.scheduler.finish(seq, _STATUS[reason])
         requests = {id(request): request for request, _ in emitted}
+        now = time.monotonic()
         for request in requests.values():
-            _note_times(request)
+            _note_time(request, now)
         self.speculation.count(observed)
         return list(requests.values()), observed
 
@@ -132,6 +133,8 @@ class Committer:
     def _move_accepted(self, seq: Sequence, path: list[int], root: int) -> None:
         """Bring the accepted nodes' KV to the slots after the root; a chain's is there already."""
         moves = [(node + 1, depth) for depth, node in enumerate(path, start=1) if node + 1 != depth]
+        if not moves:
+            return
         self.target_kv.move_rows(
             [self.manager.slot(seq, root + source) for source, _ in moves],
             [self.manager.slot(seq, root + target) for _, target in moves],
@@ -144,8 +147,8 @@ class Committer:
         self.manager.rollback(seq)
 
 
-def _note_times(request: Request) -> None:
-    metrics, now = request.group.metrics, time.monotonic()
+def _note_time(request: Request, now: float) -> None:
+    metrics = request.group.metrics
     if metrics.first_token_time is None:
         metrics.first_token_time = now
     if request.group.is_finished:

@@ -24,8 +24,8 @@ class LLM:
 
     Args:
         model: folder, hub id, or a bundled name such as "folospec-demo".
-        speculative: None, a drafter's name, a mapping with "method" and its settings, a list of
-            these in order of precedence, a mapping with "drafters" and "merge", or a
+        speculative: None, "auto", a drafter's name, a mapping with "method" and its settings, a
+            list of these in order of precedence, a mapping with "drafters" and "merge", or a
             `SpeculativeConfig`.
         options: any field of `EngineConfig`: dtype, device, block_size, num_blocks, max_num_seqs,
             deterministic, seed, ... `trace="steps.jsonl"` writes what every step did to a file.
@@ -104,8 +104,8 @@ class LLM:
         num_tokens, total = 0, len(wanted)
         with tqdm(total=total, desc="Prompts", unit="prompt", disable=not use_tqdm) as bar:
             while len(results) < total:
-                for output in self.engine.step():
-                    if output.finished and output.request_id in wanted:
+                for output in self.engine.step(finished_only=True):
+                    if output.request_id in wanted:
                         results[output.request_id] = output
                         num_tokens += sum(len(c.token_ids) for c in output.outputs)
                         bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)

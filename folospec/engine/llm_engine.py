@@ -16,6 +16,7 @@ from folospec.core.kv_cache_manager import KVCacheManager
 from folospec.core.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
 from folospec.core.sequence import Sequence
 from folospec.core.stats import EngineStats
+from folospec.engine.asking import Candidate
 from folospec.engine.commit import Committer
 from folospec.engine.input_processor import InputProcessor, Limits, Prompt
 from folospec.engine.judge import Judgement, find_judgement, judge
@@ -23,7 +24,8 @@ from folospec.engine.loading import load_parts
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.output_processor import Increment, Sent, increments, make_output
 from folospec.engine.request import Request
-from folospec.engine.speculation import Candidate, Speculation
+from folospec.engine.speculation import Speculation
+from folospec.engine.step_timing import measured_costs
 from folospec.engine.trace import StepTrace, check_path
 from folospec.engine.tracer import Tracer
 from folospec.outputs import RequestOutput
@@ -73,6 +75,7 @@ class LLMEngine:
             self.engine_stats,
             vocab_size=spec.vocab_size,
             strict=config.strict_drafters,
+            costs=measured_costs(config, parts),
         )
         self.speculation.kv = {o: r.kv for o, r in parts.runners.items() if r.kv is not None}
         self.inputs = InputProcessor(config, limits, parts.tokenizer, self.speculation)
@@ -129,11 +132,13 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
 
-    def step(self) -> list[RequestOutput]:
-        """Run one step and return a snapshot of every request that got tokens or finished."""
+    def step(self, *, finished_only: bool = False) -> list[RequestOutput]:
+        """Run one step and return a snapshot of every request that got tokens or finished; with
+        `finished_only` of those alone that are finished."""
         if not self.requests:
             return []
-        recorder = self.tracer.begin()
+        recorder, begin = self.tracer.begin(), time.perf_counter()
+        self.speculation.plan(self.scheduler.running, self._request)
         schedule = self._schedule()
         assert schedule.scheduled, "there are requests, and the oldest can always run"
         proposals = self._propose(schedule.scheduled)
@@ -145,10 +150,11 @@ class LLMEngine:
         if recorder is not None:
             recorder.add_commit(observed)
         self.engine_stats.num_steps += 1
-        outputs = self._take_outputs(touched)
+        outputs = self._take_outputs(touched, finished_only)
         # Last, when every request is in order: in strict mode a drafter's failure ends the step.
         try:
             self.speculation.observe(observed, result)
+            self.speculation.record_step(time.perf_counter() - begin)
         finally:
             if recorder is not None:
                 self.tracer.finish(recorder)
@@ -164,19 +170,22 @@ class LLMEngine:
     def on_step(self, listener: Callable[[StepTrace], None] | None) -> None:
         self.tracer.on_step = listener
 
-    def _take_outputs(self, touched: list[Request]) -> list[RequestOutput]:
-        """End what failed, forget what is finished, and take a snapshot of both and of the rest."""
+    def _take_outputs(self, touched: list[Request], finished_only: bool) -> list[RequestOutput]:
+        """End what failed, forget what is finished, and take a snapshot of both, and of the rest
+        where it is wanted."""
         failed, self._failed = self._failed, []
         outputs = [self.abort(request.group.request_id) for request in failed]
         for request in touched:
-            if request.group.is_finished:
-                del self.requests[request.group.request_id]
-            outputs.append(make_output(request))
+            request_id, is_finished = request.group.request_id, request.group.is_finished
+            if is_finished:
+                del self.requests[request_id]
+            if is_finished or not finished_only or request_id in self._streams:
+                outputs.append(make_output(request))
         taken = [output for output in outputs if output is not None]
         for output in taken:
             if output.request_id in self._streams:
                 self._streams[output.request_id].append(output)
-        return taken
+        return [output for output in taken if output.finished] if finished_only else taken
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
         """Run one request, yielding its text and tokens as they come. Closing the iterator aborts
@@ -210,6 +219,7 @@ class LLMEngine:
             "kv_cache_bytes": sum(r.kv.num_bytes for r in self.parts.runners.values() if r.kv),
             "num_free_blocks": self.manager.num_free_blocks,
             "drafters": {drafter.name: drafter.stats() for drafter in self.parts.drafters},
+            "planner": self.speculation.planner_stats(),
         }
 
     def _promise(self) -> str:
@@ -241,7 +251,8 @@ class LLMEngine:
             for item in scheduled
             if item.num_draft_slots > 0
         ]
-        proposals = self.speculation.propose(candidates)
+        proposals = self.speculation.propose(candidates, scheduled)
+        self.speculation.count_undrafted(scheduled, proposals, self._request)
         self._add_time("draft_time", begin, [c.seq for c in candidates])
         return proposals
 
@@ -249,9 +260,9 @@ class LLMEngine:
         """Add the time since `begin` to the engine and to each request that took part; return the
         time now."""
         now = time.perf_counter()
-        requests = {id(seq.group): self._request(seq).group.metrics for seq in sequences}
-        for counts in (self.engine_stats, *requests.values()):
-            setattr(counts, part, getattr(counts, part) + now - begin)
+        groups = {id(seq.group): seq.group for seq in sequences if seq.group is not None}
+        for counts in (self.engine_stats, *(group.metrics for group in groups.values())):
+            setattr(counts, part, getattr(counts, part) + (now - begin))
         return now
 
     def _forward(
@@ -287,16 +298,17 @@ class LLMEngine:
         no token is possible is ended, and the others go on."""
         begin, sequences = time.perf_counter(), [j.seq for j in judgements]
         acceptance = self.config.speculative.acceptance if self.config.speculative else "coupled"
-        log_probs = None
-        while log_probs is None:
+        shows_law = self.config.logprobs_mode == "processed_logprobs"
+        while True:
             try:
-                log_probs = judge(judgements, logits, acceptance)
+                log_probs = judge(judgements, logits, acceptance, wants_law=shows_law)
+                break
             except NoTokenError as error:
                 failed = find_judgement(judgements, error.row)
                 self._fail(failed.request, error)
                 judgements[:] = [j for j in judgements if j.request is not failed.request]
         self._add_time("sampling_time", begin, sequences)
-        return log_probs if self.config.logprobs_mode == "processed_logprobs" else logits
+        return log_probs if shows_law and log_probs is not None else logits
 
     def _fail(self, request: Request, error: Exception) -> None:
         logger.error("request %s is aborted: %s", request.group.request_id, error)

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from folospec.config import EngineConfig
-from folospec.models.base import Model
+from folospec.config import AUTO, DrafterConfig, EngineConfig
 from folospec.models.loader import BUNDLED_DRAFTS, load_model, load_tokenizer
 from folospec.models.views import view_of
 from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
@@ -21,6 +20,8 @@ from folospec.worker.model_runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 _DEFAULT_KV_MEMORY = 1 << 30
+_AUTO_DRAFT_TOKENS = 8
+"""Most of a draft model under "auto"; how many of them pay is found while it runs."""
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ def load_parts(config: EngineConfig) -> Parts:
     if config.speculative is not None:
         import folospec.spec.drafters  # noqa: F401 - registers the drafters that come with folospec
 
-        for drafter in config.speculative.drafters:
+        for drafter in chosen_drafters(config):
             check_drafter(drafter.method)
     loader = _Loader(config)
     drafters = _make_drafters(config, loader)
@@ -112,7 +113,26 @@ class _Loader:
             model,
             max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
             row_at_a_time=row_at_a_time and not model.deterministic,
+            kv_dtype=_kv_dtype(config.kv_cache_dtype),
         )
+
+
+def chosen_drafters(config: EngineConfig) -> tuple[DrafterConfig, ...]:
+    """The drafters that are asked for. "auto" is suffix, which any target can have, and a draft
+    model if one is named or comes with the target."""
+    if config.speculative is None:
+        return ()
+    drafters = config.speculative.drafters
+    if drafters[0].method != AUTO:
+        return drafters
+    wanted = drafters[0].num_speculative_tokens
+    model = drafters[0].model or BUNDLED_DRAFTS.get(config.model)
+    chosen = [DrafterConfig(method="suffix", num_speculative_tokens=wanted)]
+    if model is not None:
+        most = wanted or _AUTO_DRAFT_TOKENS
+        draft = DrafterConfig(method="draft_model", model=model, num_speculative_tokens=most)
+        chosen.append(draft)
+    return tuple(chosen)
 
 
 def _make_drafters(config: EngineConfig, loader: _Loader) -> list[Drafter]:
@@ -120,7 +140,7 @@ def _make_drafters(config: EngineConfig, loader: _Loader) -> list[Drafter]:
     drafters: list[Drafter] = []
     counts: Counter[str] = Counter()
     speculative, tokenizer = config.speculative, loader.tokenizer
-    for stream, drafter in enumerate(speculative.drafters if speculative else ()):
+    for stream, drafter in enumerate(chosen_drafters(config)):
         counts[drafter.method] += 1
         number = counts[drafter.method]
         context = DrafterContext(
@@ -155,6 +175,10 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     return getattr(torch, name)
+
+
+def _kv_dtype(name: str) -> torch.dtype | None:
+    return None if name == "auto" else getattr(torch, name)
 
 
 def _max_model_len(config: EngineConfig, limit: int) -> int:
@@ -199,7 +223,7 @@ def _num_blocks(config: EngineConfig, runners: dict[str, ModelRunner], max_model
     if config.num_blocks is not None:
         return config.num_blocks
     per_block = sum(
-        kv_bytes_per_block(r.model.config.kv_shapes, config.block_size, r.model.config.dtype)
+        kv_bytes_per_block(r.model.config.kv_shapes, config.block_size, r.kv_dtype)
         for r in runners.values()
     )
     most = config.max_num_seqs * -(-max_model_len // config.block_size)

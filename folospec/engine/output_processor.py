@@ -24,28 +24,25 @@ def append_token(request: Request, seq: Sequence, token_id: int) -> bool:
     if may_stop and token_id in params.stop_token_ids:
         return _finish(output, "stop", token_id)
     if output.detokenizer is not None:
-        num_new = len(output.detokenizer.append(token_id))
-        output.text = output.detokenizer.text
-        if (
-            may_stop
-            and num_new
-            and (found := _find_stop(output.text, num_new, params.stop_strings))
-        ):
+        stops = params.stop_strings
+        num_before = len(output.detokenizer.text) if stops else 0
+        output.detokenizer.append(token_id)
+        if stops and may_stop and (found := _find_stop(output.text, num_before, stops)):
             begin, stop = found
             keep = begin + len(stop) if params.include_stop_str_in_output else begin
-            output.text = output.text[:keep]
+            output.cut_text = output.text[:keep]
             return _finish(output, "stop", stop)
     if seq.num_tokens >= request.max_num_tokens:
         return _finish(output, "length", None)
     return False
 
 
-def _find_stop(text: str, num_new: int, stops: tuple[str, ...]) -> tuple[int, str] | None:
-    """Return (where, which) of the first stop string that ends within the last `num_new`
+def _find_stop(text: str, num_before: int, stops: tuple[str, ...]) -> tuple[int, str] | None:
+    """Return (where, which) of the first stop string that ends behind the first `num_before`
     characters."""
     found = []
     for stop in stops:
-        begin = text.find(stop, max(0, len(text) - num_new - len(stop) + 1))
+        begin = text.find(stop, max(0, num_before - len(stop) + 1))
         if begin >= 0:
             found.append((begin, stop))
     return min(found, key=lambda f: (f[0], len(f[1])), default=None)

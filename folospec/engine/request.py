@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from folospec.core.sequence import Sequence, SequenceGroup
 from folospec.engine.detokenizer import Detokenizer
 from folospec.outputs import Logprob
+from folospec.sampling.constraints import SamplingRow, is_constrained
+from folospec.sampling.pipeline import pack_filters
 from folospec.sampling_params import SamplingParams
 
 
@@ -16,7 +18,8 @@ class SequenceOutput:
     """The text and logprobs of one sequence, and how it ended."""
 
     detokenizer: Detokenizer | None
-    text: str = ""
+    cut_text: str | None = None
+    """The text up to a stop string, where one has ended the output."""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
@@ -24,13 +27,22 @@ class SequenceOutput:
 
     def fork(self) -> SequenceOutput:
         detokenizer = self.detokenizer.copy() if self.detokenizer else None
-        return SequenceOutput(detokenizer, self.text, list(self.logprobs), self.cumulative_logprob)
+        twin = SequenceOutput(detokenizer, self.cut_text, list(self.logprobs))
+        twin.cumulative_logprob = self.cumulative_logprob
+        return twin
+
+    @property
+    def text(self) -> str:
+        """The text so far; empty without a tokenizer."""
+        if self.cut_text is not None:
+            return self.cut_text
+        return self.detokenizer.text if self.detokenizer is not None else ""
 
 
 @dataclass(slots=True)
 class Request:
     """`seed`, `max_num_tokens` (prompt and output) and the token id lists are resolved from the
-    parameters at admission."""
+    parameters at admission; what follows from them alone is worked out once."""
 
     group: SequenceGroup
     seed: int
@@ -42,20 +54,34 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     prediction_token_ids: list[int] = field(default_factory=list)
 
-    @property
-    def params(self) -> SamplingParams:
-        return self.group.params
+    params: SamplingParams = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
+    """Every token id that ends the output."""
+    needs_logprobs: bool = field(init=False)
+    """Whether the logprobs of output tokens are computed: when asked for, and to choose among
+    `best_of`."""
+    is_constrained: bool = field(init=False)
+    """Whether a stage before temperature may ever change its logits."""
+    filters: bytes = field(init=False)
+    """See `pipeline.pack_filters`."""
 
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Every token id that ends the output."""
-        return self.eos_token_ids.union(self.params.stop_token_ids)
+    def __post_init__(self) -> None:
+        self.params = params = self.group.params
+        self.stop_ids = self.eos_token_ids.union(params.stop_token_ids)
+        self.needs_logprobs = params.logprobs is not None or params.num_sequences > params.n
+        self.is_constrained = is_constrained(self.sampling_row(self.group.sequences[0]))
+        self.filters = pack_filters(params)
 
-    @property
-    def needs_logprobs(self) -> bool:
-        """Whether the logprobs of output tokens are computed: when asked for, and to choose among
-        `best_of`."""
-        return self.params.logprobs is not None or self.params.num_sequences > self.params.n
+    def sampling_row(self, seq: Sequence, draft_token_ids: list[int] | None = None) -> SamplingRow:
+        """What is asked of the row after the sequence's last token, or after drafts below it."""
+        return SamplingRow(
+            params=self.params,
+            prompt_token_ids=seq.prompt_token_ids,
+            output_token_ids=seq.output_token_ids,
+            draft_token_ids=draft_token_ids or (),
+            bad_words_token_ids=self.bad_words_token_ids,
+            stop_ids=self.stop_ids,
+        )
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -4,6 +4,8 @@ its KV."""
 from __future__ import annotations
 
 import logging
+import time
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,29 +14,21 @@ from torch import Tensor
 
 from folospec.config import SpeculativeConfig
 from folospec.core.kv_cache_manager import KVCacheManager
+from folospec.core.scheduler import ScheduledSequence
 from folospec.core.sequence import Sequence
 from folospec.core.stats import EngineStats
+from folospec.engine.asking import Asking, Candidate
+from folospec.engine.planning import UNKNOWN_COSTS, Costs, Found, Planning
 from folospec.engine.request import Request
-from folospec.spec.checks import check_answer
 from folospec.spec.draft_runner import ForwardResult
-from folospec.spec.drafters.base import Drafter, DraftRow, Needs, Outcome
+from folospec.spec.drafters.base import Drafter, Needs, Outcome
 from folospec.spec.merge import merge_proposals
-from folospec.spec.planner import Planner
+from folospec.spec.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE, Verdict
 from folospec.worker.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Candidate:
-    """A sequence that may be drafted for in this step, with the number of draft slots it was
-    given."""
-
-    request: Request
-    seq: Sequence
-    num_draft_slots: int
 
 
 @dataclass(slots=True)
@@ -66,13 +60,34 @@ class Speculation:
         *,
         vocab_size: int,
         strict: bool,
+        costs: Costs = UNKNOWN_COSTS,
     ) -> None:
         self.drafters, self.manager = drafters, manager
         self.stats = stats
         self.vocab_size, self.strict = vocab_size, strict
         self.merge = config.merge if config else False
         self.rule = ACCEPTANCE[config.acceptance if config else "coupled"]
-        self.planner = Planner(self.limit, adaptive=config.adaptive if config else False)
+        self.planner = FixedPlanner(self.limit)
+        self.planning: Planning | None = None
+        if config is not None and config.is_adaptive and drafters:
+            self.planning = Planning(
+                drafters,
+                merge=self.merge,
+                allowed=self._allowed,
+                shares_noise=self.rule.shares_noise,
+                costs=costs,
+            )
+        self.asking = Asking(
+            self.planner,
+            self.planning,
+            manager,
+            stats,
+            self.rule,
+            vocab_size=vocab_size,
+            strict=strict,
+        )
+        self.reasons: dict[str, str] = {}
+        """Of this step: seq_id -> why it has no draft, a key of `spec.plan_terms.REASONS`."""
         self.needs = _union([drafter.needs for drafter in drafters])
         self.kv: dict[str, KVCache] = {}
         """The drafters' KV tensors by owner, set when the pool is made."""
@@ -85,45 +100,104 @@ class Speculation:
         limits = [drafter.num_speculative_tokens for drafter in self.drafters]
         return sum(limits) if self.merge else max(limits, default=0)
 
+    def plan(
+        self, running: typing.Sequence[Sequence], request_of: Callable[[Sequence], Request]
+    ) -> None:
+        """Plan a step before it is scheduled."""
+        if self.planning is not None:
+            self.planning.begin(running, request_of)
+
     def num_draft_slots(self, request: Request, seq: Sequence) -> int:
         """How many slots to reserve behind the root, scratch included; the last token of the output
         is never drafted, it is the bonus."""
+        if self.planning is not None and not self.planning.is_planned(seq.seq_id):
+            return 0
+        drafters = self._asked(request, seq)
         length = self.planner.num_draft_tokens(request.params.num_speculative_tokens)
-        drafters = self._allowed(request)
         if not drafters or length == 0 or request.room(seq) <= 1:
             return 0
         if self.merge:
             return length + max(drafter.max_scratch_slots for drafter in drafters)
         return max(min(length, d.num_speculative_tokens) + d.max_scratch_slots for d in drafters)
 
+    def _asked(self, request: Request, seq: Sequence) -> list[Drafter]:
+        """The drafters that may be asked for a sequence in this step."""
+        drafters, planning = self._allowed(request), self.planning
+        if planning is not None and drafters:
+            drafters = [drafter for drafter in drafters if planning.asks(seq.seq_id, drafter)]
+        return drafters
+
     def _allowed(self, request: Request) -> list[Drafter]:
         names = request.params.drafters
         return [d for d in self.drafters if names is None or d.name in names]
 
-    def propose(self, candidates: list[Candidate]) -> dict[str, Proposal]:
+    def propose(
+        self, candidates: list[Candidate], scheduled: typing.Sequence[ScheduledSequence]
+    ) -> dict[str, Proposal]:
         """Return a proposal for each sequence, by seq_id, that a drafter has something to say
-        about."""
-        self._own_nodes = {}
-        found: dict[str, list[Proposal]] = {c.seq.seq_id: [] for c in candidates}
+        about.
+
+        Args:
+            candidates: those that have slots for one.
+            scheduled: all that is in the step.
+        """
+        if self.planning is None:
+            found = self._propose_fixed(candidates)
+        else:
+            self.planning.note_schedule(scheduled)
+            found = self._propose_planned(self.planning, candidates) if candidates else {}
+        self._own_nodes = {
+            (name, seq_id): nodes
+            for seq_id, one in found.items()
+            for name, nodes in one.own_nodes.items()
+        }
+        return {seq_id: one.proposal for seq_id, one in found.items()}
+
+    def _propose_fixed(self, candidates: list[Candidate]) -> dict[str, Found]:
+        answers: dict[str, list[Proposal]] = {c.seq.seq_id: [] for c in candidates}
         for drafter in self.drafters:
             asked = [
                 c
                 for c in candidates
-                if drafter in self._allowed(c.request) and (self.merge or not found[c.seq.seq_id])
+                if drafter in self._allowed(c.request) and (self.merge or not answers[c.seq.seq_id])
             ]
-            for candidate, proposal in zip(asked, self._ask_all(drafter, asked), strict=True):
-                if proposal is not None and len(proposal) > 0:
-                    proposal.drafter = drafter.name
-                    found[candidate.seq.seq_id].append(proposal)
+            for seq_id, proposal in self.asking.ask(drafter, asked).items():
+                answers[seq_id].append(proposal)
         return {
-            c.seq.seq_id: self._merged(c, found[c.seq.seq_id])
+            c.seq.seq_id: self._merged(c, answers[c.seq.seq_id])
             for c in candidates
-            if found[c.seq.seq_id]
+            if answers[c.seq.seq_id]
         }
 
-    def _merged(self, candidate: Candidate, proposals: list[Proposal]) -> Proposal:
+    def _propose_planned(self, planning: Planning, candidates: list[Candidate]) -> dict[str, Found]:
+        """Ask whom the plan says, and keep what pays."""
+        found: dict[str, Found] = {}
+        answers: dict[str, list[Proposal]] = {c.seq.seq_id: [] for c in candidates}
+        for drafter in self.drafters:
+            still = planning.still_asked(drafter, answers)
+            asked = [c for c in candidates if c.seq.seq_id in still]
+            for seq_id, proposal in self.asking.ask(drafter, asked).items():
+                answers[seq_id].append(proposal)
+            if self.merge:
+                continue
+            for candidate in asked:
+                seq_id = candidate.seq.seq_id
+                new = [p for p in answers[seq_id] if p.drafter == drafter.name]
+                answer = self._merged(candidate, new) if new else None
+                planning.take(seq_id, drafter.name, answer, found)
+            planning.note_taken(time.perf_counter())
+        if self.merge:
+            name = planning.source_of(self.drafters[0])
+            for candidate in candidates:
+                several = answers[candidate.seq.seq_id]
+                answer = self._merged(candidate, several) if several else None
+                planning.take(candidate.seq.seq_id, name, answer, found)
+            planning.note_taken(time.perf_counter())
+        return planning.prune(found)
+
+    def _merged(self, candidate: Candidate, proposals: list[Proposal]) -> Found:
         """One tree of the proposals, no deeper than the output can become."""
-        seq_id, max_depth = candidate.seq.seq_id, self._max_depth(candidate)
+        max_depth = self.asking.max_depth(candidate)
         if len(proposals) == 1 and max(proposals[0].tree.depths) <= max_depth:
             merged = proposals[0]
             sources = [{node: node for node in range(len(merged))}]
@@ -131,98 +205,13 @@ class Speculation:
             merged, sources = merge_proposals(
                 proposals,
                 max_nodes=candidate.num_draft_slots,
-                max_draft_tokens=self._max_draft_tokens(candidate),
+                max_draft_tokens=self.asking.max_draft_tokens(candidate),
                 max_depth=max_depth,
                 unite=self.rule.shares_noise,
                 vocab_size=self.vocab_size,
             )
-        for proposal, nodes in zip(proposals, sources, strict=True):
-            self._own_nodes[proposal.drafter, seq_id] = nodes
-        return merged
-
-    def _max_draft_tokens(self, candidate: Candidate) -> int:
-        wanted = candidate.request.params.num_speculative_tokens
-        return min(self.planner.num_draft_tokens(wanted), candidate.num_draft_slots)
-
-    def _max_depth(self, candidate: Candidate) -> int:
-        seq = candidate.seq
-        return self.planner.max_depth(seq.seq_id, candidate.request.room(seq) - 1)
-
-    def _ask_all(self, drafter: Drafter, asked: list[Candidate]) -> list[Proposal | None]:
-        if not asked:
-            return []
-        rows = [self._row(drafter, candidate) for candidate in asked]
-        proposals = self._ask(drafter, rows, asked)
-        if drafter.kv_owner is not None:
-            for candidate, row in zip(asked, rows, strict=True):
-                self.manager.mark_draft(candidate.seq, drafter.kv_owner, row.num_draft_computed)
-        return proposals
-
-    def _row(self, drafter: Drafter, candidate: Candidate) -> DraftRow:
-        seq, request = candidate.seq, candidate.request
-        owner = drafter.kv_owner
-        return DraftRow(
-            seq_id=seq.seq_id,
-            token_ids=seq.token_ids,
-            num_prompt_tokens=seq.num_prompt_tokens,
-            max_draft_tokens=min(self._max_draft_tokens(candidate), drafter.num_speculative_tokens),
-            max_depth=self._max_depth(candidate),
-            num_slots=candidate.num_draft_slots,
-            params=request.params,
-            seed=request.seed,
-            sample_index=seq.sample_index,
-            block_table=seq.block_table,
-            prediction_token_ids=request.prediction_token_ids,
-            prompt_token_ids=seq.prompt_token_ids,
-            output_token_ids=seq.output_token_ids,
-            num_draft_computed=seq.draft_progress.get(owner, 0) if owner else 0,
-        )
-
-    def _ask(
-        self, drafter: Drafter, rows: list[DraftRow], candidates: list[Candidate]
-    ) -> list[Proposal | None]:
-        """Ask for the whole batch; if that fails, row by row, so that one row's trouble stays its
-        own."""
-        try:
-            proposals = drafter.propose(rows)
-            if len(proposals) != len(rows):
-                raise ValueError(
-                    f"a drafter must answer every row: {len(rows)} rows, {len(proposals)} answers"
-                )
-            for row, proposal in zip(rows, proposals, strict=True):
-                check_answer(row, proposal, self.rule, self.vocab_size)
-            return proposals
-        except Exception:
-            if self.strict:
-                raise
-            if len(rows) > 1:
-                return [
-                    self._ask(drafter, [row], [candidate])[0]
-                    for row, candidate in zip(rows, candidates, strict=True)
-                ]
-            logger.exception(
-                "the drafter %s failed; sequence %s goes on without its draft",
-                drafter.name,
-                rows[0].seq_id,
-            )
-            self._count_error(candidates[0].request)
-            rows[0].num_draft_computed = 0
-            self._guard(drafter, drafter.drop, rows[0].seq_id)
-            return [None]
-
-    def _count_error(self, request: Request) -> None:
-        request.group.metrics.num_drafter_errors += 1
-        self.stats.num_drafter_errors += 1
-
-    def _guard(self, drafter: Drafter, hook: Callable[..., None], *args: Any) -> None:
-        """Call a hook of a drafter whose failure must not end the step."""
-        try:
-            hook(*args)
-        except Exception:
-            if self.strict:
-                raise
-            self.stats.num_drafter_errors += 1
-            logger.exception("the drafter %s failed in %s", drafter.name, hook.__name__)
+        names = [proposal.drafter for proposal in proposals]
+        return Found(merged, dict(zip(names, sources, strict=True)))
 
     def commit_kv(self, seq: Sequence, proposal: Proposal, path: list[int], root: int) -> None:
         """Move the accepted nodes' draft KV beside their target KV and advance the drafters'
@@ -246,9 +235,48 @@ class Speculation:
                 num_drafts, num_accepted = seen.proposal.num_draft_tokens, seen.verdict.num_accepted
                 if num_drafts > 0:
                     self.stats.record_draft(seen.request.group.metrics, num_drafts, num_accepted)
-                    depths = seen.proposal.tree.depths
-                    judged = (d for n, d in enumerate(depths) if seen.proposal.is_candidate(n))
-                    self.planner.observe(seen.seq.seq_id, max(judged), num_accepted)
+                if self.planning is not None:
+                    self.planning.learn(seen.seq.seq_id, seen.verdict.path)
+
+    def record_step(self, seconds: float) -> None:
+        """Tell the planner how long the step took, all of it."""
+        if self.planning is not None:
+            self.planning.record(seconds)
+
+    def planner_stats(self) -> dict[str, Any] | None:
+        """What the planner believes; None where nothing is planned."""
+        return self.planning.planner.stats() if self.planning is not None else None
+
+    def count_undrafted(
+        self,
+        scheduled: typing.Sequence[ScheduledSequence],
+        proposals: dict[str, Proposal],
+        request_of: Callable[[Sequence], Request],
+    ) -> None:
+        """Note for every sequence that could have had a draft and has none why it is so."""
+        self.reasons = {}
+        for item in scheduled if self.drafters else ():
+            if item.num_tokens > 1 or not item.samples or item.seq.seq_id in proposals:
+                continue
+            request = request_of(item.seq)
+            reason = self.reasons[item.seq.seq_id] = self._reason(request, item)
+            self.stats.record_undrafted(request.group.metrics, reason)
+
+    def _reason(self, request: Request, item: ScheduledSequence) -> str:
+        seq_id, planning = item.seq.seq_id, self.planning
+        if request.room(item.seq) <= 1:
+            return "no_room"
+        if planning is not None and (reason := planning.reason(seq_id)) is not None:
+            return reason
+        if request.params.num_speculative_tokens == 0 or not self._allowed(request):
+            return "not_wanted"
+        if planning is not None and not planning.is_planned(seq_id):
+            return "unplanned"
+        if item.num_draft_slots == 0:
+            return "no_slots"
+        if planning is not None and planning.was_pruned(seq_id):
+            return "unlikely"
+        return "nothing_to_say"
 
     def observe(self, observed: list[Observed], result: ForwardResult) -> None:
         """Tell the drafters what became of the step, then to forget what is finished."""
@@ -292,8 +320,8 @@ class Speculation:
                 drafter.name,
             )
             for seen in observed:
-                self._count_error(seen.request)
-                self._guard(drafter, drafter.drop, seen.seq.seq_id)
+                self.asking.count_error(seen.request)
+                self.asking.guard(drafter, drafter.drop, seen.seq.seq_id)
 
     def _outcome(
         self, drafter: Drafter, seen: Observed, result: ForwardResult, top: Tensor | None
@@ -316,13 +344,18 @@ class Speculation:
         """Forget the drafters' state of preempted sequences, and of finished ones their draft
         lengths too."""
         for seq in sequences:
-            if finished:
-                self.planner.drop(seq.seq_id)
             for drafter in self.drafters:
-                if finished:
+                if finished and self._keeps(drafter, seq):
                     args = (seq.seq_id, seq.token_ids, seq.num_prompt_tokens)
-                    self._guard(drafter, drafter.finish, *args)
-                self._guard(drafter, drafter.drop, seq.seq_id)
+                    self.asking.guard(drafter, drafter.finish, *args)
+                self.asking.guard(drafter, drafter.drop, seq.seq_id)
+            if self.planning is not None:
+                self.planning.planner.drop(seq.seq_id, finished=finished)
+
+    def _keeps(self, drafter: Drafter, seq: Sequence) -> bool:
+        if self.planning is None:
+            return True
+        return self.planning.keeps(drafter, seq.seq_id, seq.num_output_tokens)
 
 
 def _union(needs: list[Needs]) -> Needs:

@@ -15,7 +15,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-SCHEMA, VERSION = "folospec.trace", 1
+SCHEMA, VERSION = "folospec.trace", 2
 
 NodeVerdict = Literal["accepted", "rejected", "not_reached", "scratch"]
 NextKind = Literal["plain", "recovered", "bonus"]
@@ -93,6 +93,7 @@ class SequenceTrace:
     root: TokenTrace | None
     root_position: int | None
     proposal: ProposalTrace | None
+    undrafted_reason: str | None
     path: list[int]
     next_token: TokenTrace | None
     next_kind: NextKind | None

@@ -67,7 +67,7 @@ class Tracer:
     ) -> None:
         self.on_step: Callable[[StepTrace], None] | None = None
         self.header = _header(config, manager, speculation)
-        self._manager, self._stats = manager, stats
+        self._manager, self._stats, self._speculation = manager, stats, speculation
         self._tries_in_order = not speculation.rule.shares_noise
         self._text = _text_of(tokenizer)
         self._file = TraceFile(config.trace, self.header) if config.trace is not None else None
@@ -76,7 +76,9 @@ class Tracer:
         """A recorder for the step that begins now; None if nobody wants to know."""
         if self.on_step is None and self._file is None:
             return None
-        return StepRecorder(self._manager, self._stats, self._text, self._tries_in_order)
+        return StepRecorder(
+            self._manager, self._stats, self._speculation, self._text, self._tries_in_order
+        )
 
     def finish(self, recorder: StepRecorder) -> None:
         """Tell of a step that is over. A file that cannot be written any more ends there, with an
@@ -97,8 +99,14 @@ class StepRecorder:
     counts in its stats."""
 
     def __init__(
-        self, manager: KVCacheManager, stats: EngineStats, text: Text, tries_in_order: bool
+        self,
+        manager: KVCacheManager,
+        stats: EngineStats,
+        speculation: Speculation,
+        text: Text,
+        tries_in_order: bool,
     ) -> None:
+        self._speculation = speculation
         self._manager, self._stats = manager, stats
         self._text, self._tries_in_order = text, tries_in_order
         self._before = _counts(stats)
@@ -109,6 +117,7 @@ class StepRecorder:
         """To be called when the target has run, and nothing is judged yet."""
         self._ran_at, self._ran = time.perf_counter(), _counts(self._stats)
         self._schedule, self._judgements = schedule, list(judgements)
+        self._reasons = dict(self._speculation.reasons)
         self._num_blocks = {j.seq.seq_id: len(j.seq.block_table) for j in judgements}
         total, free = self._manager.num_blocks, self._manager.num_free_blocks
         self._blocks = BlockCounts(total, held=total - free, free=free)
@@ -181,6 +190,7 @@ class StepRecorder:
             root=self._token(seq.token_ids[root]) if root is not None else None,
             root_position=root,
             proposal=self._proposal(proposal, verdict) if proposal is not None else None,
+            undrafted_reason=self._reasons.get(seq.seq_id),
             path=path,
             next_token=self._token(next_id) if next_id != NO_TOKEN else None,
             next_kind=_next_kind(proposal, path) if next_id != NO_TOKEN else None,
@@ -305,5 +315,5 @@ def _header(config: EngineConfig, manager: KVCacheManager, speculation: Speculat
         ],
         acceptance=speculative.acceptance if speculative is not None else None,
         merge=speculative.merge if speculative is not None else False,
-        adaptive=speculative.adaptive if speculative is not None else False,
+        adaptive=speculative.is_adaptive if speculative is not None else False,
     )

@@ -105,6 +105,11 @@ def verify_coupled(
     _check_rows("target_token_ids", len(target_token_ids), len(tree))
     if candidate is not None and len(candidate) != len(tree):
         raise ValueError(f"candidate must have {len(tree)} entries, got {len(candidate)}")
+    if tree.is_chain and candidate is None:
+        length = 0
+        while length < len(tree) and tree.token_ids[length] == target_token_ids[length]:
+            length += 1
+        return Verdict(list(range(length)), int(target_token_ids[length]))
     twins = [-1]  # nodes that spell the tokens emitted so far; the root to begin with
     while True:
         token_id = int(target_token_ids[twins[0] + 1])

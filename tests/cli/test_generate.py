@@ -95,6 +95,7 @@ def test_sampling_options_reach_the_engine(folospec, target):
         ([PROMPT, "--rounds", "2"], "--rounds needs --compare"),
         ([PROMPT, "--model", "/no/such/folder"], "'/no/such/folder' is neither a folder"),
         ([PROMPT, "--dtype", "float8"], "dtype must be one of"),
+        ([PROMPT, "--kv-cache-dtype", "int4"], "kv_cache_dtype must be one of"),
         ([PROMPT, "--device", "toaster"], "'toaster'"),
         ([PROMPT, "--temperature", "-1"], "temperature must be"),
         ([PROMPT, "-n", "2"], "1 at temperature 0"),

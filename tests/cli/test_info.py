@@ -2,8 +2,11 @@ import json
 import subprocess
 import sys
 
+from native_builds import require_native
+
 import folospec as package
 from folospec.cli import info
+from folospec.kernels import build, native
 
 
 def test_version_is_printed(folospec):
@@ -27,7 +30,7 @@ def test_info_names_what_there_is_and_why_it_is_chosen(folospec):
     result = folospec("info")
     assert result.exit_code == 0
     for words in (
-        *("CPU", "memory", "GPUs", "bfloat16", "torch threads", "chosen: torch", "draft_model"),
+        *("CPU", "memory", "GPUs", "bfloat16", "torch threads", "chosen: ", "draft_model"),
         *("ngram", "coupled, rejection, block", "cc:", "triton:", "folospec-demo-draft:"),
     ):
         assert words in result.stdout
@@ -39,6 +42,26 @@ def test_info_is_there_as_json(folospec):
     assert facts["versions"]["folospec"] == package.__version__
     assert facts["cpu"]["usable_cores"] >= 1
     assert facts["attention_backend_chosen"]["name"] in facts["attention_backends"]
+
+
+def test_info_says_what_the_native_kernels_were_built_for_and_where_they_are(folospec):
+    library = require_native()
+    facts = json.loads(folospec("info", "--json").stdout)
+    assert facts["native_kernels"] == {
+        "state": "available",
+        "instructions": library.instructions,
+        "cache": str(build.cache_folder() / "kernels"),
+    }
+    lines = folospec("info").stdout
+    assert f"native, built for {library.instructions}" in lines
+    assert "chosen: native" in lines
+
+
+def test_info_says_why_there_are_no_native_kernels(folospec, monkeypatch):
+    monkeypatch.setattr(native, "_loaded", lambda: (None, "there is no C++ compiler"))
+    lines = " ".join(folospec("info").stdout.split())
+    assert "torch's own; native CPU kernels: there is no C++ compiler" in lines
+    assert "chosen: torch" in lines
 
 
 def test_the_reason_follows_from_the_backends():

@@ -48,6 +48,7 @@ def sequence(nodes=None, own="z", **changes):
         "root": TokenTrace(1, "root"),
         "root_position": 7,
         "proposal": ProposalTrace("some_drafter", nodes) if nodes is not None else None,
+        "undrafted_reason": None,
         "path": path,
         "next_token": own,
         "next_kind": "bonus",
@@ -155,6 +156,8 @@ def test_steps_without_a_draft_say_what_they_did():
     )
     assert drawn(chunk) == ["step 3  computes tokens 0 to 7  5.0 ms"]
     assert drawn(sequence()) == ["step 3  no draft  1 token  5.0 ms", "  'root' ='z'"]
+    refused = sequence(undrafted_reason="batch_full")
+    assert drawn(refused)[0] == "step 3  no draft: batch_full  1 token  5.0 ms"
     fork = sequence(forked_from="r-0", seq_id="r-1")
     assert drawn(fork)[0] == "step 3  forked from r-0  1 token  5.0 ms"
     stopped = sequence(finish_reason="stop", stop_reason="\n")

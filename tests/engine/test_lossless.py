@@ -3,14 +3,19 @@ meanwhile."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import harness
+import numpy as np
 import pytest
+from fixed_costs import fix_costs
 from harness import assert_speculated, make_llm, run
 
 from folospec import SamplingParams
+from folospec.attention.metadata import SuffixMask
 from folospec.engine import commit, judge
+from folospec.worker import input_batch
 
 DRAFTERS = ["ngram", "near", "far", "self", "top_k", "adaptive", "oracle_tree"]
 TREES = ["expansion", "sequoia", "dynamic", "top_k_tree", "iid_tree", "self_tree"]
@@ -52,6 +57,8 @@ def test_speculative_tokens_equal_plain_tokens(
     drafter: str, situation: str, models: Any, plain: harness.Run
 ) -> None:
     llm = make_llm(models.target, speculative(drafter, models), **SITUATIONS[situation])
+    if drafter == "adaptive":
+        fix_costs(llm)
     result = run(llm)
     assert result.tokens == plain.tokens
     assert result.logprobs == pytest.approx(plain.logprobs, abs=1e-9)
@@ -129,6 +136,18 @@ def test_a_draft_progress_that_claims_too_much_is_noticed(
     assert stats["num_accepted_tokens"] < stats["num_draft_tokens"]
 
 
+def misread_trees(monkeypatch: pytest.MonkeyPatch, **wrong: Any) -> None:
+    """Replace what is read from a tree's shape; each is made from the number of rows and of
+    computed ones."""
+    real = input_batch.tree_rows
+
+    def misread(parents: tuple[int, ...], num_computed: int) -> input_batch.TreeRows:
+        made = {name: make(len(parents), num_computed) for name, make in wrong.items()}
+        return replace(real(parents, num_computed), **made)
+
+    monkeypatch.setattr(input_batch, "tree_rows", misread)
+
+
 class TestControls:
     """Each breaks one thing that the promise rests on; the tokens must change."""
 
@@ -142,22 +161,15 @@ class TestControls:
     def test_a_tree_read_as_a_chain_is_noticed(
         self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from folospec.worker import input_batch
-
-        monkeypatch.setattr(
-            input_batch,
-            "_ancestor_mask",
-            lambda p: input_batch.torch.ones(len(p), len(p)).tril() > 0,
-        )
+        lower = np.tri(64, dtype=np.bool_)
+        misread_trees(monkeypatch, mask=lambda n, done: SuffixMask(lower[done:n, :n]))
         llm = make_llm(models.target, speculative("oracle_tree", models))
         assert run(llm).tokens != plain.tokens
 
     def test_positions_by_row_instead_of_depth_are_noticed(
         self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from folospec.worker import input_batch
-
-        monkeypatch.setattr(input_batch, "_depths", lambda rows: range(len(rows.token_ids)))
+        misread_trees(monkeypatch, depths=lambda n, done: np.arange(n))
         llm = make_llm(models.target, speculative("oracle_tree", models))
         assert run(llm).tokens != plain.tokens
 

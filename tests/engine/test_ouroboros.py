@@ -16,6 +16,7 @@ from folospec import SamplingParams
 from folospec.core.token_tree import TokenTree
 from folospec.engine import commit
 from folospec.engine.speculation import Speculation
+from folospec.spec.children import Children
 from folospec.spec.drafters.base import Outcome
 from folospec.spec.drafters.draft_model import DraftModelDrafter
 from folospec.spec.drafters.ouroboros import OuroborosDrafter, _Drafted
@@ -156,8 +157,9 @@ def test_a_phrase_that_is_believed_unseen_is_noticed(
     _, chains, _ = chain_run("draft_model", models.near, "coupled", models, monkeypatch)
     real = OuroborosDrafter._keep_agreeing
 
-    def believing(self: Any, draft: Any, drawn: list[int], *rest: Any) -> None:
-        real(self, draft, [*draft.phrase, drawn[-1]], *rest)
+    def believing(self: Any, draft: Any, drawn: list[Children]) -> None:
+        believed = [Children([token_id], [0.5]) for token_id in draft.phrase]
+        real(self, draft, [*believed, drawn[-1]])
 
     monkeypatch.setattr(OuroborosDrafter, "_keep_agreeing", believing)
     _, phrased, _ = chain_run("ouroboros", models.near, "coupled", models, monkeypatch)

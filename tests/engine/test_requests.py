@@ -106,11 +106,11 @@ def test_ctrl_c_leaves_a_usable_engine(models: Any, monkeypatch: pytest.MonkeyPa
     llm = make_llm(models.target, "ngram")
     step, calls = LLMEngine.step, []
 
-    def interrupted(self: LLMEngine) -> Any:
+    def interrupted(self: LLMEngine, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, **options)
 
     monkeypatch.setattr(LLMEngine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any
 
@@ -121,10 +122,30 @@ def test_a_character_is_never_split(llms: dict[str, LLM]) -> None:
     token_ids = tokenizer.encode(text)
     assert len(token_ids) > len(text)
     follower = Detokenizer(tokenizer, tokenizer.encode("x = "), skip_special_tokens=True)
-    pieces = [follower.append(token_id) for token_id in token_ids]
-    assert "".join(pieces) == text
-    assert all("\ufffd" not in piece for piece in pieces)
-    assert "" in pieces
+    texts = [""]
+    for token_id in token_ids:
+        follower.append(token_id)
+        texts.append(follower.text)
+    assert texts[-1] == text
+    assert all(text.startswith(shown) for shown in texts)
+    assert len(set(texts)) < len(texts), "no token ended inside a character"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_text_is_the_same_however_seldom_it_is_asked_for(seed: int, llms: dict[str, LLM]) -> None:
+    """Half characters, wrong bytes and special tokens among the tokens."""
+    tokenizer, rng = llms["plain"].tokenizer, random.Random(seed)
+    token_ids = tokenizer.encode("naïve — ☃ 雪だるま 🙂 é")
+    for _ in range(12):
+        token_ids.insert(rng.randrange(len(token_ids)), rng.choice([*token_ids, *range(300)]))
+    always, seldom = (Detokenizer(tokenizer, [5, 6], skip_special_tokens=True) for _ in range(2))
+    for token_id in token_ids:
+        always.append(token_id)
+        seldom.append(token_id)
+        shown = always.text
+        if rng.random() < 0.2:
+            assert seldom.text == shown
+    assert seldom.text == always.text
 
 
 def test_streamed_text_is_the_final_text_and_holds_back_half_a_stop(llms: dict[str, LLM]) -> None:

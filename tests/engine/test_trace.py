@@ -186,7 +186,7 @@ def test_the_file_has_what_on_step_was_told(recorded: Any) -> None:
     _, _, steps, path = recorded
     header, read = read_trace(path)
     assert list(read) == steps
-    assert (header.schema, header.version) == ("folospec.trace", 1)
+    assert (header.schema, header.version) == ("folospec.trace", 2)
     assert len(path.read_text().splitlines()) == 1 + len(steps)
 
 

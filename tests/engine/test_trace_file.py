@@ -176,8 +176,8 @@ def test_a_line_that_breaks_the_schema_is_refused(
         ("[1]\n", "is not a trace"),
         ('{"step": 1}\n', "is not a trace"),
         ("hello\n", "line 1: not JSON"),
-        ('{"schema": "folospec.trace", "version": 2}\n', "version 2 of the trace schema, and only"),
-        ('{"schema": "folospec.trace", "version": 1}\n', "line 1 must be an object with"),
+        ('{"schema": "folospec.trace", "version": 3}\n', "version 3 of the trace schema, and only"),
+        ('{"schema": "folospec.trace", "version": 2}\n', "line 1 must be an object with"),
     ],
 )
 def test_a_file_that_is_no_trace_is_refused(text: str, words: str, tmp_path: Path) -> None:

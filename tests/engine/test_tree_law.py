@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from folospec import SamplingParams
 from folospec.engine.input_processor import InputProcessor
+from folospec.sampling import noise
 from folospec.spec import children
-from folospec.spec.drafters import model_drafter
 
 PROMPT = [1, 2, 3]
 NUM_TOKENS, NUM_SEQUENCES = 4, 2000
@@ -177,9 +177,9 @@ class TestControls:
     def test_drafters_with_one_noise_are_seen(
         self, tiny: Tiny, law: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = model_drafter.noise.purpose_code
+        real = noise.purpose_code
         monkeypatch.setattr(
-            model_drafter.noise,
+            noise,
             "purpose_code",
             lambda kind, row=None, stream=0: real(kind, row, stream >> 10 << 10),
         )

@@ -1,0 +1,250 @@
+"""Is `speculative="auto"` ever slower than plain decoding? Alternated pairs of runs, on texts that
+draft well and on texts that do not.
+
+    python benchmarks/never_slower.py --out never_slower.jsonl
+    python benchmarks/never_slower.py --model PATH --draft-model PATH --dtype bfloat16
+
+Each pair completes prompts that neither engine has seen: with the same ones again, the suffix
+drafter would copy its own answers. Which engine goes first alternates. The engines live as long as
+a workload does, so the planner keeps what it has learned, as it would in service; the first pair
+warms both up and is left out. A ratio is plain time over auto time: above 1, auto is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from output import begin, show, write_rows
+from prompts import LENGTHS, held_out_prompts
+from provenance import ROOT
+from rich.table import Table
+
+from folospec import LLM, SamplingParams
+
+Row = dict[str, Any]
+
+RESAMPLES = 10_000
+COUNTS = (
+    "num_steps",
+    "num_drafts",
+    "num_draft_tokens",
+    "num_accepted_tokens",
+    "draft_time",
+    "target_time",
+    "sampling_time",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts of one kind, and how they are sampled."""
+
+    name: str
+    temperature: float
+    kind: str
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("code", 0.0, "code"),
+        Workload("prose", 0.0, "prose"),
+        Workload("random", 0.0, "random"),
+        Workload("hot", 1.5, "code"),
+    )
+}
+
+
+def prompts_of(kind: str, tokenizer: Any, vocab_size: int, count: int) -> list[list[int]]:
+    """`count` prompts of the lengths that the other benchmarks have, the same in every run.
+
+    Raises:
+        ValueError: there is not enough text.
+    """
+    if kind == "code":
+        return held_out_prompts(tokenizer, count)
+    rng = random.Random(0)
+    lengths = [LENGTHS[index % len(LENGTHS)] for index in range(count)]
+    if kind == "random":
+        return [[rng.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
+    pages = sorted(ROOT.glob("docs/**/*.md"))
+    token_ids = tokenizer("\n".join(page.read_text() for page in pages), verbose=False)["input_ids"]
+    last = len(token_ids) - max(LENGTHS)
+    if last < count:
+        raise ValueError(f"the pages give {last} prompts, got {count=}")
+    return [
+        token_ids[place : place + length]
+        for place, length in zip(rng.sample(range(last), count), lengths, strict=True)
+    ]
+
+
+@dataclass(slots=True)
+class Run:
+    seconds: float
+    token_ids: list[list[int]]
+    counts: dict[str, float]
+    undrafted: dict[str, int]
+
+
+def run(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> Run:
+    before = llm.stats()
+    begin = time.perf_counter()
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    seconds = time.perf_counter() - begin
+    after = llm.stats()
+    old = before["num_undrafted"]
+    return Run(
+        seconds,
+        [output.outputs[0].token_ids for output in outputs],
+        {name: after[name] - before[name] for name in COUNTS},
+        {name: n - old.get(name, 0) for name, n in after["num_undrafted"].items()},
+    )
+
+
+def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) -> Row:
+    """Run the pairs of one workload and batch size, and sum them up."""
+    plain, auto = engines["plain"], engines["auto"]
+    count = (args.pairs + 1) * batch
+    prompts = prompts_of(workload.kind, plain.tokenizer, _vocab_size(plain), count)
+    runs: dict[str, list[Run]] = {"plain": [], "auto": []}
+    for pair in range(args.pairs + 1):
+        own = prompts[pair * batch : (pair + 1) * batch]
+        params = SamplingParams(
+            temperature=workload.temperature,
+            max_tokens=args.max_tokens,
+            ignore_eos=True,
+            seed=pair if workload.temperature else None,
+        )
+        for name in ("plain", "auto") if pair % 2 else ("auto", "plain"):
+            runs[name].append(run(engines[name], own, params))
+    same = [a.token_ids == b.token_ids for a, b in zip(runs["plain"], runs["auto"], strict=True)]
+    runs = {name: taken[1:] for name, taken in runs.items()}
+    ratios = [a.seconds / b.seconds for a, b in zip(runs["plain"], runs["auto"], strict=True)]
+    low, high = bootstrap(ratios)
+    return {
+        "workload": workload.name,
+        "temperature": workload.temperature,
+        "batch": batch,
+        "pairs": args.pairs,
+        "max_tokens": args.max_tokens,
+        "ratio": statistics.median(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+        "ratios": ratios,
+        "tokens_equal": all(same),
+        "num_differing_pairs": same.count(False),
+        **{f"{name}_seconds": [one.seconds for one in taken] for name, taken in runs.items()},
+        "auto_counts": {k: sum(one.counts[k] for one in runs["auto"]) for k in COUNTS},
+        "auto_undrafted": _sums(one.undrafted for one in runs["auto"]),
+        "planner": auto.stats()["planner"],
+    }
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the median, by resampling."""
+    rng = random.Random(seed)
+    medians = sorted(
+        statistics.median(rng.choices(values, k=len(values))) for _ in range(RESAMPLES)
+    )
+    return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+
+
+def rows(args: Any, facts: Row) -> Iterator[Row]:
+    for name in args.workloads:
+        engines = {"plain": _engine(args, None), "auto": _engine(args, _speculative(args))}
+        for batch in args.batches:
+            yield {**facts, **_settings(args), **measure(engines, WORKLOADS[name], batch, args)}
+
+
+def _speculative(args: Any) -> Any:
+    return {"method": "auto", "model": args.draft_model} if args.draft_model else "auto"
+
+
+def _engine(args: Any, speculative: Any) -> LLM:
+    return LLM(
+        args.model,
+        speculative=speculative,
+        dtype=args.dtype,
+        max_num_seqs=max(args.batches),
+        enable_prefix_caching=False,
+        strict_drafters=True,
+    )
+
+
+def _settings(args: Any) -> Row:
+    return {"model": args.model, "draft_model": args.draft_model, "dtype": args.dtype}
+
+
+def _vocab_size(llm: LLM) -> int:
+    return llm.engine.parts.target.model.config.vocab_size
+
+
+def _sums(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in counts:
+        for name, count in one.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def table(found: list[Row]) -> Table:
+    table = Table(title="Speed of speculative='auto' relative to plain decoding")
+    for header in ("workload", "batch", "median", "95 %", "acceptance", "tokens", "no draft"):
+        table.add_column(header, justify="left" if header in ("workload", "no draft") else "right")
+    for row in found:
+        counts, reasons = row["auto_counts"], row["auto_undrafted"]
+        drafts = counts["num_drafts"]
+        length = f"{1 + counts['num_accepted_tokens'] / drafts:.2f}" if drafts else "-"
+        most = sorted(reasons, key=lambda name: -reasons[name])[:3]
+        table.add_row(
+            row["workload"],
+            str(row["batch"]),
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_low']:.3f}-{row['ratio_high']:.3f}",
+            length,
+            "equal" if row["tokens_equal"] else f"{row['num_differing_pairs']} pairs differ",
+            ", ".join(f"{name} {reasons[name]}" for name in most),
+        )
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="folospec-demo", help="checkpoint or bundled name")
+    parser.add_argument("--draft-model", help="draft model for auto; default: the bundled one")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--workloads", default="code,prose,random,hot", type=_workloads)
+    parser.add_argument("--batches", default="1,8,32", type=_counts)
+    parser.add_argument("--pairs", default=15, type=int)
+    parser.add_argument("--max-tokens", default=128, type=int)
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own")
+    parser.add_argument("--out", type=Path, help="file of JSON lines; default: stdout")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    facts = begin(argv, __file__)
+    show(table(write_rows(rows(args, facts), args.out)))
+
+
+def _counts(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _workloads(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in WORKLOADS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(WORKLOADS)}, got {unknown}")
+    return names
+
+
+if __name__ == "__main__":
+    main()

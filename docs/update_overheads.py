@@ -1,0 +1,129 @@
+"""Write the results of benchmarks/step_cost.py into docs/overheads.md and draw its plots.
+
+python benchmarks/step_cost.py --host --out host_time.jsonl
+python benchmarks/step_cost.py --out step_cost.jsonl
+python docs/update_overheads.py host_time.jsonl step_cost.jsonl
+
+A section is written anew if there are rows of its benchmark; the others stay.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "overheads.md"
+PLOTS = DOCS / "plots"
+BENCHMARKS = DOCS.parent / "benchmarks"
+PARTS = ("schedule", "propose", "metadata", "sample", "commit", "output", "rest")
+
+Row = dict[str, Any]
+
+
+def begin(name: str) -> str:
+    return f"<!-- {name}: written by docs/update_overheads.py -->\n"
+
+
+def end(name: str) -> str:
+    return f"<!-- end of {name} -->\n"
+
+
+def host_section(rows: Sequence[Row]) -> str:
+    """Host time in ms for every setting, and its parts."""
+    lines = [["batch", "T", "top_p", "drafts", "tokens a step", "drawn by", "**host**", *PARTS]]
+    lines.append(["---:"] * 5 + ["---"] + ["---:"] * (1 + len(PARTS)))
+    for row in rows:
+        settings = [str(row["batch"]), f"{row['temperature']:g}", f"{row.get('top_p', 1):g}"]
+        settings += [str(row["drafts"]), f"{row['tokens_per_step']:.2f}", row["sampling"]]
+        times = [f"{row[f'{part}_ms']:.3f}" for part in PARTS]
+        lines.append([*settings, f"**{row['host_ms']:.2f}**", *times])
+    steps = ", ".join(str(n) for n in sorted({row["steps"] for row in rows}))
+    picture = "![Host time of a step, by parts](plots/host_time.svg)\n\n"
+    return _table(lines) + picture + _setting(rows[0], f"vocabulary 4096, steps: {steps}")
+
+
+def cost_section(rows: Sequence[Row]) -> str:
+    """Time of a step in ms for every number of rows, the model's and the rest."""
+    lines = [["", "rows", "step", "of one row", "model", "host"], ["---", *["---:"] * 5]]
+    for row in rows:
+        times = [f"{row[f'{part}_ms']:.2f}" for part in ("total", "model", "host")]
+        cells = [row["shape"], str(row["rows"]), times[0], f"{row['ratio_to_first']:.2f}"]
+        lines.append([*cells, *times[1:]])
+    picture = "![Time of a step by its rows](plots/step_cost.svg)\n\n"
+    what = f"context {rows[0]['context']}, {rows[0]['dtype']}, steps: {rows[0]['steps']}"
+    return _table(lines) + picture + _setting(rows[0], what)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+
+
+def _setting(row: Row, what: str) -> str:
+    """Model, hardware, versions, commit and command: what a number has to name."""
+    source = row["provenance"]
+    changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
+    return (
+        f"`{row['model']}`, {what}; medians, in milliseconds. {source['cpu']}, cores: "
+        f"{source['cores']}, torch threads: {source['torch_threads']}, load at the start: "
+        f"{source['load_average'][0]:.1f}, torch {source['torch']}, Python {source['python']}, "
+        f"commit {str(source['git_commit'])[:10]}{changed}. Command: `{source['command']}`.\n"
+    )
+
+
+SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "host_time": host_section,
+    "step_cost": cost_section,
+}
+
+
+def updated(page: str, rows: Sequence[Row]) -> str:
+    """Return the page with the sections filled in that there are rows for.
+
+    Raises:
+        ValueError: there are no rows, those of a benchmark come from several runs, or the page
+            lacks a marker.
+    """
+    known = [row for row in rows if row.get("benchmark") in SECTIONS]
+    if not known:
+        raise ValueError(f"there must be rows of {', '.join(SECTIONS)}, got none")
+    for name, section in SECTIONS.items():
+        own = [row for row in known if row["benchmark"] == name]
+        if not own:
+            continue
+        runs = {(row["provenance"]["command"], row["provenance"]["time"]) for row in own}
+        if len(runs) != 1:
+            raise ValueError(f"the rows of {name} must come from one run, got {sorted(runs)}")
+        before, found, rest = page.partition(begin(name))
+        _, closed, after = rest.partition(end(name))
+        if not (found and closed):
+            raise ValueError(f"the page must have the lines {begin(name)!r} and {end(name)!r}")
+        page = before + begin(name) + section(own) + end(name) + after
+    return page
+
+
+def draw(rows: Sequence[Row], folder: Path) -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    import step_plots
+    from acceptance_plots import save
+
+    for name, plot in (("host_time", step_plots.host_time), ("step_cost", step_plots.step_cost)):
+        own = [row for row in rows if row.get("benchmark") == name]
+        if own:
+            save(plot(own), folder / f"{name}.svg")
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python docs/update_overheads.py RESULTS.jsonl ...")
+    lines = [line for name in sys.argv[1:] for line in Path(name).read_text().splitlines()]
+    rows = [json.loads(line) for line in lines if line]
+    PAGE.write_text(updated(PAGE.read_text(), rows))
+    draw(rows, PLOTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""How long a pass of the target takes with 1 to 64 rows, measured when the engine starts, once per
+model and machine.
+
+The rows run at the slots of a pool that nobody uses yet. The figures are kept in a file of the
+user's cache folder, named by everything that they depend on; a file that cannot be read, or says
+something else, is measured anew. The planner corrects them while the engine runs, so they need not
+be exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from folospec.attention.native_cpu import NativeAttention
+from folospec.config import EngineConfig
+from folospec.engine.loading import Parts
+from folospec.engine.planning import UNKNOWN_COSTS, Costs
+from folospec.kernels import native
+from folospec.kernels.build import cache_folder
+from folospec.models.base import Model
+from folospec.models.loader import resolve_model
+from folospec.spec.draft_runner import Rows
+from folospec.spec.step_cost import CostCurve
+from folospec.worker.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_ORDER = (1, 64, 8, 24, 4, 2, 16, 32, 12, 48, 6, 3)
+"""The counts that tell most come first, in case the time runs out."""
+_LEAST_COUNTS = 2
+_DRAFT_COUNTS = (1, 64, 16)
+_CONTEXT = 128
+_REPEATS = 5
+_SECONDS = 1.5
+"""Time for the target; a third of it for each draft model."""
+
+Points = dict[int, float]
+
+
+def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
+    """What passes cost here, from the cache or measured now; unknown without a planner."""
+    if config.speculative is None or not config.speculative.is_adaptive:
+        return UNKNOWN_COSTS
+    target = _Subject(parts.target, [_facts(config.model)], _ORDER, _SECONDS)
+    points = target.points(config, parts.num_blocks)
+    if not points:
+        return UNKNOWN_COSTS
+    guesses = {}
+    for drafter in parts.drafters:
+        runner = getattr(drafter, "runner", None)
+        if not isinstance(runner, ModelRunner):
+            continue
+        facts = [drafter.config.method, str(dict(drafter.config.options)), _facts(config.model)]
+        facts += [_facts(drafter.config.model)] if drafter.config.model else []
+        own = _Subject(runner, facts, _DRAFT_COUNTS, _SECONDS / 3).points(config, parts.num_blocks)
+        if 1 in own:
+            most = max(own)
+            slope = max(0.0, own[most] - own[1]) / max(1, most - 1)
+            guesses[drafter.name] = (0.0, 0.0, own[1], slope, slope)
+    return Costs(CostCurve(points), guesses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A runner to be measured, what its model is, at which counts, and in what time."""
+
+    runner: ModelRunner
+    facts: list[str]
+    counts: Sequence[int]
+    seconds: float
+
+    def points(self, config: EngineConfig, num_blocks: int) -> Points:
+        key = self._key(config)
+        path = _path(key)
+        points = read_points(path, key)
+        if points is None:
+            block_size = config.block_size
+            points = measure(self.runner, block_size, num_blocks, self.counts, self.seconds)
+            if points:
+                write_points(path, key, points)
+        return points
+
+    def _key(self, config: EngineConfig) -> dict[str, Any]:
+        """Everything that the figures depend on, as JSON has it."""
+        model = self.runner.model
+        is_cuda = model.device.type == "cuda"
+        has_affinity = hasattr(os, "sched_getaffinity")
+        return {
+            "folospec": version("folospec"),
+            "torch": torch.__version__,
+            "facts": self.facts,
+            "model": [type(model).__name__, str(model.config)],
+            "attention": model.attention.name,
+            "kernels": _kernels(model),
+            "row_at_a_time": self.runner.row_at_a_time,
+            "deterministic": config.deterministic,
+            "block_size": config.block_size,
+            "counts": list(self.counts),
+            "device": torch.cuda.get_device_name(model.device) if is_cuda else str(model.device),
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def measure(
+    runner: ModelRunner,
+    block_size: int,
+    num_blocks: int,
+    counts: Sequence[int] = _ORDER,
+    seconds: float = _SECONDS,
+) -> Points:
+    """Time passes of a chain of rows behind some context: number of rows -> seconds.
+
+    Args:
+        num_blocks: of the pool; counts that do not fit are left out.
+        seconds: begin no other count when they are over, but for the first two.
+    """
+    longest = min(num_blocks * block_size, runner.model.config.max_model_len)
+    table = list(range(-(-longest // block_size)))[:num_blocks]
+    points: Points = {}
+    started = time.perf_counter()
+    for count in counts:
+        start = min(_CONTEXT, longest - count)
+        late = time.perf_counter() - started > seconds and len(points) >= _LEAST_COUNTS
+        if start < 0 or late or count > runner.max_num_batched_tokens:
+            continue
+        batch = [Rows([0] * count, start, table, num_logits=count)]
+        points[count] = _time(runner, batch, started + seconds)
+    return points
+
+
+def _time(runner: ModelRunner, batch: list[Rows], deadline: float) -> float:
+    """The quickest of a few passes: what else the machine does only ever adds."""
+    taken: list[float] = []
+    while len(taken) <= _REPEATS:
+        begin = time.perf_counter()
+        runner.forward(batch).logits[-1, :1].tolist()  # reading a number waits for a GPU
+        taken.append(time.perf_counter() - begin)
+        if time.perf_counter() > deadline:
+            break
+    return min(taken)
+
+
+def _facts(model: str) -> str:
+    """What a checkpoint is: its config, whatever folder it lies in."""
+    config = (resolve_model(model) / "config.json").read_bytes()
+    return hashlib.sha256(config).hexdigest()[:16]
+
+
+def _kernels(model: Model) -> str:
+    """Which build of the native kernels runs the model."""
+    if not isinstance(model.attention, NativeAttention):
+        return "torch"
+    library = native.load()
+    return Path(library.library._name).name if library is not None else "torch"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _path(key: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / "step_costs" / f"{digest}.json"
+
+
+def read_points(path: Path, key: dict[str, Any]) -> Points | None:
+    """The figures of a file; None if there is none, or it is not what was written for this key."""
+    try:
+        found = json.loads(path.read_text())
+        if found["key"] != key:
+            raise ValueError("it was written for something else")
+        points = {int(count): float(seconds) for count, seconds in found["seconds"].items()}
+        if not points or any(n < 1 or not 0 < s < math.inf for n, s in points.items()):
+            raise ValueError(f"it has impossible figures: {points}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("step costs are measured anew, %s cannot be used: %s", path, error)
+        return None
+    return points
+
+
+def write_points(path: Path, key: dict[str, Any], points: Points) -> None:
+    """Keep figures; a reader sees all of them or none. Where nothing can be written, nothing is
+    kept."""
+    text = json.dumps({"key": key, "seconds": points}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix="part-")
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(scratch, path)
+    except OSError as error:
+        logger.warning("step costs cannot be kept in %s: %s", path.parent, error)

@@ -1,0 +1,210 @@
+"""What became of a drafter's proposals: how deep they were accepted, how far its confidence can be
+believed, and what asking it was worth.
+
+Every estimate is shrunk towards a wider one that has seen more, and forgets exponentially:
+
+    this request  ->  all requests of the drafter  ->  a prior
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+NUM_LEVELS = 8
+"""Depths that are told apart; what is deeper counts as the last."""
+NUM_BINS = 10
+PRICES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Tokens that a row of the target must bring to pay, at which the worth of a draft is kept."""
+PRIOR_ACCEPTANCE = 0.7
+"""Before anything was seen. Too high is tried and learned; too low may never be tried."""
+_PRIOR_WEIGHT, _REQUEST_WEIGHT = 6.0, 5.0
+_DRAFTER_KEEP, _REQUEST_KEEP = 0.995, 0.93
+_PRIOR_WORTH = 0.5
+
+
+@dataclass(slots=True)
+class Share:
+    """Accepted out of tried, both forgetting."""
+
+    tried: float = 0.0
+    accepted: float = 0.0
+
+    def add(self, outcome: float, keep: float) -> None:
+        self.tried = keep * self.tried + 1.0
+        self.accepted = keep * self.accepted + outcome
+
+    def estimate(self, prior: float, weight: float) -> float:
+        return (prior * weight + self.accepted) / (weight + self.tried)
+
+
+@dataclass(slots=True)
+class _Bin:
+    """Nodes whose stated confidence was alike: how many, what was stated, and what came of it."""
+
+    tried: float = 0.0
+    stated: float = 0.0
+    accepted: float = 0.0
+
+    def add(self, stated: float, accepted: bool) -> None:
+        self.tried = _DRAFTER_KEEP * self.tried + 1.0
+        self.stated = _DRAFTER_KEEP * self.stated + stated
+        self.accepted = _DRAFTER_KEEP * self.accepted + accepted
+
+    @property
+    def correction(self) -> float:
+        return (self.accepted - self.stated) / (_PRIOR_WEIGHT + self.tried)
+
+
+@dataclass(slots=True)
+class _Worth:
+    """Mean worth of an ask at each of `PRICES`."""
+
+    values: list[float] = field(default_factory=lambda: [0.0] * len(PRICES))
+    weight: float = 0.0
+
+    def add(self, values: Sequence[float], keep: float) -> None:
+        self.weight = keep * self.weight + 1.0
+        step = 1.0 / self.weight
+        self.values = [m + step * (v - m) for m, v in zip(self.values, values, strict=True)]
+
+    def estimate(self, prior: Sequence[float], weight: float) -> list[float]:
+        total = weight + self.weight
+        return [
+            (p * weight + v * self.weight) / total for p, v in zip(prior, self.values, strict=True)
+        ]
+
+
+@dataclass(slots=True)
+class _Request:
+    levels: list[Share] = field(default_factory=lambda: [Share() for _ in range(NUM_LEVELS)])
+    worth: _Worth = field(default_factory=_Worth)
+    expected: float = 0.0
+    accepted: float = 0.0
+    """Of tried nodes: the calibrated confidence in them, and how many were accepted."""
+
+
+class AcceptanceRecord:
+    """The record of one drafter."""
+
+    def __init__(self) -> None:
+        self._levels = [Share() for _ in range(NUM_LEVELS)]
+        self._wide: list[float] | None = None
+        self._bins = [_Bin() for _ in range(NUM_BINS)]
+        self._worth = _Worth()
+        self._requests: dict[str, _Request] = {}
+        self.nodes_per_level = 1.0
+        """Of proposals that were made, on average."""
+
+    @property
+    def num_asks(self) -> float:
+        """Times the drafter was asked, as far as they are remembered."""
+        return self._worth.weight
+
+    def drop(self, seq_id: str) -> None:
+        self._requests.pop(seq_id, None)
+
+    def knows(self, seq_id: str) -> bool:
+        """Whether anything was seen of the drafter's proposals for this sequence."""
+        return seq_id in self._requests
+
+    # How deep drafts are accepted -----------------------------------------------------------------
+
+    def conditional(self, seq_id: str, level: int) -> float:
+        """The chance that a draft is accepted at this level, from 1, given the level above it."""
+        return self._conditionals(seq_id)[min(level, NUM_LEVELS) - 1]
+
+    def _conditionals(self, seq_id: str) -> list[float]:
+        """Of a level that few drafts came to, what is known of the one above is expected."""
+        if self._wide is None:
+            expected, self._wide = PRIOR_ACCEPTANCE, []
+            for level in self._levels:
+                expected = level.estimate(expected, _PRIOR_WEIGHT)
+                self._wide.append(expected)
+        request = self._requests.get(seq_id)
+        if request is None:
+            return self._wide
+        return [
+            own.estimate(wide, _REQUEST_WEIGHT)
+            for own, wide in zip(request.levels, self._wide, strict=True)
+        ]
+
+    def add_shape(self, num_nodes: int, depth: int) -> None:
+        """A proposal had so many nodes and levels."""
+        self.nodes_per_level += 0.05 * (num_nodes / depth - self.nodes_per_level)
+
+    def reach(self, seq_id: str, max_depth: int) -> list[float]:
+        """The chance that a draft is accepted up to each level, 1 to `max_depth`."""
+        reached, chance = [], 1.0
+        conditionals = self._conditionals(seq_id)
+        for level in range(max_depth):
+            chance *= conditionals[min(level, NUM_LEVELS - 1)]
+            reached.append(chance)
+        return reached
+
+    def add_level(self, seq_id: str, level: int, outcome: float) -> None:
+        """Level `level` was put to the test, or would have been: `outcome` is 0, 1, or a
+        chance."""
+        index = min(level, NUM_LEVELS) - 1
+        self._levels[index].add(outcome, _DRAFTER_KEEP)
+        self._wide = None
+        self._request(seq_id).levels[index].add(outcome, _REQUEST_KEEP)
+
+    # How far confidence can be believed -----------------------------------------------------------
+
+    def calibrate(self, seq_id: str, confidence: Sequence[float]) -> list[float]:
+        """Chances from stated confidence, by what came of alike ones and of this request's."""
+        corrections = [b.correction for b in self._bins]
+        request = self._requests.get(seq_id)
+        factor = 1.0
+        if request is not None:
+            factor = (request.accepted + 4.0) / (request.expected + 4.0)
+        last = NUM_BINS - 1
+        return [
+            min(max((c + corrections[min(int(c * NUM_BINS), last)]) * factor, 0.001), 0.999)
+            for c in confidence
+        ]
+
+    def add_trial(self, seq_id: str, stated: float, expected: float, accepted: bool) -> None:
+        """A node was put to the test; `expected` is its calibrated confidence."""
+        self._bins[min(int(stated * NUM_BINS), NUM_BINS - 1)].add(stated, accepted)
+        request = self._request(seq_id)
+        request.expected = _REQUEST_KEEP * request.expected + expected
+        request.accepted = _REQUEST_KEEP * request.accepted + accepted
+
+    # What asking is worth -------------------------------------------------------------------------
+
+    def worth(self, seq_id: str, price: float) -> float:
+        """Expected tokens that a proposal brings, less the price of its rows, when only nodes that
+        are worth their price are kept."""
+        prior = [_PRIOR_WORTH * (1.0 - p) for p in PRICES]
+        values = self._worth.estimate(prior, _PRIOR_WEIGHT)
+        request = self._requests.get(seq_id)
+        if request is not None:
+            values = request.worth.estimate(values, _REQUEST_WEIGHT)
+        return _interpolate(values, price)
+
+    def add_ask(self, seq_id: str, chances: Sequence[float], num_scratch: int = 0) -> None:
+        """The drafter was asked; the nodes it proposed are reached and accepted with these
+        chances, and so many rows more are never judged."""
+        values = [
+            sum(chance - price for chance in chances if chance > price) - price * num_scratch
+            for price in PRICES
+        ]
+        self._worth.add(values, _DRAFTER_KEEP)
+        self._request(seq_id).worth.add(values, _REQUEST_KEEP)
+
+    def _request(self, seq_id: str) -> _Request:
+        request = self._requests.get(seq_id)
+        if request is None:
+            request = self._requests[seq_id] = _Request()
+        return request
+
+
+def _interpolate(values: Sequence[float], price: float) -> float:
+    if price <= PRICES[0]:
+        return values[0]
+    for left, right, low, high in zip(PRICES, PRICES[1:], values, values[1:], strict=False):
+        if price <= right:
+            return low + (high - low) * (price - left) / (right - left)
+    return values[-1] * max(0.0, 1.0 - (price - PRICES[-1]) / (1.0 - PRICES[-1]))

@@ -1,0 +1,160 @@
+"""The two decisions of a step, as arithmetic: how deep to draft for each sequence, and which of the
+proposed nodes the target is to judge.
+
+Both look for the greatest rate over the whole batch,
+
+                  sequences + sum of the nodes' chances              tokens
+        rate =  ----------------------------------------------   =  -------
+                  step with so many rows + drafting                  second
+
+A step without drafts is among the answers. Items are taken by falling chance, and the best
+number of them is kept: since a chance is never above its parent's, what is taken is a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24)
+"""Numbers of passes that are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPrices:
+    """Seconds of drafting: per call, per row, per pass, and per row and pass."""
+
+    call: float
+    row: float
+    one_pass: float
+    level: float
+
+
+@dataclass(frozen=True, slots=True)
+class DepthRow:
+    """A sequence that may be drafted for: the chance to be accepted up to each level, and seconds
+    that drafting for it costs besides, such as its share of catching up."""
+
+    reach: Sequence[float]
+    extra: float = 0.0
+    weight: float = 1.0
+    """What a token of this sequence counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class DepthChoice:
+    """How deep to draft for each row, 0 being not at all, and the rate that is expected of it."""
+
+    depths: list[int]
+    rate: float
+
+
+def choose_depths(
+    rows: Sequence[DepthRow],
+    base_tokens: float,
+    seconds: Array,
+    prices: DraftPrices,
+    nodes_per_level: float = 1.0,
+) -> DepthChoice:
+    """Choose the depth of every row.
+
+    Args:
+        base_tokens: what the step brings without these drafts.
+        seconds: of the step with 0, 1, ... draft rows more; as many as can be drafted, at least.
+        nodes_per_level: nodes that a level of a draft has, on average.
+    """
+    if len(rows) == 1:
+        return _choose_depth(rows[0], base_tokens, seconds, prices, nodes_per_level)
+    best = DepthChoice([0] * len(rows), base_tokens / float(seconds[0]))
+    longest = max((len(row.reach) for row in rows), default=0)
+    tried = sorted({min(depth, longest) for depth in DEPTHS if longest > 0})
+    chances = np.array([c * row.weight for row in rows for c in row.reach])
+    owner = np.array([i for i, row in enumerate(rows) for _ in row.reach])
+    level = np.array([d for row in rows for d in range(1, len(row.reach) + 1)])
+    extra = np.array([prices.row + row.extra for row in rows])
+    order = np.lexsort((level, -chances))
+    chances, owner, level = chances[order], owner[order], level[order]
+    costs = prices.level + np.where(level == 1, extra[owner], 0.0) if longest else chances
+    for depth in tried:
+        inside = level <= depth
+        tokens = base_tokens + np.cumsum(chances[inside])
+        counts = np.arange(1, len(tokens) + 1, dtype=np.float64) * nodes_per_level
+        drafting = prices.call + depth * prices.one_pass + np.cumsum(costs[inside])
+        rates = tokens / (_at(seconds, counts) + drafting)
+        most = int(rates.argmax())
+        if rates[most] > best.rate:
+            chosen = np.bincount(owner[inside][: most + 1], minlength=len(rows))
+            best = DepthChoice(chosen.tolist(), float(rates[most]))
+    return best
+
+
+def _choose_depth(
+    row: DepthRow, base_tokens: float, seconds: Array, prices: DraftPrices, nodes_per_level: float
+) -> DepthChoice:
+    """The same for one row, where no order has to be found."""
+    best, rate = 0, base_tokens / float(seconds[0])
+    steps = seconds.tolist()
+    tokens, drafting = base_tokens, prices.call + prices.row + row.extra
+    for depth, chance in enumerate(row.reach, start=1):
+        tokens += chance * row.weight
+        drafting += prices.one_pass + prices.level
+        nodes = min(round(depth * nodes_per_level), len(steps) - 1)
+        if tokens / (steps[nodes] + drafting) > rate:
+            best, rate = depth, tokens / (steps[nodes] + drafting)
+    return DepthChoice([best], rate)
+
+
+def choose_nodes(
+    chances: Sequence[Sequence[float]],
+    base_tokens: float,
+    seconds: Array,
+    drafting: float,
+    weights: Sequence[float],
+) -> tuple[list[list[int]], float]:
+    """Choose which nodes the target judges.
+
+    Args:
+        chances: of each proposal, that its nodes are reached and accepted; a child's is not above
+            its parent's, and parents come first.
+        base_tokens: what the step brings without them.
+        seconds: of the step with 0, 1, ... of them: one more than there are nodes, at least.
+        drafting: seconds that were spent on them.
+        weights: what a token counts, for each proposal.
+
+    Returns:
+        the nodes of each proposal that are kept, in order, and the rate that is expected.
+    """
+    flat = np.array([c * w for own, w in zip(chances, weights, strict=True) for c in own])
+    place = [(i, node) for i, own in enumerate(chances) for node in range(len(own))]
+    kept: list[list[int]] = [[] for _ in chances]
+    order = np.argsort(-flat, kind="stable")
+    tokens = base_tokens + np.concatenate(([0.0], np.cumsum(flat[order])))
+    rates = tokens / (seconds[: len(tokens)] + drafting)
+    most = int(rates.argmax())
+    for index in sorted(order[:most].tolist()):
+        i, node = place[index]
+        kept[i].append(node)
+    return kept, float(rates[most])
+
+
+def price_of_row(rate: float, seconds: Array) -> float:
+    """Tokens that one more draft row must bring, on average over what `seconds` covers."""
+    return rate * float(seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
+
+
+def _at(table: Array, counts: Array) -> Array:
+    """The table between its entries; beyond the last one as steep as on average."""
+    last = len(table) - 1
+    if counts[-1] <= last:
+        whole = counts.astype(np.int64)
+        if (whole == counts).all():
+            return table[whole]
+        return np.interp(counts, np.arange(last + 1), table)
+    slope = (table[-1] - table[0]) / max(1, last)
+    inside = np.interp(counts, np.arange(last + 1), table)
+    return np.where(counts > last, table[-1] + slope * (counts - last), inside)

@@ -1,0 +1,211 @@
+"""What a step costs, as a function of the rows in it; and what a draft costs.
+
+                   seconds of a step
+                       |             ..*        pass    the target's rows, a measured curve: flat
+                       |        ..*''                   while weights are the limit, then steep
+                       |*---*-''                host    scheduling, sampling, commit: per step, per
+                       +----------- rows                sequence, per draft token
+
+Two things change while the engine runs. The machine as a whole gets slower or faster, when another
+process takes a part of it: one factor, `slowdown`, follows that within a few steps, and nothing is
+decided by it, since only ratios matter. And the shape was measured wrong or has changed: the
+coefficients follow that slowly, from how steps of different shapes compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from folospec.spec.online_fit import OnlineFit
+
+Array = npt.NDArray[np.float64]
+
+MAX_ROWS = 4096
+"""The curve is tabulated up to here; a larger pass costs as if it had so many rows."""
+_HOST_SECONDS = (3e-4, 3e-5, 1e-4, 2e-5)
+"""Host time per step, sequence, step with drafts, and draft token, before any was measured."""
+_UNSETTLED_STEPS = 2
+"""First steps, which pay for what is made once, are not learned from."""
+_SLOWDOWN_RATE = 0.2
+_DRAFTING = slice(3, 5)
+"""The coefficients of a step with drafts, and of each of them."""
+_LEARN_ALL_CALLS = 50
+"""After so many calls of a drafter every fourth is learned from, and those that caught up."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What is in a step besides draft tokens: rows of committed tokens, sequences that get a token,
+    and the tokens that these see, all sequences together."""
+
+    num_rows: int
+    num_sequences: int
+    context: int = 0
+
+
+class CostCurve:
+    """Seconds of the target's pass by number of rows, linear between measured points, and beyond
+    the last one as steep as it was from the first to the last.
+
+    Args:
+        points: number of rows -> seconds, at least one; a pass with more rows costs no less.
+
+    Raises:
+        ValueError: there is no point, or one is not positive.
+    """
+
+    def __init__(self, points: Mapping[int, float]) -> None:
+        rows = sorted(points)
+        if not rows or rows[0] < 1 or any(not 0 < points[n] < math.inf for n in rows):
+            raise ValueError(f"points must have positive rows and seconds, got {dict(points)}")
+        seconds = np.maximum.accumulate([points[n] for n in rows])
+        counts = np.arange(MAX_ROWS + 1)
+        table = np.interp(counts, rows, seconds)
+        if len(rows) > 1:
+            slope = (seconds[-1] - seconds[0]) / (rows[-1] - rows[0])
+            table = np.where(counts > rows[-1], seconds[-1] + slope * (counts - rows[-1]), table)
+        self.table: Array = table
+        self.points = dict(zip(rows, seconds.tolist(), strict=True))
+
+    def at(self, num_rows: int) -> float:
+        return float(self.table[min(num_rows, MAX_ROWS)])
+
+
+DEFAULT_CURVE = CostCurve({1: 0.01, 64: 0.03})
+"""Where nothing was measured: what weights cost once, and a little for every row."""
+
+
+class StepCost:
+    """Seconds of a step without its drafting.
+
+    Args:
+        curve: of the target's pass.
+    """
+
+    def __init__(self, curve: CostCurve = DEFAULT_CURVE) -> None:
+        self.curve = curve
+        self.slowdown = self.speed_now = 1.0
+        """How much slower the machine is than when the curve was measured: lately, and in the last
+        step alone."""
+        self._unit = curve.at(1)
+        step, sequence, some, draft = (seconds / self._unit for seconds in _HOST_SECONDS)
+        self._fit = OnlineFit(
+            [1.0, step, sequence, some, draft, 0.0],
+            [0.3, step + 0.1, sequence + 0.03, some + 0.1, draft + 0.02, 0.1],
+            memory=150,
+            noise=0.1,
+        )
+        self._num_steps = 0
+
+    @property
+    def num_seen(self) -> int:
+        """Steps that were learned from."""
+        return self._fit.num_seen
+
+    def _features(self, shape: StepShape, num_draft_rows: int) -> Array:
+        rows = min(shape.num_rows + num_draft_rows, MAX_ROWS)
+        passed = float(self.curve.table[rows]) / self._unit
+        some = float(num_draft_rows > 0)
+        counts = shape.num_sequences, some, num_draft_rows, shape.context / 4096
+        return np.array([passed, 1.0, *counts])
+
+    def seconds(self, shape: StepShape, num_draft_rows: int = 0) -> float:
+        """Expected seconds of a step, at the machine's present speed."""
+        return float(self.table(shape, num_draft_rows)[-1])
+
+    def table(self, shape: StepShape, most: int) -> Array:
+        """Expected seconds with 0, 1, ... `most` draft rows: float [most + 1], never falling."""
+        first = min(shape.num_rows, MAX_ROWS)
+        passed = self.curve.table[first : first + most + 1] / self._unit
+        if len(passed) <= most:
+            passed = np.pad(passed, (0, most + 1 - len(passed)), mode="edge")
+        scale, step, sequence, some, draft, context = self._fit.coefficients
+        fixed = step + sequence * shape.num_sequences + context * shape.context / 4096
+        units = scale * passed + fixed + draft * np.arange(most + 1)
+        units[1:] += some
+        least = 0.2 * passed[0]
+        return np.maximum.accumulate(np.maximum(units, least)) * (self._unit * self.slowdown)
+
+    def observe(
+        self, shape: StepShape, num_draft_rows: int, seconds: float, *, learn: bool = True
+    ) -> None:
+        """Learn from a step that took so long: how fast the machine is, and if `learn`, which takes
+        time of its own, what steps of this shape cost."""
+        self._num_steps += 1
+        if self._num_steps <= _UNSETTLED_STEPS or seconds <= 0:
+            return
+        x = self._features(shape, num_draft_rows)
+        expected = max(self._fit.predict(x), 0.2 * x[0])
+        units = seconds / self._unit
+        if self._num_steps == _UNSETTLED_STEPS + 1:
+            self.slowdown = units / expected
+        # First the machine: what it does to all steps is not to be learned of this one.
+        ratio = units / (self.slowdown * expected)
+        self.slowdown *= min(max(ratio, 0.5), 2.0) ** _SLOWDOWN_RATE
+        self.speed_now = units / expected
+        if learn:
+            self._fit.update(x, units / self.slowdown, 0.2 * x[0])
+
+    def relax(self, share: float) -> None:
+        """Forget a share of what was learned of draft rows, when there are none."""
+        self._fit.relax(share, _DRAFTING)
+
+
+class DraftCost:
+    """Seconds of asking a drafter, by how many rows are asked, how many passes its model makes, and
+    how many tokens it has to catch up with.
+
+    Args:
+        unit: seconds of a pass of the target with one row: what is not known yet is guessed
+            relative to it.
+        in_passes: whether the drafter runs a model, once for each level.
+        guess: what is known before any draft: seconds per call, row, pass, row and pass, and token
+            to catch up with. Too low is tried and learned; too high may never be tried.
+    """
+
+    def __init__(
+        self, unit: float, *, in_passes: bool, guess: Sequence[float] | None = None
+    ) -> None:
+        self._unit, self.in_passes = unit, in_passes
+        start = [0.01, 0.002, 0.1, 0.002, 0.0005] if in_passes else [0.005, 0.005, 0, 0, 0.0005]
+        spread = [0.1, 0.03, 0.3, 0.03, 0.004] if in_passes else [0.02, 0.03, 0, 0, 0.004]
+        if guess is not None:
+            start = [seconds / unit for seconds in guess]
+        self._fit = OnlineFit(start, spread, memory=100, noise=0.2)
+        self._num_calls = 0
+
+    def parts(self, slowdown: float) -> tuple[float, float, float, float, float]:
+        """Seconds per call, per row, per pass, per row and pass, and per token of catching up; none
+        is negative."""
+        scale = self._unit * slowdown
+        call, row, one_pass, level, lag = self._fit.coefficients * scale
+        return float(call), float(row), float(one_pass), float(level), float(lag)
+
+    def observe(
+        self,
+        *,
+        num_rows: int,
+        num_passes: int,
+        num_levels: int,
+        lag: int,
+        seconds: float,
+        slowdown: float,
+    ) -> None:
+        """Learn from one call: `num_levels` are the levels of all rows together."""
+        self._num_calls += 1
+        routine = self._num_calls > _LEARN_ALL_CALLS and self._num_calls % 4 != 0
+        if self._num_calls <= 1 or seconds <= 0 or (routine and lag <= 2 * num_rows):
+            return
+        if not self.in_passes:
+            num_passes = num_levels = 0
+        x = np.array([1.0, num_rows, num_passes, num_levels, lag], dtype=np.float64)
+        self._fit.update(x, seconds / (self._unit * slowdown), 1e-4)
+
+    def relax(self, share: float) -> None:
+        """Forget a share of what was learned, when the drafter is not asked."""
+        self._fit.relax(share)

@@ -1,0 +1,112 @@
+"""The page of overheads is what the benchmark wrote; sections without rows stay."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROVENANCE = {
+    "command": "python benchmarks/step_cost.py --host",
+    "time": "2026-01-01T00:00:00+00:00",
+    "git_commit": "0123456789abcdef",
+    "git_uncommitted_changes": True,
+    "cpu": "Some CPU",
+    "cores": 2,
+    "load_average": [0.5, 0.4, 0.3],
+    "torch_threads": 2,
+    "torch": "2.0",
+    "python": "3.11",
+}
+PARTS = ("model", "schedule", "propose", "metadata", "sample", "commit", "output", "rest")
+TIMES = {f"{part}_ms": 0.25 for part in PARTS}
+
+
+def host_row(batch: int, sampling: str = "native", **extra: Any) -> dict[str, Any]:
+    return {
+        "benchmark": "host_time",
+        "model": "folospec-demo",
+        "batch": batch,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "drafts": 5,
+        "tokens_per_step": 3.5,
+        "sampling": sampling,
+        "steps": 60,
+        "host_ms": 1.75,
+        **TIMES,
+        "provenance": PROVENANCE,
+        **extra,
+    }
+
+
+def cost_row(shape: str, rows: int) -> dict[str, Any]:
+    return {
+        "benchmark": "step_cost",
+        "model": "folospec-demo",
+        "dtype": "bfloat16",
+        "context": 512,
+        "shape": shape,
+        "rows": rows,
+        "steps": 60,
+        "ratio_to_first": 1.25,
+        "total_ms": 2.5,
+        "host_ms": 0.5,
+        **TIMES,
+        "provenance": PROVENANCE,
+    }
+
+
+@pytest.fixture(scope="module")
+def update() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "docs/update_overheads.py"))
+
+
+@pytest.fixture(scope="module")
+def page(update: dict[str, Any]) -> str:
+    names = ("host_time", "step_cost")
+    return "head\n" + "".join(update["begin"](n) + f"old {n}\n" + update["end"](n) for n in names)
+
+
+def test_a_section_is_written_from_its_rows_and_the_other_stays(
+    update: dict[str, Any], page: str
+) -> None:
+    new = update["updated"](page, [host_row(32), host_row(32, "torch", host_ms=9.0)])
+    cells = "32 | 0.8 | 0.95 | 5 | 3.50"
+    assert f"| {cells} | native | **1.75** | 0.250 |" in new
+    assert f"| {cells} | torch | **9.00** |" in new
+    assert "old host_time" not in new
+    assert "old step_cost" in new
+    assert "commit 0123456789 with uncommitted changes" in new
+    assert "`python benchmarks/step_cost.py --host`" in new
+    again = update["updated"](new, [cost_row("chain", 1), cost_row("batch", 8)])
+    assert "| batch | 8 | 2.50 | 1.25 | 0.25 | 0.50 |" in again
+    assert again.count("| native |") == 1
+
+
+def test_rows_of_several_runs_and_pages_without_markers_are_refused(
+    update: dict[str, Any], page: str
+) -> None:
+    other = {**PROVENANCE, "time": "2026-01-02T00:00:00+00:00"}
+    with pytest.raises(ValueError, match="must come from one run"):
+        update["updated"](page, [host_row(1), host_row(32, provenance=other)])
+    with pytest.raises(ValueError, match="got none"):
+        update["updated"](page, [{"benchmark": "else"}])
+    with pytest.raises(ValueError, match="the page must have the lines"):
+        update["updated"]("empty", [host_row(1)])
+
+
+def test_the_plots_are_drawn(update: dict[str, Any], tmp_path: Path) -> None:
+    rows = [host_row(batch, sampling) for batch in (1, 32) for sampling in ("torch", "native")]
+    rows += [cost_row(shape, count) for shape in ("chain", "batch") for count in (1, 2, 8)]
+    update["draw"](rows, tmp_path)
+    assert "batch 32" in (tmp_path / "host_time.svg").read_text()
+    assert "one sequence, a chain" in (tmp_path / "step_cost.svg").read_text()
+
+
+def test_the_page_has_both_sections(update: dict[str, Any]) -> None:
+    text = (ROOT / "docs/overheads.md").read_text()
+    update["updated"](text, [host_row(1), cost_row("chain", 1)])

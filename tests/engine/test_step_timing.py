@@ -1,0 +1,100 @@
+"""Step costs are measured once per model and machine, and a file that is no good is no harm."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import make_llm
+
+from folospec.engine import step_timing
+from folospec.engine.step_timing import read_points, write_points
+
+KEY = {"model": "m", "threads": 2}
+POINTS = {1: 0.001, 8: 0.002}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FOLOSPEC_CACHE_DIR", str(tmp_path))
+    return tmp_path / "step_costs"
+
+
+def test_what_was_measured_is_used_again(
+    models: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_llm(models.target, "auto")
+    files = list(cache.iterdir())
+    assert len(files) == 1
+
+    def measured_again(*_: Any) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(step_timing, "measure", measured_again)
+    second = make_llm(models.target, "auto")
+    curves = [llm.engine.speculation.planning.planner.cost.curve for llm in (first, second)]
+    assert curves[0].points == curves[1].points
+    assert set(curves[0].points) <= set(step_timing.ROW_COUNTS)
+    with pytest.raises(AssertionError, match="measured again"):
+        make_llm(models.near, "auto", block_size=8)
+
+
+def test_nothing_is_measured_without_a_planner(models: Any, cache: Path) -> None:
+    make_llm(models.target, "ngram")
+    assert not cache.exists()
+
+
+def test_a_draft_model_is_measured_too(models: Any, cache: Path) -> None:
+    llm = make_llm(models.target, {"method": "auto", "model": models.near})
+    assert len(list(cache.iterdir())) == 2
+    seconds = llm.stats()["planner"]["sources"]["draft_model"]["seconds"]
+    assert seconds["pass"] > 0
+
+
+def test_measuring_leaves_the_pool_as_it_was(models: Any, cache: Path) -> None:
+    llm = make_llm(models.target, "auto", num_blocks=16, block_size=4)
+    assert llm.stats()["num_free_blocks"] == 16
+    assert max(llm.engine.speculation.planning.planner.cost.curve.points) <= 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        json.dumps({"seconds": {"1": 1.0}}),
+        json.dumps({"key": {"model": "other"}, "seconds": {"1": 1.0}}),
+        json.dumps({"key": KEY, "seconds": {}}),
+        json.dumps({"key": KEY, "seconds": {"1": -1.0}}),
+        json.dumps({"key": KEY, "seconds": {"x": 1.0}}),
+        json.dumps({"key": KEY, "seconds": [1.0]}),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_ignored_with_a_line_in_the_log(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert read_points(path, KEY) is None
+    assert "measured anew" in caplog.text
+
+
+def test_what_is_written_is_read_and_leaves_no_scratch(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "x.json"
+    assert read_points(path, KEY) is None
+    write_points(path, KEY, POINTS)
+    assert read_points(path, KEY) == POINTS
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    write_points(tmp_path / "file" / "x.json", KEY, POINTS)
+    assert "cannot be kept" in caplog.text

@@ -1,0 +1,262 @@
+"""The planner against the best fixed choice in hindsight, in simulated worlds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from simulator import Fixed, Job, Planned, World, best_fixed, make_jobs, simulate
+
+from folospec.spec.acceptance_record import AcceptanceRecord
+from folospec.spec.plan_terms import REASONS, PlanRow, Source
+from folospec.spec.planner import Planner
+from folospec.spec.step_cost import CostCurve, DraftCost, StepCost, StepShape
+
+REGRET, REGRET_TO_PLAIN = 0.05, 0.015
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+def linear(slope, base=0.010, per_sequence=0.0001):
+    """Seconds of a step: what the weights cost, and a little per row and sequence."""
+    return lambda rows, sequences: base + slope * (rows - 1) + per_sequence * sequences
+
+
+def curve_of(step):
+    return CostCurve({count: step(count, 0) for count in COUNTS})
+
+
+FLAT, STEEP = linear(0.00015), linear(0.0018)
+WORLD = World(FLAT)
+LOOKUP = World(FLAT, in_passes=False, limit=24, row=0.0001, call=0.0001)
+
+
+def tail_jobs():
+    """An offline batch whose requests are of very different lengths."""
+    jobs = make_jobs(48, 700, lambda job, place: 0.75)
+    return [
+        replace(job, chances=job.chances[: 50 + 12 * number]) for number, job in enumerate(jobs)
+    ]
+
+
+def busy_at(begin):
+    """One second in five, another process takes half the machine."""
+    return lambda now: 2.0 if int(now + begin) % 5 == 3 else 1.0
+
+
+def never(count, length, stated=0.0):
+    """Drafts that are never accepted, whatever the drafter says of them."""
+    jobs = make_jobs(count, length, lambda job, place: 0.0, spread=0.0)
+    return [replace(job, chances=[stated] * length) for job in jobs]
+
+
+def half_good(job, place):
+    return 0.9 if job % 2 else 0.1
+
+
+# name: the world, what was measured of a step at start, the jobs, seats
+SCENARIOS = {
+    "one good request": (WORLD, FLAT, make_jobs(1, 1000, lambda j, p: 0.75), 64),
+    "acceptance collapses midway": (
+        WORLD,
+        FLAT,
+        make_jobs(1, 1500, lambda j, p: 0.85 if p < 750 else 0.05, spread=0.05),
+        64,
+    ),
+    "the batch fills and drains": (
+        WORLD,
+        FLAT,
+        make_jobs(60, 200, lambda j, p: 0.75, every=0.05),
+        64,
+    ),
+    "a full batch with a long tail": (WORLD, FLAT, tail_jobs(), 64),
+    "requests differ": (WORLD, FLAT, make_jobs(60, 100, half_good, spread=0.1), 16),
+    "rows cost 3 times what was measured": (
+        replace(WORLD, step=linear(0.00045)),
+        FLAT,
+        make_jobs(8, 600, lambda j, p: 0.7),
+        64,
+    ),
+    "rows cost a third of what was measured": (
+        WORLD,
+        linear(0.00045),
+        make_jobs(8, 600, lambda j, p: 0.7),
+        64,
+    ),
+    "rows are dear and were measured cheap": (
+        replace(WORLD, step=STEEP),
+        linear(0.0006),
+        make_jobs(8, 500, lambda j, p: 0.7),
+        64,
+    ),
+    "a lookup that finds something now and then": (
+        LOOKUP,
+        FLAT,
+        make_jobs(1, 1000, lambda j, p: 0.9 if p % 40 < 10 else 0.02, spread=0.05),
+        64,
+    ),
+    "catching up costs more than drafts bring": (
+        replace(WORLD, lag=0.0001),
+        FLAT,
+        [replace(job, context=4000) for job in make_jobs(20, 60, lambda j, p: 0.7, every=0.3)],
+        64,
+    ),
+}
+NOTHING_ACCEPTED = {
+    "alone": (WORLD, FLAT, never(1, 1500), 64),
+    "in a batch": (WORLD, FLAT, never(8, 700), 64),
+    "many short requests": (WORLD, FLAT, never(60, 100), 8),
+    "by a boastful drafter": (WORLD, FLAT, never(4, 700, stated=0.7), 64),
+    "by a boastful lookup": (LOOKUP, FLAT, never(8, 700, stated=0.7), 64),
+}
+
+
+def run_planned(scenario, planner=None):
+    world, measured, jobs, seats = scenario
+    return simulate(world, jobs, Planned(world, curve_of(measured), planner), seats=seats)
+
+
+def regret(scenario, planner=None):
+    world, _, jobs, seats = scenario
+    _, best = best_fixed(world, jobs, seats=seats)
+    return run_planned(scenario, planner).seconds / best - 1.0
+
+
+def regret_to_plain(scenario, planner=None):
+    world, _, jobs, seats = scenario
+    plain = simulate(world, jobs, Fixed(0), seats=seats).seconds
+    return run_planned(scenario, planner).seconds / plain - 1.0
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_planner_is_near_the_best_fixed_choice_in_hindsight(name):
+    assert regret(SCENARIOS[name]) < REGRET
+
+
+def test_a_machine_that_is_half_as_fast_at_times_confuses_the_planner_little():
+    """The best fixed choice cannot be confused; a planner that measures can, for a while."""
+    regrets = []
+    for seed in range(4):
+        world = replace(WORLD, noise=0.1, slow=busy_at(0.37 * seed))
+        jobs = make_jobs(4, 1200, lambda j, p: 0.7, seed=seed)
+        regrets.append(regret((world, FLAT, jobs, 64)))
+        assert regret_to_plain((world, FLAT, jobs, 64)) < -0.1
+    assert sum(regrets) / len(regrets) < 0.08, regrets
+
+
+@pytest.mark.parametrize("name", NOTHING_ACCEPTED)
+def test_where_nothing_is_accepted_the_planner_is_near_plain_decoding(name):
+    assert regret_to_plain(NOTHING_ACCEPTED[name]) < REGRET_TO_PLAIN
+
+
+def test_where_acceptance_changes_the_planner_beats_every_fixed_choice():
+    assert regret(SCENARIOS["acceptance collapses midway"]) < -0.1
+
+
+class Believing(AcceptanceRecord):
+    """Learns nothing of what became of drafts."""
+
+    def add_level(self, *_):
+        pass
+
+    def add_trial(self, *_):
+        pass
+
+
+class Free(StepCost):
+    """Takes every row for free."""
+
+    def table(self, shape, most):
+        return super().table(shape, most)[0].repeat(most + 1)
+
+
+class FreeDraft(DraftCost):
+    def parts(self, slowdown):
+        return 0.0, 0.0, 0.0, 0.0, 0.0
+
+
+def planner_for(scenario):
+    world, measured, _, _ = scenario
+    return Planner([Source("draft", world.limit, world.in_passes)], curve_of(measured))
+
+
+def test_control_a_planner_that_ignores_acceptance_is_slower_than_plain():
+    scenario = NOTHING_ACCEPTED["by a boastful drafter"]
+    planner = planner_for(scenario)
+    planner.records["draft"] = Believing()
+    assert regret_to_plain(scenario, planner) > 0.1
+
+
+@pytest.mark.parametrize(
+    "name", ["rows are dear and were measured cheap", "the batch fills and drains"]
+)
+def test_control_a_planner_that_ignores_cost_regrets_it(name):
+    scenario = SCENARIOS[name]
+    planner = planner_for(scenario)
+    planner.cost = Free(curve_of(scenario[1]))
+    planner.draft_costs["draft"] = FreeDraft(0.01, in_passes=True)
+    assert regret(scenario, planner) > REGRET
+
+
+def test_a_full_batch_drafts_little_and_its_tail_much():
+    """Rows that cost more than they bring beside many others pay when few are left."""
+    world = replace(WORLD, step=linear(0.0005))
+    jobs = [
+        replace(job, chances=job.chances[: 60 if number else 500])
+        for number, job in enumerate(make_jobs(32, 500, lambda j, p: 0.6))
+    ]
+    result = run_planned((world, linear(0.0005), jobs, 64))
+    full = [rows / count for count, rows in result.drafts if count > 24]
+    tail = [rows / count for count, rows in result.drafts if count < 4]
+    assert sum(full) / len(full) < 0.3
+    assert sum(tail) / len(tail) > 0.9
+
+
+def rows_of(count, lags, room=100, wanted=None):
+    return [PlanRow(f"s{i}", 50, room, wanted, dict(lags)) for i in range(count)]
+
+
+def settled(planner, steps=6):
+    """Past the first steps, which are plain."""
+    for _ in range(steps):
+        planner.plan([], rows_of(1, {"draft": 1}), StepShape(1, 1))
+        planner.record_step(StepShape(1, 1), 0, 0.0101)
+    return planner
+
+
+def test_a_wish_for_fewer_tokens_is_kept():
+    planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)))
+    for wanted in (1, 2):
+        plan = planner.plan([], rows_of(1, {"draft": 1}, wanted=wanted), StepShape(1, 1))
+        assert plan["s0"]["draft"] == wanted
+
+
+def test_a_batch_that_stays_the_same_is_not_planned_again_at_once():
+    planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)))
+    for _ in range(4):
+        if not planner.resting(["s0"]):
+            planner.plan(["s0"], rows_of(1, {"draft": 1}), StepShape(1, 1))
+    assert planner.resting(["s0"])
+    assert not planner.resting(["s0", "s1"])
+
+
+@pytest.mark.parametrize(("count", "reason"), [(1, "rejected"), (48, "batch_full")])
+def test_who_is_not_drafted_for_is_told_why(count, reason):
+    step = linear(0.0018)
+    planner = settled(Planner([Source("draft", 8, True)], curve_of(step)))
+    for _ in range(200):
+        planner.records["draft"].add_level("other", 1, 0.0 if count == 1 else 0.6)
+    planner.probing.pay(1e9)
+    plan = planner.plan([], rows_of(count, {"draft": 1}), StepShape(count, count))
+    assert plan == {}
+    assert set(planner.reasons.values()) == {reason}
+    assert reason in REASONS
+
+
+def test_a_simulated_job_is_done_once_by_every_policy():
+    jobs = make_jobs(3, 40, lambda j, p: 0.7)
+    assert all(isinstance(job, Job) for job in jobs)
+    for policy in (Fixed(0), Fixed(3), Planned(WORLD, curve_of(FLAT))):
+        steps = simulate(WORLD, jobs, policy).drafts
+        assert steps[0][0] == 3
+        assert len(steps) <= 40
+    assert len(simulate(WORLD, jobs, Fixed(0)).drafts) == 40
