@@ -69,7 +69,9 @@ constexpr int ROW_TILE = 6;  // with four outputs: 24 sums, of 32 registers
 constexpr int FEW_ROWS = 8;  // run in one tile, of three outputs above six rows
 constexpr int STREAM_ROWS = 4;  // up to these, W goes by once and x is near anyway
 constexpr int BLOCK_OUT = 24;      // outputs that stay in the cache while rows pass
-constexpr int CHUNK_BYTES = 2048;  // of a weight row: four such and six of x fit the first level
+// Of a weight row, what is worked off at a time. While W comes from memory, a chunk of x has to stay in
+// the first level; when many tiles share what has come, longer chunks cost fewer interruptions.
+constexpr int CHUNK_BYTES = 2048, LONG_CHUNK_BYTES = 8192, MANY_TILES = 4;
 // How far ahead of a stream from memory to ask. Asked for in the order of addresses and no nearer than
 // the second level: four rows at once look like noise to the machine's own prefetching, and this makes
 // up for it (measured: 25 to 33 GB/s without, 40 to 50 with, where reading alone gives 50).
@@ -221,24 +223,28 @@ void stream_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_st
 // the next block comes from memory, if `fetch_next`.
 template <class F, int MR, int NR>
 void block_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_stride, int64_t begin,
-                int64_t end, bool add, bool fetch_next) {
+                int64_t end, bool add, int64_t chunk_bytes, bool fetch_next) {
     constexpr int GROUPS = BLOCK_OUT / NR;
-    constexpr int64_t CHUNK = CHUNK_BYTES / sizeof(typename F::W);
+    int64_t chunk = chunk_bytes / sizeof(typename F::W);
     Vec waiting[GROUPS][MR][NR];
     int64_t groups = (end - begin + NR - 1) / NR;
     const typename F::W* ahead = fetch_next ? (const typename F::W*)m.data + end * m.in : nullptr;
-    for (int64_t k = 0; k < m.in; k += CHUNK) {
-        int64_t stop = std::min(k + CHUNK, m.in);
+    for (int64_t k = 0; k < m.in; k += chunk) {
+        int64_t stop = std::min(k + chunk, m.in);
         for (int64_t g = 0; g < groups; g++) {
             int64_t first = begin + g * NR, count = std::min<int64_t>(NR, end - first);
             const typename F::W* w[NR];
             point<F, NR>(m, first, count, w);
-            Vec sums[MR][NR] = {};
-            if (k > 0) std::memcpy(sums, waiting[g], sizeof sums);
+            // One by one: copied as a whole they would stay in memory, and not come to registers.
+            Vec sums[MR][NR];
+            for (int i = 0; i < MR; i++)
+                for (int j = 0; j < NR; j++) sums[i][j] = k > 0 ? waiting[g][i][j] : Vec{};
             add_columns<F, MR, NR>(w, x, k, stop, ahead, sums);
             if (ahead) ahead += (stop - k) * NR;
             if (stop == m.in) finish<MR, NR>(sums, m, first, count, y, y_stride, add);
-            else std::memcpy(waiting[g], sums, sizeof sums);
+            else
+                for (int i = 0; i < MR; i++)
+                    for (int j = 0; j < NR; j++) waiting[g][i][j] = sums[i][j];
         }
     }
 }
@@ -260,6 +266,7 @@ void linear_range(const Matrix& m, const Operand& x, float* y, int64_t y_stride,
         return;
 #undef STREAM
     }
+    int64_t chunk = tiling.tiles < MANY_TILES ? CHUNK_BYTES : LONG_CHUNK_BYTES;
     for (int64_t out = begin; out < end; out += BLOCK_OUT) {
         int64_t out_end = std::min(out + BLOCK_OUT, end);
         for (int64_t tile = 0; tile < tiling.tiles; tile++) {
@@ -267,7 +274,7 @@ void linear_range(const Matrix& m, const Operand& x, float* y, int64_t y_stride,
             const typename F::X* from = x.tile<typename F::X>(tile);
             float* to = y + first * y_stride;
 #define BLOCK(MR, NR) \
-    case MR: block_tile<F, MR, NR>(m, from, to, y_stride, out, out_end, add, tile == 0); break
+    case MR: block_tile<F, MR, NR>(m, from, to, y_stride, out, out_end, add, chunk, tile == 0); break
             switch (tiling.first(tile + 1) - first) {
                 BLOCK(4, 4);
                 BLOCK(5, 4);
