@@ -136,18 +136,26 @@ struct OperandRow {
     }
 };
 
-// Add columns [begin, end) to the sums of MR x NR outputs. From `ahead` on lies what memory should bring
-// meanwhile, as many bytes as are used here, or null. Where the weight's columns end within a step,
+// What memory should bring meanwhile: as many bytes as are used, from `from` on, in the order of
+// addresses. Tiles that share a block share that too: of every NR lines this one asks for [first, end).
+template <class W>
+struct Ahead {
+    const W* from;
+    int first, end;
+};
+
+// Add columns [begin, end) to the sums of MR x NR outputs. Where the weight's columns end within a step,
 // zeros follow.
 template <class F, int MR, int NR>
 INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x, int64_t begin,
-                        int64_t end, const typename F::W* ahead, Vec sums[MR][NR]) {
+                        int64_t end, const Ahead<typename F::W>& ahead, Vec sums[MR][NR]) {
     int64_t k = begin;
     for (; k + F::STEP <= end; k += F::STEP) {
         typename F::Operand weights[NR];
         for (int j = 0; j < NR; j++) {
             weights[j] = F::load_w(w[j] + k);
-            if (ahead) __builtin_prefetch(ahead + (k - begin) * NR + j * F::STEP, 0, 2);
+            if (j >= ahead.first && j < ahead.end)
+                __builtin_prefetch(ahead.from + (k - begin) * NR + j * F::STEP, 0, 2);
         }
         for (int i = 0; i < MR; i++) {
             typename F::Operand row = F::load_x(x + k * MR + i * F::STEP);
@@ -212,7 +220,7 @@ void stream_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_st
         const typename F::W* w[NR];
         point<F, NR>(m, first, count, w);
         Vec sums[MR][NR] = {};
-        const typename F::W* ahead = w[0] + NR * m.in + AHEAD_BYTES / sizeof(typename F::W);
+        Ahead<typename F::W> ahead = {w[0] + NR * m.in + AHEAD_BYTES / sizeof(typename F::W), 0, NR};
         add_columns<F, MR, NR>(w, x, 0, m.in, ahead, sums);
         finish<MR, NR>(sums, m, first, count, y, y_stride, add);
     }
@@ -220,15 +228,17 @@ void stream_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_st
 
 // The same with K in chunks: a chunk of x stays in the first level for all the outputs of the block.
 // The sums wait between chunks as they are, in all their lanes, so that this changes no bit. Meanwhile
-// the next block comes from memory, if `fetch_next`.
+// the next block comes from memory.
 template <class F, int MR, int NR>
 void block_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_stride, int64_t begin,
-                int64_t end, bool add, int64_t chunk_bytes, bool fetch_next) {
+                int64_t end, bool add, int64_t tile, int64_t tiles) {
     constexpr int GROUPS = BLOCK_OUT / NR;
-    int64_t chunk = chunk_bytes / sizeof(typename F::W);
+    int64_t chunk = (tiles < MANY_TILES ? CHUNK_BYTES : LONG_CHUNK_BYTES) / sizeof(typename F::W);
     Vec waiting[GROUPS][MR][NR];
     int64_t groups = (end - begin + NR - 1) / NR;
-    const typename F::W* ahead = fetch_next ? (const typename F::W*)m.data + end * m.in : nullptr;
+    int64_t sharers = std::min<int64_t>(tiles, NR);
+    Ahead<typename F::W> ahead = {(const typename F::W*)m.data + end * m.in, (int)(NR * tile / sharers),
+                                  (int)(NR * (tile + 1) / sharers)};
     for (int64_t k = 0; k < m.in; k += chunk) {
         int64_t stop = std::min(k + chunk, m.in);
         for (int64_t g = 0; g < groups; g++) {
@@ -240,7 +250,7 @@ void block_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_str
             for (int i = 0; i < MR; i++)
                 for (int j = 0; j < NR; j++) sums[i][j] = k > 0 ? waiting[g][i][j] : Vec{};
             add_columns<F, MR, NR>(w, x, k, stop, ahead, sums);
-            if (ahead) ahead += (stop - k) * NR;
+            ahead.from += (stop - k) * NR;
             if (stop == m.in) finish<MR, NR>(sums, m, first, count, y, y_stride, add);
             else
                 for (int i = 0; i < MR; i++)
@@ -266,7 +276,6 @@ void linear_range(const Matrix& m, const Operand& x, float* y, int64_t y_stride,
         return;
 #undef STREAM
     }
-    int64_t chunk = tiling.tiles < MANY_TILES ? CHUNK_BYTES : LONG_CHUNK_BYTES;
     for (int64_t out = begin; out < end; out += BLOCK_OUT) {
         int64_t out_end = std::min(out + BLOCK_OUT, end);
         for (int64_t tile = 0; tile < tiling.tiles; tile++) {
@@ -274,7 +283,7 @@ void linear_range(const Matrix& m, const Operand& x, float* y, int64_t y_stride,
             const typename F::X* from = x.tile<typename F::X>(tile);
             float* to = y + first * y_stride;
 #define BLOCK(MR, NR) \
-    case MR: block_tile<F, MR, NR>(m, from, to, y_stride, out, out_end, add, chunk, tile == 0); break
+    case MR: block_tile<F, MR, NR>(m, from, to, y_stride, out, out_end, add, tile, tiling.tiles); break
             switch (tiling.first(tile + 1) - first) {
                 BLOCK(4, 4);
                 BLOCK(5, 4);
