@@ -90,7 +90,7 @@ class NativeAttention(AttentionBackend):
             metadata, query.shape[1], kv, scale=scale, window=sliding_window, softcap=softcap
         )
         wide = [tensor.float().contiguous() for tensor in (query, key, value)]
-        out = torch.empty(wide[0].shape)
+        out = native.floats(*wide[0].shape)
         self.library.attention(
             ctypes.byref(step),
             ctypes.byref(native.Pages(kv.key.data_ptr(), kv.value.data_ptr())),

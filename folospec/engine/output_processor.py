@@ -98,6 +98,7 @@ def make_output(request: Request) -> RequestOutput:
             group.metrics,
             num_accepted_tokens_per_pos=list(group.metrics.num_accepted_tokens_per_pos),
             acceptance_histogram=list(group.metrics.acceptance_histogram),
+            num_undrafted=dict(group.metrics.num_undrafted),
         ),
     )
 

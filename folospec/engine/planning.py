@@ -93,6 +93,8 @@ class Planning:
     def begin(self, running: Seq[Sequence], request_of: Callable[[Sequence], Request]) -> None:
         """Plan the step before it is scheduled."""
         seq_ids = [seq.seq_id for seq in running]
+        self._unpaid.clear()  # of a step that failed
+        self.planner.begin_step()
         self._offers, self._pruned, self._drafting, self._num_nodes = {}, set(), 0.0, 0
         if self.planner.resting(seq_ids):
             self._asked = self.planner.last_plan
@@ -207,16 +209,23 @@ class Planning:
             return
         proposal = answer.proposal
         tree, stated = proposal.tree, proposal.confidence
+        follows_draws = False
         if proposal.draft_probs is not None and not self._shares_noise:
-            # A ratio rule judges drawn tokens: whatever the drafter says of them must not decide.
-            stated = None
+            # A ratio rule judges drawn tokens: neither what the drafter says of them nor what
+            # hangs behind them may decide.
+            stated, follows_draws = None, not self._has_fixed_shape(answer)
         answer.offer = self.planner.offer(
-            name, seq_id, tree.parents, tree.depths, stated, proposal.candidate
+            *(name, seq_id, tree.parents, tree.depths, stated, proposal.candidate),
+            follows_draws=follows_draws,
         )
         before = found.get(seq_id)
         if before is None or self.planner.better(before.offer, answer.offer) is answer.offer:
             found[seq_id] = answer
             self._offers[seq_id] = answer.offer
+
+    def _has_fixed_shape(self, answer: Found) -> bool:
+        """Whether all who had a part in the proposal promise that its shape is not drawn."""
+        return all(d.has_fixed_shape for d in self._drafters if d.name in answer.own_nodes)
 
     def prune(self, found: dict[str, Found]) -> dict[str, Found]:
         """Keep of every proposal what the target is to judge; who keeps nothing is left out."""

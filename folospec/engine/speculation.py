@@ -175,7 +175,11 @@ class Speculation:
         answers: dict[str, list[Proposal]] = {c.seq.seq_id: [] for c in candidates}
         for drafter in self.drafters:
             still = planning.still_asked(drafter, answers)
-            asked = [c for c in candidates if c.seq.seq_id in still]
+            asked = [
+                c
+                for c in candidates
+                if c.seq.seq_id in still and drafter in self._allowed(c.request)
+            ]
             for seq_id, proposal in self.asking.ask(drafter, asked).items():
                 answers[seq_id].append(proposal)
             if self.merge:

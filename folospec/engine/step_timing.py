@@ -30,7 +30,7 @@ from folospec.config import EngineConfig
 from folospec.engine.loading import Parts
 from folospec.engine.planning import UNKNOWN_COSTS, Costs
 from folospec.kernels import native
-from folospec.kernels.build import cache_folder
+from folospec.kernels.build import BuildError, cache_folder
 from folospec.models.base import Model
 from folospec.models.loader import resolve_model
 from folospec.spec.draft_runner import Rows
@@ -45,6 +45,8 @@ _ORDER = (1, 64, 8, 24, 4, 2, 16, 32, 12, 48, 6, 3)
 _LEAST_COUNTS = 2
 _DRAFT_COUNTS = (1, 64, 16)
 _CONTEXT = 128
+_ENOUGH_SLOTS = _CONTEXT + max(ROW_COUNTS)
+"""A larger pool measures the same."""
 _REPEATS = 5
 _SECONDS = 1.5
 """Time for the target; a third of it for each draft model."""
@@ -85,17 +87,17 @@ class _Subject:
     seconds: float
 
     def points(self, config: EngineConfig, num_blocks: int) -> Points:
-        key = self._key(config)
+        key = self._key(config, num_blocks)
         path = _path(key)
-        points = read_points(path, key)
+        points = None if path is None else read_points(path, key)
         if points is None:
             block_size = config.block_size
             points = measure(self.runner, block_size, num_blocks, self.counts, self.seconds)
-            if points:
+            if points and path is not None:
                 write_points(path, key, points)
         return points
 
-    def _key(self, config: EngineConfig) -> dict[str, Any]:
+    def _key(self, config: EngineConfig, num_blocks: int) -> dict[str, Any]:
         """Everything that the figures depend on, as JSON has it."""
         model = self.runner.model
         is_cuda = model.device.type == "cuda"
@@ -110,6 +112,9 @@ class _Subject:
             "row_at_a_time": self.runner.row_at_a_time,
             "deterministic": config.deterministic,
             "block_size": config.block_size,
+            "num_slots": min(num_blocks * config.block_size, _ENOUGH_SLOTS),
+            "max_num_batched_tokens": min(self.runner.max_num_batched_tokens, max(self.counts)),
+            "kv_cache_dtype": config.kv_cache_dtype,
             "counts": list(self.counts),
             "device": torch.cuda.get_device_name(model.device) if is_cuda else str(model.device),
             "cpu": _cpu_name(),
@@ -180,9 +185,15 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _path(key: dict[str, Any]) -> Path:
+def _path(key: dict[str, Any]) -> Path | None:
+    """Where the figures are kept; None where nothing can be."""
+    try:
+        folder = cache_folder() / "step_costs"
+    except BuildError as error:
+        logger.warning("step costs are not kept: %s", error)
+        return None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / "step_costs" / f"{digest}.json"
+    return folder / f"{digest}.json"
 
 
 def read_points(path: Path, key: dict[str, Any]) -> Points | None:

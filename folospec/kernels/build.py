@@ -53,9 +53,13 @@ def build(target: str | None = None, sources: Path = SOURCES) -> Path:
     name = _fingerprint(compiler, flags, sources)
     try:
         for path in sorted(folder.glob(f"{name}-*.so")):
-            if path.name == _named(name, path):
-                return path
-            path.unlink()  # cut short, by a crash or a full disk; to load it may end the process
+            try:
+                if path.name == _named(name, path):
+                    return path
+            except FileNotFoundError:
+                continue  # another process has just removed it
+            # Cut short, by a crash or a full disk; to load it may end the process.
+            path.unlink(missing_ok=True)
         return _compile(compiler, flags, sources, folder, name)
     except OSError as error:
         raise BuildError(f"the kernels cannot be kept in {folder}: {error}") from error

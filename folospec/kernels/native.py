@@ -164,8 +164,8 @@ class Native:
         """`x @ weight.T + bias`: float32 [rows, in] -> float32 [rows, out]. For a bfloat16 weight
         `x` is rounded to bfloat16 first; sums are float32."""
         x = x.float().contiguous()
-        out = torch.empty(len(x), out_size)
-        room = torch.empty(len(x), weight.in_size + 31)
+        out = floats(len(x), out_size)
+        room = floats(len(x), weight.in_size + 31)
         self.linear(
             ctypes.byref(weight),
             x.data_ptr(),
@@ -191,6 +191,11 @@ class Native:
             count,
             held,
         )
+
+
+def floats(*shape: int) -> Tensor:
+    """Room for what the kernels write: float32 on the CPU, whatever torch's defaults are set to."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def matrix(weight: Weight, bias: Tensor | None = None) -> Matrix:

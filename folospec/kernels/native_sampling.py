@@ -26,10 +26,14 @@ _CELLS_PER_THREAD = 1 << 15
 """Numbers of logits below which a thread more costs more than it saves."""
 
 
+_MOST_TOP_K = 2**62
+"""More than any vocabulary, and within 64 bits."""
+
+
 def pack_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> bytes:
     """What a law filters by, for `pack_law`; the values are those of `SamplingParams`."""
     log_min_p = math.log(min_p) if min_p > 0 else -math.inf
-    return _FILTERS.pack(temperature, top_p, log_min_p, max(top_k, 0))
+    return _FILTERS.pack(temperature, top_p, log_min_p, min(max(top_k, 0), _MOST_TOP_K))
 
 
 def pack_law(seed: int, sample_index: int, filters: bytes) -> bytes:

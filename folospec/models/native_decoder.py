@@ -59,8 +59,8 @@ class NativeDecoder:
         self.lm_head = native.matrix(decoder.lm_head)
         self._no_streams = (ctypes.c_void_p * (spec.num_layers + 1))()
         self._kv: Sequence[LayerKV] | None = None
-        self._scratch = torch.empty(0)
-        self._cos = self._sin = torch.empty(0, decoder.head_size // 2)
+        self._scratch = native.floats(0)
+        self._cos = self._sin = native.floats(0, decoder.head_size // 2)
 
     def forward(
         self,
@@ -78,8 +78,8 @@ class NativeDecoder:
         )
         window_first = self._window_first(metadata)
         cos, sin = self._angles(int(metadata.positions.numpy().max()) + 1)
-        hidden = torch.empty(rows, hidden_size)
-        tapped = {tap: torch.empty(rows, hidden_size) for tap in taps}
+        hidden = native.floats(rows, hidden_size)
+        tapped = {tap: native.floats(rows, hidden_size) for tap in taps}
         streams = self._no_streams
         if taps:
             streams = type(streams)()
@@ -151,7 +151,7 @@ class NativeDecoder:
     def _room(self, call: native.Pass) -> int:
         wanted = self.library.scratch_floats(ctypes.byref(self.model), ctypes.byref(call))
         if self._scratch.numel() < wanted:
-            self._scratch = torch.empty(wanted)
+            self._scratch = native.floats(wanted)
         return self._scratch.data_ptr()
 
     def _angles(self, length: int) -> tuple[Tensor, Tensor]:

@@ -47,15 +47,15 @@ def prune_offers(
     drafting: float,
     weights: Mapping[str, float],
 ) -> None:
-    """Say in `Offer.kept` what pays. A proposal with scratch rows is kept as it is: they belong
-    together. Of a probe the likeliest path is kept, two levels of it.
+    """Say in `Offer.kept` what pays. A proposal that `stays_whole` is kept as it is. Of a
+    probe the likeliest path is kept, two levels of it.
 
     Args:
         seconds: of the step with 0, 1, ... draft rows, one more than there are nodes.
         weights: what a token of each sequence counts; 1 if it is not there.
     """
-    free = [offer for offer in offers if not offer.has_scratch]
-    whole = [offer for offer in offers if offer.has_scratch]
+    free = [offer for offer in offers if not offer.stays_whole]
+    whole = [offer for offer in offers if offer.stays_whole]
     for offer in whole:
         offer.kept = list(range(len(offer.parents)))
     taken = sum(len(offer.parents) for offer in whole)

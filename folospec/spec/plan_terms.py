@@ -62,11 +62,19 @@ class Offer:
     judged: Sequence[bool] | None = None
     is_probe: bool = False
     kept: list[int] = field(default_factory=list)
+    worth: float | None = None
+    """Where the shape may follow from drawn tokens that must not decide: what it counts for, known
+    before they were drawn."""
 
     @property
-    def has_scratch(self) -> bool:
-        return self.judged is not None and not all(self.judged)
+    def stays_whole(self) -> bool:
+        """Whether all nodes are kept or none: scratch rows belong together, and nodes that tell of
+        drawn tokens must not decide."""
+        has_scratch = self.judged is not None and not all(self.judged)
+        return has_scratch or self.worth is not None
 
     def net(self, price: float) -> float:
         """Tokens it is expected to bring, less the price of the rows that are worth it."""
+        if self.worth is not None:
+            return self.worth
         return sum(chance - price for chance in self.chances if chance > price)

@@ -8,7 +8,8 @@
 
 No torch and no clock: the same object runs in the engine and in a simulation. What is decided about
 a node rests on earlier steps, on its rank, depth and stated confidence, and on those of other
-nodes, never on its token. So whatever rule a confidence is fit for, this is too; see
+nodes, never on its token; where even which nodes there are may tell of a token that must not
+decide, nothing is pruned. So whatever rule a confidence is fit for, this is too; see
 `Proposal.prune`.
 """
 
@@ -89,8 +90,13 @@ class Planner:
         self._rate = self._price = 0.0
         self._weights: dict[str, float] = {}
         self._num_plain = self._since_plain = self._num_routine = 0
+        self._is_reference = False
 
     # Plan -----------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Forget what was drafted in a step that failed before it was recorded."""
+        self._drafted.clear()
 
     def resting(self, seq_ids: list[str]) -> bool:
         """Whether the last plan still holds: the batch is the same, and it was made lately."""
@@ -123,11 +129,12 @@ class Planner:
         self._batch, self._rested, self.reasons = seq_ids, 0, {}
         self.probing.next_plan(self._rest if not changed else 0)
         plan: dict[str, dict[str, int]] = {}
+        self._is_reference = bool(rows) and self._needs_reference()
         if rows:
             self._weights = _weights(rows)
             seconds = self.cost.table(shape, self._most_nodes(rows))
             self._rate = shape.num_sequences / float(seconds[0])
-            if self._is_reference():
+            if self._is_reference:
                 self._plan, self._rest = plan, 0
                 self.reasons = {row.seq_id: "reference" for row in rows}
                 return plan
@@ -141,7 +148,10 @@ class Planner:
             self._plan_probes(plan, rows, seconds, shape.num_sequences)
             self.reasons = self._reasons([row for row in rows if row.seq_id not in plan], shape)
         most = _MOST_HOLD if plan else _MOST_REST
-        self._rest = 0 if changed or self._has_probes else min(2 * self._rest + 1, most)
+        # Who is still at the prompt, or could not be drafted for, may be ready in the next step.
+        is_settled = bool(rows) and shape.num_sequences >= len(seq_ids)
+        may_rest = is_settled and not changed and not self._has_probes
+        self._rest = min(2 * self._rest + 1, most) if may_rest else 0
         self._plan = plan
         return plan
 
@@ -156,7 +166,7 @@ class Planner:
             if name not in asked:
                 cost.relax(share)
 
-    def _is_reference(self) -> bool:
+    def _needs_reference(self) -> bool:
         """Whether to take a step without drafts, so that it is known what one costs: the first
         ones, and then every so often where there are always drafts."""
         if self._num_plain < _FIRST_PLAIN:
@@ -349,9 +359,20 @@ class Planner:
         depths: Sequence[int],
         stated: Sequence[float] | None,
         judged: Sequence[bool] | None = None,
+        *,
+        follows_draws: bool = False,
     ) -> Offer:
-        """Take a proposal of a source in; an empty one says that it has nothing to say."""
-        offer = make_offer(self.records[name], name, seq_id, parents, depths, stated, judged)
+        """Take a proposal of a source in; an empty one says that it has nothing to say.
+
+        Args:
+            follows_draws: the shape may depend on tokens that were drawn, under a rule that does
+                not allow them to decide. The proposal is kept whole then, and stands for as much
+                as earlier answers were worth.
+        """
+        record = self.records[name]
+        worth = record.worth(seq_id, self._price) if follows_draws else None
+        offer = make_offer(record, name, seq_id, parents, depths, stated, judged)
+        offer.worth = worth
         offer.is_probe = self.probing.is_probing(name, seq_id)
         return offer
 
@@ -397,8 +418,8 @@ class Planner:
     # Prune ----------------------------------------------------------------------------------------
 
     def prune(self, offers: Sequence[Offer], shape: StepShape, drafting: float) -> None:
-        """Say in `Offer.kept` which nodes the target judges. A proposal with scratch rows is kept
-        as it is: they belong together. Of a probe the likeliest path is kept, two levels of it.
+        """Say in `Offer.kept` which nodes the target judges. One that `stays_whole` is kept as it
+        is. Of a probe the likeliest path is kept, two levels of it.
 
         Args:
             drafting: seconds that were spent on the offers.
@@ -421,8 +442,7 @@ class Planner:
         """Learn how long a step took, drafting left out."""
         self.probing.earn(seconds)
         if num_draft_rows == 0 and not self._plan:
-            self._num_plain += 1
-            self._since_plain = 0
+            self._count_plain()
             if self._num_plain % _LEARN_EVERY != 1 and self._rested > 2:
                 return
         self.cost.observe(shape, num_draft_rows, seconds, learn=not self._is_routine())
@@ -438,9 +458,16 @@ class Planner:
         self._drafted.clear()
 
     def pass_over(self, seconds: float) -> None:
-        """A step took so long that teaches nothing, since it computed prompts too."""
+        """A step took so long that teaches nothing, since it computed prompts too. It counts as the
+        reference that it was to be: where prompts never end, so would the steps without drafts."""
         self.probing.earn(seconds)
+        if self._is_reference:
+            self._count_plain()
         self._drafted.clear()
+
+    def _count_plain(self) -> None:
+        self._num_plain += 1
+        self._since_plain = 0
 
     def stats(self) -> dict[str, Any]:
         """What is believed at present, times in seconds."""

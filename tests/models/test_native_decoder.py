@@ -375,3 +375,25 @@ def test_what_the_kernels_cannot_run_runs_on_torch(tmp_path, option, value):
 
 def _parameters(model: Any) -> list[Tensor]:
     return list(model.destinations().values())
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torchs_default_type_changes_nothing(default: torch.dtype) -> None:
+    def logits() -> torch.Tensor:
+        model = load_model("folospec-demo", attention="native")
+        runner = ModelRunner(model, max_num_batched_tokens=64)
+        runner.make_kv(4, 16, torch.device("cpu"))
+        before = torch.get_default_dtype()
+        try:
+            if changed:
+                torch.set_default_dtype(default)
+            return runner.forward([Rows(list(range(9, 30)), 0, [0, 1], 21)]).logits
+        finally:
+            torch.set_default_dtype(before)
+
+    changed = False
+    expected = logits()
+    changed = True
+    found = logits()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
