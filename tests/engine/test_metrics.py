@@ -101,3 +101,15 @@ def test_preemptions_and_cached_tokens_are_counted_per_request(models: Any) -> N
     again = run(llm)
     assert again.outputs[4].metrics.num_cached_tokens == 16
     assert again.outputs[5].metrics.num_cached_tokens == 0
+
+
+def test_a_snapshot_keeps_its_reasons(models: Any) -> None:
+    engine = make_llm(models.target, "ngram").engine
+    engine.add_request(
+        {"prompt_token_ids": [5, 6, 7, 8]}, SamplingParams(max_tokens=12, ignore_eos=True)
+    )
+    snapshots = []
+    while engine.has_unfinished_requests:
+        snapshots += engine.step()
+    counts = [sum(output.metrics.num_undrafted.values()) for output in snapshots]
+    assert counts[0] < counts[-1]

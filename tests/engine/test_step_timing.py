@@ -12,6 +12,7 @@ from harness import make_llm
 
 from folospec.engine import step_timing
 from folospec.engine.step_timing import read_points, write_points
+from folospec.kernels.build import BuildError
 
 KEY = {"model": "m", "threads": 2}
 POINTS = {1: 0.001, 8: 0.002}
@@ -98,3 +99,27 @@ def test_a_folder_that_cannot_be_written_is_no_error(
     (tmp_path / "file").write_text("")
     write_points(tmp_path / "file" / "x.json", KEY, POINTS)
     assert "cannot be kept" in caplog.text
+
+
+def test_without_a_cache_folder_costs_are_measured_and_not_kept(
+    models: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise BuildError("there is no home")
+
+    monkeypatch.setattr(step_timing, "cache_folder", homeless)
+    llm = make_llm(models.target, "auto")
+    assert set(llm.engine.speculation.planning.planner.cost.curve.points) <= set(
+        step_timing.ROW_COUNTS
+    )
+    assert "not kept" in caplog.text
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("change", [{"max_num_batched_tokens": 8}, {"kv_cache_dtype": "float32"}])
+def test_what_changes_the_figures_has_figures_of_its_own(
+    models: Any, cache: Path, change: dict[str, Any]
+) -> None:
+    make_llm(models.target, "auto", dtype="bfloat16")
+    make_llm(models.target, "auto", dtype="bfloat16", max_num_seqs=8, **change)
+    assert len(list(cache.iterdir())) == 2

@@ -258,3 +258,7 @@ def test_a_path_ends_where_no_token_is_possible(native):
     law = pack_law(0, 0, pack_filters(SamplingParams(temperature=0)))
     walks.add(law, 0, 5, [7, -1], [-1, 0])
     assert native.walk(logits, walks) == [([0], NO_TOKEN, NEG_INF)]
+
+
+def test_a_top_k_beyond_64_bits_keeps_all():
+    assert pack_filters(SamplingParams(top_k=2**80)) == pack_filters(SamplingParams(top_k=2**62))
