@@ -205,9 +205,9 @@ def test_under_a_ratio_rule_the_confidence_in_drawn_tokens_decides_nothing(
     seen: list[Any] = []
     original = planning.Planner.offer
 
-    def recording(self: Any, name: str, seq_id: str, *rest: Any) -> Any:
+    def recording(self: Any, name: str, seq_id: str, *rest: Any, **flags: Any) -> Any:
         seen.append((seq_id, rest[2]))
-        return original(self, name, seq_id, *rest)
+        return original(self, name, seq_id, *rest, **flags)
 
     monkeypatch.setattr(planning.Planner, "offer", recording)
     settings = {"method": "draft_model", "model": models.near, "adaptive": True}
@@ -226,3 +226,67 @@ def test_the_engine_tells_the_planner_how_long_steps_took(models: Any) -> None:
     assert planner_of(llm).cost.num_seen > 0
     assert 0 < llm.stats()["planner"]["step_seconds"][1] < 1
     assert llm_engine.measured_costs is not None
+
+
+def test_merged_drafters_are_asked_only_for_requests_that_take_them(models: Any) -> None:
+    speculative = {"drafters": ["ngram", "suffix"], "merge": True, "adaptive": True}
+    llm = fix_costs(make_llm(models.target, speculative))
+    asked: Counter[str] = Counter()
+    for drafter in llm.engine.parts.drafters:
+
+        def recording(rows: Any, name: str = drafter.name, propose: Any = drafter.propose) -> Any:
+            asked[name] += len(rows)
+            return propose(rows)
+
+        drafter.propose = recording  # type: ignore[method-assign]
+    for names, expected in ((["ngram"], {"ngram"}), (None, {"ngram", "suffix"})):
+        asked.clear()
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, drafters=names)
+        run(llm, [[5, 6, 7, 8] * 4], params)
+        assert set(asked) == expected
+
+
+def test_under_a_ratio_rule_phrases_behind_drawn_tokens_are_kept_whole(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[tuple[int, int]] = []
+    original = planning.Planner.prune
+
+    def recording(self: Any, offers: Any, *rest: Any) -> None:
+        original(self, offers, *rest)
+        left.extend((len(offer.parents), len(offer.kept)) for offer in offers)
+
+    monkeypatch.setattr(planning.Planner, "prune", recording)
+    settings = {"method": "ouroboros", "model": models.near, "draft_length": 2, "adaptive": True}
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=60, ignore_eos=True)
+    for acceptance, is_whole in (("rejection", True), ("coupled", False)):
+        left.clear()
+        llm = fix_costs(make_llm(models.target, {**settings, "acceptance": acceptance}), row=0.05)
+        run(llm, harness.PROMPTS[:2], params)
+        assert len({size for size, _ in left}) > 1
+        assert all(size == kept for size, kept in left) == is_whole
+
+
+def test_a_step_whose_drafter_failed_leaves_no_unpaid_drafts(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = fix_costs(make_llm(models.target, {"method": "ngram", "adaptive": True}))
+    engine, plan = llm.engine, planner_of(llm)
+    (drafter,) = engine.parts.drafters
+
+    def failing(outcomes: Any) -> None:
+        raise RuntimeError("observe")
+
+    def run_to_end() -> None:
+        while engine.has_unfinished_requests:
+            engine.step()
+
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    engine.add_request([5, 6, 7, 8] * 4, params)
+    with monkeypatch.context() as patch:
+        patch.setattr(drafter, "observe", failing)
+        with pytest.raises(RuntimeError, match="observe"):
+            run_to_end()
+    assert plan._drafted
+    engine.speculation.plan(engine.scheduler.running, engine._request)
+    assert not plan._drafted

@@ -260,3 +260,53 @@ def test_a_simulated_job_is_done_once_by_every_policy():
         assert steps[0][0] == 3
         assert len(steps) <= 40
     assert len(simulate(WORLD, jobs, Fixed(0)).drafts) == 40
+
+
+def plans_beside_prompts(planner, steps):
+    """What is planned for one sequence while every step computes some prompt too."""
+    plans = []
+    for _ in range(steps):
+        if not planner.resting(["s0"]):
+            planner.plan(["s0"], rows_of(1, {"draft": 1}), StepShape(1, 1))
+        plans.append(planner.last_plan)
+        planner.pass_over(0.0101)
+    return plans
+
+
+@pytest.mark.parametrize("steps_alone", [0, 5])
+def test_prompts_in_every_step_do_not_end_drafting(steps_alone):
+    planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)), steps_alone)
+    plans = plans_beside_prompts(planner, 400)
+    assert sum(map(bool, plans)) > 380
+    assert plans.count({}) >= 3  # the steps of reference are still asked for
+
+
+@pytest.mark.parametrize("others", [[], ["s1"]])
+def test_a_plan_made_while_a_prompt_is_computed_does_not_outlast_it(others):
+    """Nobody was ready, or somebody was not: the next step is planned anew."""
+    planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)))
+    ready = rows_of(len(others), {"draft": 1})
+    for _ in range(40):
+        assert not planner.resting(["s0", *others])
+        planner.plan(["s0", *others], ready, StepShape(1, 1))
+        planner.pass_over(0.0101)
+    assert not planner.resting(["s0", *others])
+
+
+def test_what_was_drafted_in_a_step_that_failed_teaches_nothing():
+    class Counting(DraftCost):
+        num_observed = 0
+
+        def observe(self, **_):
+            self.num_observed += 1
+
+    for begins, num_observed in ((False, 2), (True, 1)):
+        planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)))
+        cost = planner.draft_costs["draft"] = Counting(0.01, in_passes=True)
+        for _ in range(2):  # only the second step is recorded
+            if begins:
+                planner.begin_step()
+            planner.plan(["s0"], rows_of(1, {"draft": 1}), StepShape(1, 1))
+            planner.record_draft("draft", {"s0": 50}, [2], 0, 0.001)
+        planner.record_step(StepShape(1, 1), 2, 0.011)
+        assert cost.num_observed == num_observed

@@ -6,8 +6,10 @@ import pytest
 import torch
 from enumeration import TOYS, Toy, distance, draft, most_likely, sampled, without_replacement
 
+from folospec.core.token_tree import TokenTree
 from folospec.spec.plan_terms import Source
 from folospec.spec.planner import Planner
+from folospec.spec.proposal import Proposal
 from folospec.spec.step_cost import CostCurve, StepShape
 from folospec.spec.verify import verify_block, verify_rejection
 
@@ -17,14 +19,18 @@ EXACT, SEEN = 1e-12, 0.05
 SHAPE = StepShape(1, 1)
 DEAR = CostCurve({1: 1.0, 2: 1.42, 64: 1.0 + 63 * 0.42})
 """A row that is accepted with a chance of less than about 0.42 does not pay."""
+PAIRS = CostCurve({1: 1.0, 2: 1.8, 64: 1.8})
+"""A row beside the root does not pay, and more of them cost nothing on top."""
 EACH_TOY = pytest.mark.parametrize("toy", TOYS[::2], ids=lambda toy: f"{toy.kind}-{toy.seed}")
 
 
-def pruned(proposal, stated):
+def pruned(proposal, stated, *, curve=DEAR, follows_draws=False):
     """What the planner leaves of a proposal, given what is stated of its nodes."""
-    planner = Planner([Source("draft", 8, False)], DEAR)
+    planner = Planner([Source("draft", 8, False)], curve)
     tree = proposal.tree
-    offer = planner.offer("draft", "s", tree.parents, tree.depths, stated)
+    offer = planner.offer(
+        "draft", "s", tree.parents, tree.depths, stated, follows_draws=follows_draws
+    )
     planner.prune([offer], SHAPE, 0.0)
     return proposal.prune(offer.kept)
 
@@ -89,3 +95,62 @@ def test_control_pruning_drawn_tokens_by_their_probability_is_seen():
     toys = [Toy("dense", seed, vocab_size=4) for seed in range(200, 210)]
     distances = sorted(distance(toy, drafter_of(toy), verify_rejection, 2) for toy in toys)
     assert distances[len(distances) // 2] > SEEN
+
+
+def phrase_behind_even_tokens(toy, *, follows_draws, sizes):
+    """A drafter of one drawn token, and behind an even one another that is certain."""
+
+    def drafter(walk):
+        root = draft(toy, [-1], sampled, walk)
+        token_id = root.tree.token_ids[0]
+        proposal = root
+        if token_id % 2 == 0:
+            phrase = torch.zeros_like(root.draft_probs)
+            phrase[0, 1] = 1.0
+            laws = torch.cat([root.draft_probs, phrase])
+            proposal = Proposal(TokenTree([token_id, 1], [-1, 0]), draft_probs=laws)
+        left = pruned(proposal, None, curve=PAIRS, follows_draws=follows_draws)
+        sizes.add((len(proposal), len(left)))
+        return left
+
+    return drafter
+
+
+FOUR_TOKENS = [Toy("dense", seed, vocab_size=4) for seed in range(200, 204)]
+
+
+@pytest.mark.parametrize("toy", FOUR_TOKENS, ids=lambda toy: str(toy.seed))
+def test_a_draft_whose_shape_follows_a_drawn_token_is_kept_whole_and_keeps_the_law(toy):
+    sizes = set()
+    drafter = phrase_behind_even_tokens(toy, follows_draws=True, sizes=sizes)
+    assert distance(toy, drafter, verify_rejection, 3) < EXACT
+    assert sizes == {(1, 1), (2, 2)}
+
+
+def test_control_pruning_by_a_shape_that_follows_a_drawn_token_is_seen():
+    sizes = set()
+    distances = [
+        distance(
+            toy,
+            phrase_behind_even_tokens(toy, follows_draws=False, sizes=sizes),
+            verify_rejection,
+            3,
+        )
+        for toy in FOUR_TOKENS
+    ]
+    assert sizes == {(1, 0), (2, 2)}
+    assert max(distances) > SEEN
+
+
+@pytest.mark.parametrize("follows_draws", [True, False])
+def test_what_a_draft_counts_for_beside_others_looks_at_its_shape_only_if_that_is_fixed(
+    follows_draws,
+):
+    worths = set()
+    for parents in ([-1], [-1, 0, 1, 2]):
+        planner = Planner([Source("draft", 8, False)], DEAR)
+        offer = planner.offer(
+            "draft", "s", parents, range(1, len(parents) + 1), None, follows_draws=follows_draws
+        )
+        worths.add(offer.net(0.1))
+    assert len(worths) == (1 if follows_draws else 2)

@@ -192,6 +192,12 @@ class Drafter(ABC):
         return False
 
     @property
+    def has_fixed_shape(self) -> bool:
+        """Whether the shape of a sampled draft is known before its first token is drawn. Where it
+        is not, a planner leaves sampled drafts whole under a ratio rule."""
+        return False
+
+    @property
     def needs(self) -> Needs:
         """What it is to be told."""
         return Needs()

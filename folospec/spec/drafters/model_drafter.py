@@ -78,6 +78,12 @@ class ModelDrafter(Drafter):
     def drafts_in_passes(self) -> bool:
         return True
 
+    @property
+    def has_fixed_shape(self) -> bool:
+        # Without replacement there are no more children than the law has tokens, and behind a drawn
+        # token that tells of it.
+        return self.plan.kind == "chain" or self.plan.children == "iid"
+
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
         drafts = [self._begin(row) for row in rows]
         logits = self.catch_up(rows)

@@ -148,6 +148,10 @@ class OuroborosDrafter(ModelDrafter):
     def needs(self) -> Needs:
         return Needs(num_top_logits=1)
 
+    @property
+    def has_fixed_shape(self) -> bool:
+        return False  # the phrases hang behind the last drawn token
+
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
         for row in rows:
             self._pool.insert_ngrams(
