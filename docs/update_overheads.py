@@ -16,20 +16,15 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+from page_sections import fill  # noqa: E402 - the page's folder is known only now
+
 PAGE = DOCS / "overheads.md"
 PLOTS = DOCS / "plots"
 BENCHMARKS = DOCS.parent / "benchmarks"
 PARTS = ("schedule", "propose", "metadata", "sample", "commit", "output", "rest")
 
 Row = dict[str, Any]
-
-
-def begin(name: str) -> str:
-    return f"<!-- {name}: written by docs/update_overheads.py -->\n"
-
-
-def end(name: str) -> str:
-    return f"<!-- end of {name} -->\n"
 
 
 def host_section(rows: Sequence[Row]) -> str:
@@ -81,28 +76,8 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
 
 
 def updated(page: str, rows: Sequence[Row]) -> str:
-    """Return the page with the sections filled in that there are rows for.
-
-    Raises:
-        ValueError: there are no rows, those of a benchmark come from several runs, or the page
-            lacks a marker.
-    """
-    known = [row for row in rows if row.get("benchmark") in SECTIONS]
-    if not known:
-        raise ValueError(f"there must be rows of {', '.join(SECTIONS)}, got none")
-    for name, section in SECTIONS.items():
-        own = [row for row in known if row["benchmark"] == name]
-        if not own:
-            continue
-        runs = {(row["provenance"]["command"], row["provenance"]["time"]) for row in own}
-        if len(runs) != 1:
-            raise ValueError(f"the rows of {name} must come from one run, got {sorted(runs)}")
-        before, found, rest = page.partition(begin(name))
-        _, closed, after = rest.partition(end(name))
-        if not (found and closed):
-            raise ValueError(f"the page must have the lines {begin(name)!r} and {end(name)!r}")
-        page = before + begin(name) + section(own) + end(name) + after
-    return page
+    """Return the page with the sections filled in that there are rows for; see `fill`."""
+    return fill(page, rows, SECTIONS, Path(__file__).name)
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:

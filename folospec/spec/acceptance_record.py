@@ -104,10 +104,6 @@ class AcceptanceRecord:
     def drop(self, seq_id: str) -> None:
         self._requests.pop(seq_id, None)
 
-    def knows(self, seq_id: str) -> bool:
-        """Whether anything was seen of the drafter's proposals for this sequence."""
-        return seq_id in self._requests
-
     # How deep drafts are accepted -----------------------------------------------------------------
 
     def conditional(self, seq_id: str, level: int) -> float:

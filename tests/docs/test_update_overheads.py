@@ -66,9 +66,12 @@ def update() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def page(update: dict[str, Any]) -> str:
-    names = ("host_time", "step_cost")
-    return "head\n" + "".join(update["begin"](n) + f"old {n}\n" + update["end"](n) for n in names)
+def page() -> str:
+    def section(name: str) -> str:
+        begin = f"<!-- {name}: written by docs/update_overheads.py -->"
+        return f"{begin}\nold {name}\n<!-- end of {name} -->\n"
+
+    return "head\n" + section("host_time") + section("step_cost")
 
 
 def test_a_section_is_written_from_its_rows_and_the_other_stays(
@@ -109,4 +112,6 @@ def test_the_plots_are_drawn(update: dict[str, Any], tmp_path: Path) -> None:
 
 def test_the_page_has_both_sections(update: dict[str, Any]) -> None:
     text = (ROOT / "docs/overheads.md").read_text()
-    update["updated"](text, [host_row(1), cost_row("chain", 1)])
+    filled = update["updated"](text, [host_row(1), cost_row("chain", 1)])
+    assert filled != text
+    assert filled.count("<!-- end of ") == text.count("<!-- end of ") == 2

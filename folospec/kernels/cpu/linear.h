@@ -23,15 +23,19 @@ namespace folospec {
 enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
 // What one step does, for each way to keep a weight. `X` is the type of the activations it wants.
-struct Float32Weight {
-    typedef float W;
+template <class Weight>
+struct WidenedWeight {
+    typedef Weight W;
     typedef float X;
     typedef Vec Operand;
     static constexpr int STEP = 16;
-    INLINE Vec load_w(const float* w) { return load(w); }
+    INLINE Vec load_w(const Weight* w) { return load(w); }
     INLINE Vec load_x(const float* x) { return load(x); }
     INLINE Vec accumulate(Vec w, Vec x, Vec sums) { return fma(w, x, sums); }
 };
+
+typedef WidenedWeight<float> Float32Weight;
+typedef WidenedWeight<int8_t> Int8Weight;
 
 struct BFloat16Weight {
     typedef bfloat16 W;
@@ -45,16 +49,6 @@ struct BFloat16Weight {
     }
     INLINE UintVec load_x(const bfloat16* x) { return load_w(x); }
     INLINE Vec accumulate(UintVec w, UintVec x, Vec sums) { return dot_pairs(w, x, sums); }
-};
-
-struct Int8Weight {
-    typedef int8_t W;
-    typedef float X;
-    typedef Vec Operand;
-    static constexpr int STEP = 16;
-    INLINE Vec load_w(const int8_t* w) { return load(w); }
-    INLINE Vec load_x(const float* x) { return load(x); }
-    INLINE Vec accumulate(Vec w, Vec x, Vec sums) { return fma(w, x, sums); }
 };
 
 struct Matrix {

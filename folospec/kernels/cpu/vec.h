@@ -106,9 +106,6 @@ INLINE void store(bfloat16* to, Vec v) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
-INLINE float to_float(float value) { return value; }
-INLINE float to_float(bfloat16 value) { return as<float>((uint32_t)value.bits << 16); }
-
 // The first `count` of sixteen values, zeros behind them.
 template <class T>
 INLINE Vec load_part(const T* from, int count) {

@@ -1,0 +1,40 @@
+"""Fills the sections of a page that are written from benchmark rows, each between two markers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+Sections = Mapping[str, Callable[[Sequence[Row]], str]]
+"""By benchmark: its rows to the section's text."""
+
+
+def fill(page: str, rows: Sequence[Row], sections: Sections, script: str) -> str:
+    """Return the page with the sections filled in that there are rows for.
+
+    Args:
+        script: the name of the file that writes the page; it stands in the markers.
+
+    Raises:
+        ValueError: there are no rows, those of a benchmark come from several runs, or the page
+            lacks a marker.
+    """
+    known = [row for row in rows if row.get("benchmark") in sections]
+    if not known:
+        raise ValueError(f"there must be rows of {', '.join(sections)}, got none")
+    for name, section in sections.items():
+        own = [row for row in known if row["benchmark"] == name]
+        if not own:
+            continue
+        runs = {(row["provenance"]["command"], row["provenance"]["time"]) for row in own}
+        if len(runs) != 1:
+            raise ValueError(f"the rows of {name} must come from one run, got {sorted(runs)}")
+        begin = f"<!-- {name}: written by docs/{script} -->\n"
+        end = f"<!-- end of {name} -->\n"
+        before, found, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"the page must have the lines {begin!r} and {end!r}")
+        page = before + begin + section(own) + end + after
+    return page
