@@ -199,19 +199,21 @@ class Scheduler:
 
     # A step ---------------------------------------------------------------------------------------
 
-    def schedule(self, draft_lengths: Callable[[Sequence], int]) -> SchedulerOutput:
+    def schedule(self, draft_lengths: Callable[[Sequence], int] | None = None) -> SchedulerOutput:
         """Choose what runs, reserve its slots, preempt where blocks are short.
 
         Args:
             draft_lengths: how many draft nodes a caught-up sequence could use; the limits of the
-                request and the model are the caller's to respect. It may get fewer.
+                request and the model are the caller's to respect. It may get fewer. None where
+                nothing is drafted.
         """
         output = SchedulerOutput()
         budget = self._schedule_running(output, self.max_num_batched_tokens)
         # Who was preempted just now waits in front and cannot come back in this step: an older
         # sequence has taken some of the blocks that it would need.
         budget = self._admit_waiting(output, budget)
-        self._reserve_drafts(output, budget, draft_lengths)
+        if draft_lengths is not None:
+            self._reserve_drafts(output, budget, draft_lengths)
         return output
 
     def _schedule_running(self, output: SchedulerOutput, budget: int) -> int:

@@ -231,9 +231,7 @@ class LLMEngine:
         return "bit" if self.parts.target.is_deterministic else "path"
 
     def _schedule(self) -> SchedulerOutput:
-        output = self.scheduler.schedule(
-            lambda seq: self.speculation.num_draft_slots(self._request(seq), seq)
-        )
+        output = self.scheduler.schedule(None if self.speculation.is_idle else self._num_draft_slots)
         if output.copies:
             for runner in self.parts.runners.values():
                 assert runner.kv is not None
@@ -243,6 +241,9 @@ class LLMEngine:
             self._request(seq).group.metrics.num_preemptions += 1
         self.speculation.drop(output.preempted, finished=False)
         return output
+
+    def _num_draft_slots(self, seq: Sequence) -> int:
+        return self.speculation.num_draft_slots(self._request(seq), seq)
 
     def _propose(self, scheduled: list[ScheduledSequence]) -> dict[str, Proposal]:
         begin = time.perf_counter()

@@ -81,7 +81,7 @@ class Planning:
         self._num_nodes = 0
         self._offers: dict[str, Offer] = {}
         self._pruned: set[str] = set()
-        self._has_prompts = False
+        self._has_prompts = self._rests = False
         self._unpaid: list[tuple[str, dict[str, int], Seq[int], int, float]] = []
 
     def source_of(self, drafter: Drafter) -> str:
@@ -96,7 +96,8 @@ class Planning:
         self._unpaid.clear()  # of a step that failed
         self.planner.begin_step()
         self._offers, self._pruned, self._drafting, self._num_nodes = {}, set(), 0.0, 0
-        if self.planner.resting(seq_ids):
+        self._rests = self.planner.resting(seq_ids)
+        if self._rests:
             self._asked = self.planner.last_plan
             return
         rows, context, num_ready = [], 0, 0
@@ -131,8 +132,16 @@ class Planning:
         # A view of the target has the target's KV, and nothing to catch up with.
         return 1 if drafter.drafts_in_passes else seq.num_tokens
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is asked in this step."""
+        return not self._asked
+
     def note_schedule(self, scheduled: Seq[ScheduledSequence]) -> None:
         """Take in what is really scheduled."""
+        if self._rests and len(scheduled) == self._shape.num_sequences:
+            self._has_prompts = False
+            return  # as in the last step, but for a token more of context
         ready = [item.start for item in scheduled if item.num_tokens == 1 and item.samples]
         self._has_prompts = len(ready) < len(scheduled)
         self._shape = StepShape(max(1, len(ready)), max(1, len(ready)), sum(ready))

@@ -89,6 +89,7 @@ class Speculation:
         self.reasons: dict[str, str] = {}
         """Of this step: seq_id -> why it has no draft, a key of `spec.plan_terms.REASONS`."""
         self.needs = _union([drafter.needs for drafter in drafters])
+        self._wants_rows = bool(self.needs.taps or self.needs.num_top_logits)
         self.kv: dict[str, KVCache] = {}
         """The drafters' KV tensors by owner, set when the pool is made."""
         self._own_nodes: dict[tuple[str, str], Mapping[int, int]] = {}
@@ -106,6 +107,13 @@ class Speculation:
         """Plan a step before it is scheduled."""
         if self.planning is not None:
             self.planning.begin(running, request_of)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing can be drafted in this step."""
+        if self.planning is not None:
+            return self.planning.is_idle
+        return not self.drafters
 
     def num_draft_slots(self, request: Request, seq: Sequence) -> int:
         """How many slots to reserve behind the root, scratch included; the last token of the output
@@ -260,10 +268,11 @@ class Speculation:
         """Note for every sequence that could have had a draft and has none why it is so."""
         self.reasons = {}
         for item in scheduled if self.drafters else ():
-            if item.num_tokens > 1 or not item.samples or item.seq.seq_id in proposals:
+            seq = item.seq
+            if seq.seq_id in proposals or item.num_tokens > 1 or not item.samples:
                 continue
-            request = request_of(item.seq)
-            reason = self.reasons[item.seq.seq_id] = self._reason(request, item)
+            request = request_of(seq)
+            reason = self.reasons[seq.seq_id] = self._reason(request, item)
             self.stats.record_undrafted(request.group.metrics, reason)
 
     def _reason(self, request: Request, item: ScheduledSequence) -> str:
@@ -284,10 +293,13 @@ class Speculation:
 
     def observe(self, observed: list[Observed], result: ForwardResult) -> None:
         """Tell the drafters what became of the step, then to forget what is finished."""
-        top_token_ids = [self._top_token_ids(seen, result) for seen in observed]
+        if not self.drafters:
+            return
         try:
-            for drafter in self.drafters:
-                self._tell(drafter, observed, result, top_token_ids)
+            if self._wants_rows or any(seen.proposal is not None for seen in observed):
+                top_token_ids = [self._top_token_ids(seen, result) for seen in observed]
+                for drafter in self.drafters:
+                    self._tell(drafter, observed, result, top_token_ids)
         finally:
             finished = [s for seen in observed for s in _family(seen) if s.status.is_finished]
             self.drop(finished, finished=True)
