@@ -231,7 +231,9 @@ class LLMEngine:
         return "bit" if self.parts.target.is_deterministic else "path"
 
     def _schedule(self) -> SchedulerOutput:
-        output = self.scheduler.schedule(None if self.speculation.is_idle else self._num_draft_slots)
+        output = self.scheduler.schedule(
+            None if self.speculation.is_idle else self._num_draft_slots
+        )
         if output.copies:
             for runner in self.parts.runners.values():
                 assert runner.kv is not None

@@ -86,7 +86,7 @@ class Planning:
 
     def source_of(self, drafter: Drafter) -> str:
         """The name under which the planner knows a drafter."""
-        return next(iter(self.planner.sources)) if self._merge else drafter.name
+        return next(iter(self.planner.beliefs.sources)) if self._merge else drafter.name
 
     # Plan -----------------------------------------------------------------------------------------
 
@@ -160,9 +160,10 @@ class Planning:
         """Whether there was a proposal, and nothing of it is left."""
         return seq_id in self._pruned
 
-    def reason(self, seq_id: str) -> str | None:
-        """Why the plan has no draft for a sequence; None if it has one, or does not know it."""
-        return self.planner.reasons.get(seq_id)
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Why the plan has no draft for a sequence; one that has, or is unknown, is not there."""
+        return self.planner.reasons
 
     def still_asked(self, drafter: Drafter, seq_ids: Iterable[str]) -> set[str]:
         """Of the sequences that the drafter was to be asked for, those where it still pays, given

@@ -257,7 +257,7 @@ class Speculation:
 
     def planner_stats(self) -> dict[str, Any] | None:
         """What the planner believes; None where nothing is planned."""
-        return self.planning.planner.stats() if self.planning is not None else None
+        return self.planning.planner.beliefs.stats() if self.planning is not None else None
 
     def count_undrafted(
         self,
@@ -267,20 +267,18 @@ class Speculation:
     ) -> None:
         """Note for every sequence that could have had a draft and has none why it is so."""
         self.reasons = {}
+        planned = self.planning.reasons if self.planning is not None else {}
         for item in scheduled if self.drafters else ():
             seq = item.seq
             if seq.seq_id in proposals or item.num_tokens > 1 or not item.samples:
                 continue
             request = request_of(seq)
-            reason = self.reasons[seq.seq_id] = self._reason(request, item)
+            reason = planned.get(seq.seq_id) if request.room(seq) > 1 else "no_room"
+            reason = self.reasons[seq.seq_id] = reason or self._reason(request, item)
             self.stats.record_undrafted(request.group.metrics, reason)
 
     def _reason(self, request: Request, item: ScheduledSequence) -> str:
         seq_id, planning = item.seq.seq_id, self.planning
-        if request.room(item.seq) <= 1:
-            return "no_room"
-        if planning is not None and (reason := planning.reason(seq_id)) is not None:
-            return reason
         if request.params.num_speculative_tokens == 0 or not self._allowed(request):
             return "not_wanted"
         if planning is not None and not planning.is_planned(seq_id):

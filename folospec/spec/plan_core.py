@@ -27,12 +27,14 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24)
 
 @dataclass(frozen=True, slots=True)
 class DraftPrices:
-    """Seconds of drafting: per call, per row, per pass, and per row and pass."""
+    """Seconds of drafting: per call, per row, per pass, per row and pass, and per token to catch up
+    with."""
 
     call: float
     row: float
     one_pass: float
     level: float
+    lag: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ def choose_depths(
     order = np.lexsort((level, -chances))
     chances, owner, level = chances[order], owner[order], level[order]
     costs = prices.level + np.where(level == 1, extra[owner], 0.0) if longest else chances
+    if not _could_exceed(best.rate, base_tokens, chances, seconds, prices, nodes_per_level):
+        return best
     for depth in tried:
         inside = level <= depth
         tokens = base_tokens + np.cumsum(chances[inside])
@@ -91,6 +95,24 @@ def choose_depths(
             chosen = np.bincount(owner[inside][: most + 1], minlength=len(rows))
             best = DepthChoice(chosen.tolist(), float(rates[most]))
     return best
+
+
+def _could_exceed(
+    rate: float,
+    base_tokens: float,
+    chances: Array,
+    seconds: Array,
+    prices: DraftPrices,
+    nodes_per_level: float,
+) -> bool:
+    """Whether the rate would be higher if one pass brought all levels at the cost of one row: in a
+    full batch it is not, and that ends the search."""
+    if len(chances) == 0:
+        return False
+    tokens = base_tokens + np.cumsum(chances)
+    counts = np.arange(1, len(tokens) + 1, dtype=np.float64) * nodes_per_level
+    drafting = prices.call + prices.one_pass + prices.row + prices.level
+    return bool((tokens > rate * (_at(seconds, counts) + drafting)).any())
 
 
 def _choose_depth(

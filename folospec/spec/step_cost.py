@@ -28,12 +28,12 @@ Array = npt.NDArray[np.float64]
 MAX_ROWS = 4096
 """The curve is tabulated up to here; a larger pass costs as if it had so many rows."""
 _HOST_SECONDS = (3e-4, 3e-5, 1e-4, 2e-5)
-"""Host time per step, sequence, step with drafts, and draft token, before any was measured."""
+"""Host time per step, sequence, step in which someone is asked, and draft token, at first."""
 _UNSETTLED_STEPS = 2
 """First steps, which pay for what is made once, are not learned from."""
 _SLOWDOWN_RATE = 0.2
-_DRAFTING = slice(3, 5)
-"""The coefficients of a step with drafts, and of each of them."""
+_ASKED, _DRAFTING = 3, slice(3, 5)
+"""The coefficients of a step in which someone is asked, and of it and of each draft."""
 _LEARN_ALL_CALLS = 50
 """After so many calls of a drafter every fourth is learned from, and those that caught up."""
 
@@ -93,10 +93,10 @@ class StepCost:
         """How much slower the machine is than when the curve was measured: lately, and in the last
         step alone."""
         self._unit = curve.at(1)
-        step, sequence, some, draft = (seconds / self._unit for seconds in _HOST_SECONDS)
+        step, sequence, asked, draft = (seconds / self._unit for seconds in _HOST_SECONDS)
         self._fit = OnlineFit(
-            [1.0, step, sequence, some, draft, 0.0],
-            [0.3, step + 0.1, sequence + 0.03, some + 0.1, draft + 0.02, 0.1],
+            [1.0, step, sequence, asked, draft, 0.0],
+            [0.3, step + 0.1, sequence + 0.03, asked + 0.1, draft + 0.02, 0.1],
             memory=150,
             noise=0.1,
         )
@@ -107,39 +107,47 @@ class StepCost:
         """Steps that were learned from."""
         return self._fit.num_seen
 
-    def _features(self, shape: StepShape, num_draft_rows: int) -> Array:
+    def _features(self, shape: StepShape, num_draft_rows: int, asked: bool) -> Array:
         rows = min(shape.num_rows + num_draft_rows, MAX_ROWS)
         passed = float(self.curve.table[rows]) / self._unit
-        some = float(num_draft_rows > 0)
-        counts = shape.num_sequences, some, num_draft_rows, shape.context / 4096
+        counts = shape.num_sequences, float(asked), num_draft_rows, shape.context / 4096
         return np.array([passed, 1.0, *counts])
 
-    def seconds(self, shape: StepShape, num_draft_rows: int = 0) -> float:
-        """Expected seconds of a step, at the machine's present speed."""
-        return float(self.table(shape, num_draft_rows)[-1])
+    @property
+    def asking(self) -> float:
+        """Seconds that a step takes longer because anyone is asked for a draft, whatever comes of
+        it and without the asking itself."""
+        return float(self._fit.coefficients[_ASKED]) * self._unit * self.slowdown
 
     def table(self, shape: StepShape, most: int) -> Array:
-        """Expected seconds with 0, 1, ... `most` draft rows: float [most + 1], never falling."""
+        """Expected seconds with 0, 1, ... `most` draft rows, without `asking`: float [most + 1],
+        never falling."""
         first = min(shape.num_rows, MAX_ROWS)
         passed = self.curve.table[first : first + most + 1] / self._unit
         if len(passed) <= most:
             passed = np.pad(passed, (0, most + 1 - len(passed)), mode="edge")
-        scale, step, sequence, some, draft, context = self._fit.coefficients
+        scale, step, sequence, _, draft, context = self._fit.coefficients
         fixed = step + sequence * shape.num_sequences + context * shape.context / 4096
         units = scale * passed + fixed + draft * np.arange(most + 1)
-        units[1:] += some
         least = 0.2 * passed[0]
         return np.maximum.accumulate(np.maximum(units, least)) * (self._unit * self.slowdown)
 
     def observe(
-        self, shape: StepShape, num_draft_rows: int, seconds: float, *, learn: bool = True
+        self,
+        shape: StepShape,
+        num_draft_rows: int,
+        seconds: float,
+        *,
+        asked: bool = False,
+        learn: bool = True,
     ) -> None:
         """Learn from a step that took so long: how fast the machine is, and if `learn`, which takes
-        time of its own, what steps of this shape cost."""
+        time of its own, what steps of this shape cost. `asked` says that a drafter was, for
+        anyone."""
         self._num_steps += 1
         if self._num_steps <= _UNSETTLED_STEPS or seconds <= 0:
             return
-        x = self._features(shape, num_draft_rows)
+        x = self._features(shape, num_draft_rows, asked or num_draft_rows > 0)
         expected = max(self._fit.predict(x), 0.2 * x[0])
         units = seconds / self._unit
         if self._num_steps == _UNSETTLED_STEPS + 1:

@@ -223,7 +223,7 @@ def test_under_a_ratio_rule_the_confidence_in_drawn_tokens_decides_nothing(
 def test_the_engine_tells_the_planner_how_long_steps_took(models: Any) -> None:
     llm = make_llm(models.target, {"method": "ngram", "adaptive": True})
     run(llm)
-    assert planner_of(llm).cost.num_seen > 0
+    assert planner_of(llm).beliefs.cost.num_seen > 0
     assert 0 < llm.stats()["planner"]["step_seconds"][1] < 1
     assert llm_engine.measured_costs is not None
 

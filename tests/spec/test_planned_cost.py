@@ -13,7 +13,8 @@ CURVE = CostCurve({1: 0.010, 8: 0.011, 64: 0.020})
 
 def ratio(cost, num_rows=8):
     """What a step with drafts costs, against one without."""
-    return cost.seconds(StepShape(1, 1), num_rows) / cost.seconds(StepShape(1, 1))
+    seconds = cost.table(StepShape(1, 1), num_rows)
+    return float(seconds[num_rows] + cost.asking) / float(seconds[0])
 
 
 def feed(cost, true, count, *, noise=0.05, slow=lambda i: 1.0, seed=0):
@@ -49,6 +50,17 @@ def test_a_wrong_slope_is_learned():
     assert ratio(cost) < 1.2
     feed(cost, dear, 150)
     assert ratio(cost) == pytest.approx(dear(8) / dear(0), rel=0.15)
+
+
+def test_that_someone_is_asked_costs_something_even_if_nothing_comes_of_it():
+    rng = random.Random(0)
+    cost = StepCost(CURVE)
+    for i in range(150):
+        asked = i % 2 == 0
+        seconds = (0.010 + 0.001 * asked) * rng.lognormvariate(0, 0.05)
+        cost.observe(StepShape(1, 1), 0, seconds, asked=asked)
+    assert cost.asking == pytest.approx(0.001, rel=0.3)
+    assert cost.table(StepShape(1, 1), 0)[0] == pytest.approx(0.010, rel=0.05)
 
 
 def test_a_machine_that_is_half_as_fast_for_a_while_changes_no_ratio():

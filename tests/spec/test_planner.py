@@ -182,7 +182,7 @@ def planner_for(scenario):
 def test_control_a_planner_that_ignores_acceptance_is_slower_than_plain():
     scenario = NOTHING_ACCEPTED["by a boastful drafter"]
     planner = planner_for(scenario)
-    planner.records["draft"] = Believing()
+    planner.beliefs.records["draft"] = Believing()
     assert regret_to_plain(scenario, planner) > 0.1
 
 
@@ -192,8 +192,8 @@ def test_control_a_planner_that_ignores_acceptance_is_slower_than_plain():
 def test_control_a_planner_that_ignores_cost_regrets_it(name):
     scenario = SCENARIOS[name]
     planner = planner_for(scenario)
-    planner.cost = Free(curve_of(scenario[1]))
-    planner.draft_costs["draft"] = FreeDraft(0.01, in_passes=True)
+    planner.beliefs.cost = Free(curve_of(scenario[1]))
+    planner.beliefs.draft_costs["draft"] = FreeDraft(0.01, in_passes=True)
     assert regret(scenario, planner) > REGRET
 
 
@@ -244,7 +244,7 @@ def test_who_is_not_drafted_for_is_told_why(count, reason):
     step = linear(0.0018)
     planner = settled(Planner([Source("draft", 8, True)], curve_of(step)))
     for _ in range(200):
-        planner.records["draft"].add_level("other", 1, 0.0 if count == 1 else 0.6)
+        planner.beliefs.records["draft"].add_level("other", 1, 0.0 if count == 1 else 0.6)
     planner.probing.pay(1e9)
     plan = planner.plan([], rows_of(count, {"draft": 1}), StepShape(count, count))
     assert plan == {}
@@ -302,7 +302,7 @@ def test_what_was_drafted_in_a_step_that_failed_teaches_nothing():
 
     for begins, num_observed in ((False, 2), (True, 1)):
         planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)))
-        cost = planner.draft_costs["draft"] = Counting(0.01, in_passes=True)
+        cost = planner.beliefs.draft_costs["draft"] = Counting(0.01, in_passes=True)
         for _ in range(2):  # only the second step is recorded
             if begins:
                 planner.begin_step()
