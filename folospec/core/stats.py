@@ -72,8 +72,9 @@ class EngineStats(SpeculationCounts):
     def record_undrafted(self, metrics: RequestMetrics, reason: str) -> None:
         """Count a step of a sequence without a draft, for its request and for the engine."""
         metrics.undrafted_reason = reason
-        for counts in (metrics.num_undrafted, self.num_undrafted):
-            counts[reason] = counts.get(reason, 0) + 1
+        counts = metrics.num_undrafted
+        counts[reason] = counts.get(reason, 0) + 1
+        self.num_undrafted[reason] = self.num_undrafted.get(reason, 0) + 1
 
 
 def _grow(counts: list[int], length: int) -> None:

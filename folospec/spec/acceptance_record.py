@@ -8,6 +8,7 @@ Every estimate is shrunk towards a wider one that has seen more, and forgets exp
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -68,11 +69,10 @@ class _Worth:
         step = 1.0 / self.weight
         self.values = [m + step * (v - m) for m, v in zip(self.values, values, strict=True)]
 
-    def estimate(self, prior: Sequence[float], weight: float) -> list[float]:
+    def estimate(self, place: int, prior: float, weight: float) -> float:
+        """The mean at `PRICES[place]`, shrunk towards `prior`."""
         total = weight + self.weight
-        return [
-            (p * weight + v * self.weight) / total for p, v in zip(prior, self.values, strict=True)
-        ]
+        return (prior * weight + self.values[place] * self.weight) / total
 
 
 @dataclass(slots=True)
@@ -173,12 +173,24 @@ class AcceptanceRecord:
     def worth(self, seq_id: str, price: float) -> float:
         """Expected tokens that a proposal brings, less the price of its rows, when only nodes that
         are worth their price are kept."""
-        prior = [_PRIOR_WORTH * (1.0 - p) for p in PRICES]
-        values = self._worth.estimate(prior, _PRIOR_WEIGHT)
+        if price <= PRICES[0]:
+            return self._worth_at(seq_id, 0)
+        if price >= PRICES[-1]:
+            left = max(0.0, 1.0 - (price - PRICES[-1]) / (1.0 - PRICES[-1]))
+            return left * self._worth_at(seq_id, len(PRICES) - 1)
+        place = bisect_left(PRICES, price)
+        low, high = self._worth_at(seq_id, place - 1), self._worth_at(seq_id, place)
+        part = (price - PRICES[place - 1]) / (PRICES[place] - PRICES[place - 1])
+        return low + (high - low) * part
+
+    def _worth_at(self, seq_id: str, place: int) -> float:
+        """The same at a price of `PRICES`."""
+        prior = _PRIOR_WORTH * (1.0 - PRICES[place])
+        value = self._worth.estimate(place, prior, _PRIOR_WEIGHT)
         request = self._requests.get(seq_id)
         if request is not None:
-            values = request.worth.estimate(values, _REQUEST_WEIGHT)
-        return _interpolate(values, price)
+            value = request.worth.estimate(place, value, _REQUEST_WEIGHT)
+        return value
 
     def add_ask(self, seq_id: str, chances: Sequence[float], num_scratch: int = 0) -> None:
         """The drafter was asked; the nodes it proposed are reached and accepted with these
@@ -195,12 +207,3 @@ class AcceptanceRecord:
         if request is None:
             request = self._requests[seq_id] = _Request()
         return request
-
-
-def _interpolate(values: Sequence[float], price: float) -> float:
-    if price <= PRICES[0]:
-        return values[0]
-    for left, right, low, high in zip(PRICES, PRICES[1:], values, values[1:], strict=False):
-        if price <= right:
-            return low + (high - low) * (price - left) / (right - left)
-    return values[-1] * max(0.0, 1.0 - (price - PRICES[-1]) / (1.0 - PRICES[-1]))

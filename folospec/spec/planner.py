@@ -24,11 +24,12 @@ from folospec.spec.probing import Probing
 from folospec.spec.step_cost import DEFAULT_CURVE, CostCurve, StepShape
 from folospec.spec.step_plan import StepPlan
 
-_MOST_REST, _MOST_HOLD = 64, 7
-"""A plan of no drafts, or of some, is kept for so many steps at most."""
-_LEARN_EVERY = 8
+_LEAST_REST, _MOST_REST, _MOST_HOLD = 15, 63, 7
+"""For how many steps a plan of no drafts, or at most one of some, is kept."""
+_LEARN_PLAIN, _LEARN_EVERY = 256, 8
 _LEARN_ALL, _LEARN_ROUTINE = 64, 3
-"""Of drafted steps the first ones are all learned from, and then every third: that takes time."""
+"""Learning takes time. Of plain steps every eighth is learned from, and at first those too that
+follow a new plan; of drafted ones all the first ones, and then every third."""
 _FIRST_PLAIN, _REFERENCE_EVERY = 4, 100
 
 
@@ -60,7 +61,7 @@ class Planner:
         self.probing = Probing()
         self._plan = StepPlan(self.beliefs, self.probing, [], StepShape(1, 1))
         self._batch: list[str] = []
-        self._rest = self._rested = 0
+        self._rest = self._rested = self._calm = 0
         self._drafted: list[tuple[str, int, int, int, int, float]] = []
         self._num_plain = self._since_plain = self._num_routine = 0
         self._is_reference = False
@@ -110,16 +111,27 @@ class Planner:
         self._is_reference = bool(rows) and self._needs_reference()
         if self._is_reference:
             plan.reasons = {row.seq_id: "reference" for row in rows}
-            self._rest = 0
+            self._rest = self._calm = 0
             return {}
         if rows:
             plan.choose()
-        most = _MOST_HOLD if plan.depths else _MOST_REST
-        # Who is still at the prompt, or could not be drafted for, may be ready in the next step.
-        is_settled = bool(rows) and shape.num_sequences >= len(seq_ids)
-        may_rest = is_settled and not changed and not plan.has_probes
-        self._rest = min(2 * self._rest + 1, most) if may_rest else 0
+        all_ready = bool(rows) and shape.num_sequences >= len(seq_ids)
+        self._rest = self._next_rest(all_ready, changed)
         return plan.depths
+
+    def _next_rest(self, all_ready: bool, changed: bool) -> int:
+        """For how many steps the plan is to hold: twice as long as the last, while nothing changes.
+        A probe is an exception of one step, and while nobody is asked there is little to learn."""
+        asks = bool(self._plan.depths)
+        # Who is still at the prompt, or could not be drafted for, may be ready in the next step.
+        if not all_ready or (changed and asks):
+            self._calm = 0
+            return 0
+        if self._plan.has_probes:
+            return 0
+        least, most = (1, _MOST_HOLD) if asks else (_LEAST_REST, _MOST_REST)
+        self._calm = least if changed else min(max(2 * self._calm + 1, least), most)
+        return self._calm
 
     def _needs_reference(self) -> bool:
         """Whether to take a step without drafts, so that it is known what one costs: the first
@@ -233,7 +245,8 @@ class Planner:
         self.probing.earn(seconds)
         if num_draft_rows == 0 and not self.last_plan:
             self._count_plain()
-            if self._num_plain % _LEARN_EVERY != 1 and self._rested > 2:
+            is_known = self._rested > 2 or self._num_plain > _LEARN_PLAIN
+            if is_known and self._num_plain % _LEARN_EVERY != 1:
                 return
         self.beliefs.cost.observe(
             *(shape, num_draft_rows, seconds),
