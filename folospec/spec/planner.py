@@ -26,9 +26,9 @@ from folospec.spec.step_plan import StepPlan
 
 _LEAST_REST, _MOST_REST, _MOST_HOLD = 15, 63, 7
 """For how many steps a plan of no drafts, or at most one of some, is kept."""
-_LEARN_PLAIN, _LEARN_EVERY = 256, 8
+_LEARN_PLAIN, _LEARN_EVERY = 256, 16
 _LEARN_ALL, _LEARN_ROUTINE = 64, 3
-"""Learning takes time. Of plain steps every eighth is learned from, and at first those too that
+"""Learning takes time. Of plain steps every sixteenth is learned from, and at first those too that
 follow a new plan; of drafted ones all the first ones, and then every third."""
 _FIRST_PLAIN, _REFERENCE_EVERY = 4, 100
 

@@ -239,6 +239,38 @@ def test_a_batch_that_stays_the_same_is_not_planned_again_at_once():
     assert not planner.resting(["s0", "s1"])
 
 
+def hopeless(planner):
+    """A planner whose drafter is never right."""
+    for _ in range(200):
+        planner.beliefs.records["draft"].add_level("other", 1, 0.0)
+    return planner
+
+
+def rests(planner, count):
+    """How long each of `count` plans in a row holds for one sequence that nobody drafts for, and
+    whether it had a probe."""
+    held = []
+    for _ in range(count):
+        planner.plan(["s0"], rows_of(1, {"draft": 1}), StepShape(1, 1))
+        has_probe, steps = bool(planner.last_plan), 0
+        planner.record_step(StepShape(1, 1), 0, 0.0101)
+        while planner.resting(["s0"]):
+            steps += 1
+            planner.record_step(StepShape(1, 1), 0, 0.0101)
+        held.append((steps, has_probe))
+    return held
+
+
+def test_a_plan_without_drafts_holds_longer_and_longer_and_a_probe_does_not_end_that():
+    planner = hopeless(settled(Planner([Source("draft", 8, True)], curve_of(STEEP))))
+    held = rests(planner, 12)
+    calm = [steps for steps, has_probe in held if not has_probe]
+    assert calm == sorted(calm)
+    assert calm[0] == 15
+    assert calm[-1] == 63
+    assert {steps for steps, has_probe in held if has_probe} == {0}
+
+
 @pytest.mark.parametrize(("count", "reason"), [(1, "rejected"), (48, "batch_full")])
 def test_who_is_not_drafted_for_is_told_why(count, reason):
     step = linear(0.0018)
