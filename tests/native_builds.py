@@ -43,6 +43,8 @@ class Rule(NamedTuple):
 NUM_KEYS = "clamp<int64_t>(s.num_keys[row] - tile, first"
 FIRST_KEY = "clamp<int64_t>(from - tile, 0"
 SUMS = "sums[i][0], sums[i][NR > 1 ? 1 : 0], sums[i][NR > 2 ? 2 : 0], sums[i][NR > 3 ? 3 : 0]"
+AT_END, STORED = "point.depth == node.depth", "tree.texts[text].is_stored"
+MORE = "tree.nodes[child].count > tree.nodes[most].count"
 RULES = {
     # Which keys a row sees.
     "a key too many": Rule(
@@ -90,6 +92,20 @@ RULES = {
     "rows read late": Rule(
         *("kernels.cpp", "base + targets[i] * bytes[t], held + i * bytes[t]"),
         *("held + i * bytes[t]", "base + sources[i] * bytes[t]"),
+    ),
+    # What suffix trees count, and what comes first.
+    "a split that counts all for both halves": Rule(
+        "suffix_tree.h", "tree.nodes[lower].count -= 1", "1", "0"
+    ),
+    "two edges where one would do": Rule("suffix_tree.h", *["lower == NONE"] * 2, "true"),
+    "paths that are read from the oldest text": Rule(
+        "suffix_tree.h", f"if ({AT_END}) tree.read_from", AT_END, "false"
+    ),
+    "texts that are of no use": Rule("suffix.h", "(tree.texts[text].is_stored)", STORED, "false"),
+    "of equal drafts the last": Rule("suffix.h", *["seen > other.seen"] * 2, "seen < other.seen"),
+    "of equal children the first": Rule("suffix.h", *[MORE] * 2, MORE.replace(">", ">=")),
+    "the shared tree before the own": Rule(
+        "suffix.h", *["is_shared < other.is_shared"] * 2, "is_shared > other.is_shared"
     ),
     # What a sum's order depends on. These are as right as before, to the last bits but a few.
     "tiles up to the context": Rule(

@@ -71,7 +71,10 @@ def tried_nodes(outcome: Outcome) -> Iterator[tuple[int, bool]]:
 def share_among_siblings(parents: Sequence[int], chances: Sequence[float]) -> list[float]:
     """Scale down the chances of siblings where they add up to more than 1: at most one of them is
     accepted."""
-    totals: dict[int, float] = {}
+    totals = dict.fromkeys(parents, 0.0)
     for parent, chance in zip(parents, chances, strict=True):
-        totals[parent] = totals.get(parent, 0.0) + chance
-    return [c / max(1.0, totals[p]) for p, c in zip(parents, chances, strict=True)]
+        totals[parent] += chance
+    return [
+        c / total if (total := totals[p]) > 1.0 else c
+        for p, c in zip(parents, chances, strict=True)
+    ]

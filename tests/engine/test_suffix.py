@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
 import pytest
 from harness import VOCAB_SIZE, assert_speculated, make_llm, run
+from suffix_forms import FORMS, using
 
 from folospec import SamplingParams
 from folospec.engine import judge
 from folospec.spec.drafters.suffix import SuffixDrafter
-from folospec.spec.suffix_store import SuffixStore
 
 SUFFIX = {"method": "suffix", "num_speculative_tokens": 8}
 
@@ -22,6 +23,12 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "a pool that forces preemption": {"num_blocks": 16, "block_size": 4},
     "chunked prefill": {"max_num_batched_tokens": 7, "max_num_seqs": 5},
 }
+
+
+@pytest.fixture(autouse=True, scope="module", params=FORMS)
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    with using(request.param):
+        yield
 
 
 def the_drafter(llm: Any) -> SuffixDrafter:
@@ -72,15 +79,12 @@ def test_a_store_full_of_nonsense_changes_nothing(
 ) -> None:
     random_ = random.Random(7)
 
-    def corrupted(self: SuffixStore, token_ids: Any) -> None:
-        add(
-            self,
-            [t if random_.random() < 0.5 else random_.randrange(VOCAB_SIZE) for t in token_ids],
-        )
+    def corrupted(token_ids: Any) -> None:
+        add([t if random_.random() < 0.5 else random_.randrange(VOCAB_SIZE) for t in token_ids])
 
-    add = SuffixStore.add
-    monkeypatch.setattr(SuffixStore, "add", corrupted)
     llm = make_llm(models.target, {**SUFFIX, "max_cached_tokens": 100})
+    add = the_drafter(llm).index.add
+    monkeypatch.setattr(the_drafter(llm).index, "add", corrupted)
     same = make_llm(models.target)  # its second run has other seeds, as that of the first engine
     for _ in range(2):
         result, expected = run(llm), run(same)
@@ -108,7 +112,7 @@ def test_what_one_engine_learned_another_can_load(models: Any, tmp_path: Path) -
     first = run(llm, params=params)
     the_drafter(llm).save(path)
     loaded = make_llm(models.target, {**SUFFIX, "load": str(path)})
-    assert the_drafter(loaded).store.texts == the_drafter(llm).store.texts
+    assert the_drafter(loaded).index.texts == the_drafter(llm).index.texts
     second = run(loaded, params=params)
     assert second.tokens == first.tokens
     assert second.stats["num_accepted_tokens"] > 2 * first.stats["num_accepted_tokens"]

@@ -1,11 +1,12 @@
 // The native CPU kernels, one translation unit: plain functions over data pointers, for ctypes. Every
-// one has a torch form that it is tested against. `threads` is torch's own number, and the threads are
-// torch's own OpenMP's: a second runtime would spin against it.
+// one has a form in torch or in Python that it is tested against. `threads` is torch's own number, and the
+// threads are torch's own OpenMP's: a second runtime would spin against it.
 #include <omp.h>
 
 #include "children.h"
 #include "decoder.h"
 #include "sampling.h"
+#include "suffix.h"
 
 using namespace folospec;
 

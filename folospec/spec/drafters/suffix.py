@@ -16,29 +16,18 @@ a draft is the sum of these probabilities, the tokens expected to be accepted; t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from folospec.core.token_tree import TokenTree
+from folospec.kernels.native_suffix import SuffixAsk, SuffixDraft, SuffixRules
 from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
-from folospec.spec.best_first import (
-    Grown,
-    grow_best_first,
-    read_tree_option,
-)
+from folospec.spec.best_first import read_tree_option
 from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome, check_count
 from folospec.spec.proposal import Proposal
-from folospec.spec.suffix_store import SuffixStore, check_token_ids, load_texts, save_texts
-from folospec.spec.suffix_tree import (
-    BYTES_PER_NODE,
-    BYTES_PER_TOKEN,
-    Point,
-    Reader,
-    SuffixTree,
-    Writer,
-)
+from folospec.spec.suffix_index import make_index
+from folospec.spec.suffix_store import check_token_ids, load_texts, save_texts
 
 _OPTIONS: dict[str, Any] = {
     "max_tree_depth": 64,
@@ -51,45 +40,6 @@ _OPTIONS: dict[str, Any] = {
     "preload": (),
     "load": None,
 }
-
-
-@dataclass(slots=True)
-class Continuation:
-    """A point of a suffix tree that a draft has reached, and the counts on the way there."""
-
-    point: Point
-    count: int = 0
-    total: int = 0
-    """How often this token, and how often any token, followed the point before."""
-
-
-@dataclass(slots=True)
-class Match:
-    """The last `length` tokens of a sequence, found in a tree."""
-
-    point: Point
-    length: int
-    source: str
-    """"request" or "shared"."""
-    max_nodes: int
-    bound: int
-    """No draft from here scores more: as deep as it can be."""
-
-
-class _Sequence:
-    """One sequence's own tree, and its place in the shared one."""
-
-    def __init__(self, max_depth: int, shared: SuffixTree) -> None:
-        self.writer = Writer(SuffixTree(max_depth))
-        self.reader = Reader(shared)
-        self.keys: list[tuple] = []
-        """Kind of evidence of each node that was proposed last."""
-
-    def update(self, token_ids: Sequence[int]) -> None:
-        for place in range(len(self.writer.text), len(token_ids)):
-            token_id = token_ids[place]
-            self.writer.append(token_id)
-            self.reader.append(token_id)
 
 
 class SuffixDrafter(Drafter):
@@ -115,129 +65,85 @@ class SuffixDrafter(Drafter):
         options = context.read_options(_OPTIONS)
         _check(options)
         self.max_depth = options["max_tree_depth"]
-        self.spec_factor, self.spec_offset = options["max_spec_factor"], options["max_spec_offset"]
-        self.min_token_prob = options["min_token_prob"]
-        self.min_score = options["min_score"]
-        self.is_chain = not read_tree_option(options["tree"], context.acceptance)
+        self.max_cached_tokens = options["max_cached_tokens"]
         self.vocab_size = context.vocab_size
-        self.store = SuffixStore(self.max_depth, options["max_cached_tokens"])
+        self.index = make_index(
+            SuffixRules(
+                max_depth=self.max_depth,
+                max_tokens=self.max_cached_tokens,
+                spec_factor=options["max_spec_factor"],
+                spec_offset=options["max_spec_offset"],
+                min_joint=options["min_token_prob"],
+                min_score=options["min_score"],
+                is_chain=not read_tree_option(options["tree"], context.acceptance),
+            )
+        )
         self._acceptance = AcceptanceTable()
-        self._sequences: dict[str, _Sequence] = {}
-        self._fill_store(_read_preload(options["preload"], context))
+        self._drafts: dict[str, SuffixDraft] = {}
+        """By sequence, what was proposed last."""
+        texts = _read_preload(options["preload"], context)
         if options["load"] is not None:
-            self._fill_store(load_texts(options["load"], self.vocab_size))
+            texts += load_texts(options["load"], self.vocab_size)
+        self._fill(texts)
 
-    def _fill_store(self, texts: list[list[int]]) -> None:
-        num_tokens = self.store.num_tokens + sum(len(text) for text in texts)
-        if num_tokens > self.store.max_tokens:
+    def _fill(self, texts: list[list[int]]) -> None:
+        num_tokens = sum(len(text) for text in texts)
+        if num_tokens > self.max_cached_tokens:
             raise ValueError(
                 f"max_cached_tokens must be at least the {num_tokens} tokens of preload and load, "
-                f"got {self.store.max_tokens}"
+                f"got {self.max_cached_tokens}"
             )
         for text in texts:
-            self.store.add(text)
+            self.index.add(text)
 
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        return [self._propose(row) for row in rows]
+        asks = [SuffixAsk(r.seq_id, r.token_ids, r.max_draft_tokens, r.max_depth) for r in rows]
+        drafts = self.index.draft(asks)
+        return [
+            None if draft is None else self._proposal(row.seq_id, draft)
+            for row, draft in zip(rows, drafts, strict=True)
+        ]
 
-    def _propose(self, row: DraftRow) -> Proposal | None:
-        sequence = self._sequences.get(row.seq_id)
-        if sequence is None:
-            sequence = _Sequence(self.max_depth, self.store.tree)
-            self._sequences[row.seq_id] = sequence
-        sequence.update(row.token_ids)
-        match, grown = self._best_draft(row, sequence)
-        if match is None:
-            return None
-        if match.source == "shared":
-            self.store.touch(match.point.node.text)
-        keys, chances = [], []
-        for state in grown.states:
-            ratio = state.count / (state.total + 1)  # once out of once is no certainty
-            keys.append((match.source, match.length.bit_length(), round(8 * ratio)))
-            chances.append(self._acceptance.estimate(keys[-1], prior=ratio))
-        sequence.keys = keys
+    def _proposal(self, seq_id: str, draft: SuffixDraft) -> Proposal:
+        self._drafts[seq_id] = draft
+        likely = {  # many nodes, few ratios
+            ratio: self._acceptance.estimate(_evidence(draft, ratio), prior=ratio)
+            for ratio in set(draft.ratios)
+        }
+        chances = [likely[ratio] for ratio in draft.ratios]
         return Proposal(
-            TokenTree(grown.token_ids, grown.parents),
-            confidence=share_among_siblings(grown.parents, chances),
+            TokenTree(draft.token_ids, draft.parents),
+            confidence=share_among_siblings(draft.parents, chances),
         )
-
-    def _best_draft(
-        self, row: DraftRow, sequence: _Sequence
-    ) -> tuple[Match | None, Grown[Continuation]]:
-        """The draft with the highest score; of equal ones that with the longest match, and of these
-        the request's own."""
-        best: Match | None = None
-        draft: Grown[Continuation] = Grown()
-        best_score = 0.0
-        matches = list(self._matches(row, sequence))
-        for match in sorted(matches, key=lambda m: (-m.bound, -m.length)):
-            if match.bound <= best_score:
-                break
-            grown = grow_best_first(
-                Continuation(match.point),
-                _children,
-                max_nodes=match.max_nodes,
-                max_depth=match.bound,
-                min_joint=self.min_token_prob,
-                is_chain=self.is_chain,
-            )
-            score = sum(grown.joint)
-            if score > best_score:
-                best, draft, best_score = match, grown, score
-        return (best, draft) if best_score >= self.min_score else (None, Grown())
-
-    def _matches(self, row: DraftRow, sequence: _Sequence) -> Iterator[Match]:
-        for source, points in (
-            ("request", sequence.writer.points),
-            ("shared", sequence.reader.points),
-        ):
-            for point in points:
-                length = point.depth
-                allowed = math.floor(self.spec_factor * length + self.spec_offset)
-                max_nodes = min(allowed, row.max_draft_tokens)
-                bound = min(max_nodes, row.max_depth, self.max_depth - length)
-                yield Match(point, length, source, max_nodes, bound)
 
     def observe(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
-            sequence = self._sequences.get(outcome.seq_id)
-            if sequence is not None:
+            draft = self._drafts.get(outcome.seq_id)
+            if draft is not None:
                 for node, accepted in tried_nodes(outcome):
-                    self._acceptance.record(sequence.keys[node], accepted)
+                    self._acceptance.record(_evidence(draft, draft.ratios[node]), accepted)
 
     def finish(self, seq_id: str, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """Keep the output, behind as much of the prompt as a match can reach back, so that the same
         prompt finds it from the first token on."""
         if len(token_ids) > num_prompt_tokens:
-            self.store.add(token_ids[max(0, num_prompt_tokens - self.max_depth) :])
+            self.index.add(token_ids[max(0, num_prompt_tokens - self.max_depth) :])
 
     def drop(self, seq_id: str) -> None:
-        self._sequences.pop(seq_id, None)
+        self.index.drop(seq_id)
+        self._drafts.pop(seq_id, None)
 
     def save(self, path: str | Path) -> None:
         """Write the texts of finished requests to a file that the option `load` takes."""
-        save_texts(path, self.store.texts, self.vocab_size)
+        save_texts(path, self.index.texts, self.vocab_size)
 
     def stats(self) -> dict[str, Any]:
-        trees = [sequence.writer for sequence in self._sequences.values()]
-        num_nodes = self.store.tree.num_nodes + sum(writer.tree.num_nodes for writer in trees)
-        num_tokens = self.store.num_tokens + sum(len(writer.text) for writer in trees)
-        return {
-            "num_stored_requests": len(self.store),
-            "num_stored_tokens": self.store.num_tokens,
-            "num_stored_nodes": self.store.tree.num_nodes,
-            "num_evictions": self.store.num_evictions,
-            "num_sequences": len(trees),
-            "num_tokens": num_tokens,
-            "num_nodes": num_nodes,
-            "num_bytes": num_tokens * BYTES_PER_TOKEN + num_nodes * BYTES_PER_NODE,
-        }
+        return self.index.stats()._asdict()
 
 
-def _children(state: Continuation) -> Iterator[tuple[int, float, Continuation]]:
-    for token_id, count, total, point in state.point.continuations():
-        yield token_id, count / total, Continuation(point, count, total)
+def _evidence(draft: SuffixDraft, ratio: float) -> tuple[str, int, int]:
+    """The kind of evidence that there is for a node with this ratio of counts."""
+    return draft.source, draft.length.bit_length(), round(8 * ratio)
 
 
 def _check(options: dict[str, Any]) -> None:
