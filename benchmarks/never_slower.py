@@ -32,6 +32,8 @@ from folospec import LLM, SamplingParams
 Row = dict[str, Any]
 
 RESAMPLES = 10_000
+LEAST_PROMPTS = 4
+"""Of a run: in smaller batches they are done one batch after another."""
 COUNTS = (
     "num_steps",
     "num_drafts",
@@ -94,10 +96,13 @@ class Run:
     undrafted: dict[str, int]
 
 
-def run(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> Run:
+def run(llm: LLM, prompts: Sequence[list[int]], batch: int, params: SamplingParams) -> Run:
     before = llm.stats()
     begin = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    outputs = []
+    for first in range(0, len(prompts), batch):
+        own = [{"prompt_token_ids": p} for p in prompts[first : first + batch]]
+        outputs += llm.generate(own, params, use_tqdm=False)
     seconds = time.perf_counter() - begin
     after = llm.stats()
     old = before["num_undrafted"]
@@ -112,11 +117,12 @@ def run(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> Run:
 def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) -> Row:
     """Run the pairs of one workload and batch size, and sum them up."""
     plain, auto = engines["plain"], engines["auto"]
-    count = (args.pairs + 1) * batch
+    size = max(batch, LEAST_PROMPTS)
+    count = (args.pairs + 1) * size
     prompts = prompts_of(workload.kind, plain.tokenizer, _vocab_size(plain), count)
     runs: dict[str, list[Run]] = {"plain": [], "auto": []}
     for pair in range(args.pairs + 1):
-        own = prompts[pair * batch : (pair + 1) * batch]
+        own = prompts[pair * size : (pair + 1) * size]
         params = SamplingParams(
             temperature=workload.temperature,
             max_tokens=args.max_tokens,
@@ -124,7 +130,7 @@ def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) 
             seed=pair if workload.temperature else None,
         )
         for name in ("plain", "auto") if pair % 2 else ("auto", "plain"):
-            runs[name].append(run(engines[name], own, params))
+            runs[name].append(run(engines[name], own, batch, params))
     same = [a.token_ids == b.token_ids for a, b in zip(runs["plain"], runs["auto"], strict=True)]
     runs = {name: taken[1:] for name, taken in runs.items()}
     ratios = [a.seconds / b.seconds for a, b in zip(runs["plain"], runs["auto"], strict=True)]
@@ -134,6 +140,7 @@ def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) 
         "temperature": workload.temperature,
         "batch": batch,
         "pairs": args.pairs,
+        "prompts_per_run": size,
         "max_tokens": args.max_tokens,
         "ratio": statistics.median(ratios),
         "ratio_low": low,

@@ -12,11 +12,17 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
 NUM_LEVELS = 8
 """Depths that are told apart; what is deeper counts as the last."""
 NUM_BINS = 10
 PRICES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Tokens that a row of the target must bring to pay, at which the worth of a draft is kept."""
+_PRICES = np.array(PRICES)
 PRIOR_ACCEPTANCE = 0.7
 """Before anything was seen. Too high is tried and learned; too low may never be tried."""
 _PRIOR_WEIGHT, _REQUEST_WEIGHT = 6.0, 5.0
@@ -61,18 +67,17 @@ class _Bin:
 class _Worth:
     """Mean worth of an ask at each of `PRICES`."""
 
-    values: list[float] = field(default_factory=lambda: [0.0] * len(PRICES))
+    values: Array = field(default_factory=lambda: np.zeros(len(PRICES)))
     weight: float = 0.0
 
-    def add(self, values: Sequence[float], keep: float) -> None:
+    def add(self, values: Array, keep: float) -> None:
         self.weight = keep * self.weight + 1.0
-        step = 1.0 / self.weight
-        self.values = [m + step * (v - m) for m, v in zip(self.values, values, strict=True)]
+        self.values += (values - self.values) / self.weight
 
     def estimate(self, place: int, prior: float, weight: float) -> float:
         """The mean at `PRICES[place]`, shrunk towards `prior`."""
         total = weight + self.weight
-        return (prior * weight + self.values[place] * self.weight) / total
+        return (prior * weight + float(self.values[place]) * self.weight) / total
 
 
 @dataclass(slots=True)
@@ -195,10 +200,9 @@ class AcceptanceRecord:
     def add_ask(self, seq_id: str, chances: Sequence[float], num_scratch: int = 0) -> None:
         """The drafter was asked; the nodes it proposed are reached and accepted with these
         chances, and so many rows more are never judged."""
-        values = [
-            sum(chance - price for chance in chances if chance > price) - price * num_scratch
-            for price in PRICES
-        ]
+        values = -num_scratch * _PRICES
+        if chances:
+            values += np.maximum(np.subtract.outer(chances, _PRICES), 0.0).sum(axis=0)
         self._worth.add(values, _DRAFTER_KEEP)
         self._request(seq_id).worth.add(values, _REQUEST_KEEP)
 

@@ -24,7 +24,7 @@ from folospec.spec.probing import Probing
 from folospec.spec.step_cost import DEFAULT_CURVE, CostCurve, StepShape
 from folospec.spec.step_plan import StepPlan
 
-_LEAST_REST, _MOST_REST, _MOST_HOLD = 15, 63, 7
+_LEAST_REST, _MOST_REST, _MOST_HOLD = 31, 63, 7
 """For how many steps a plan of no drafts, or at most one of some, is kept."""
 _LEARN_PLAIN, _LEARN_EVERY = 256, 16
 _LEARN_ALL, _LEARN_ROUTINE = 64, 3

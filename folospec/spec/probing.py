@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SHARE = 0.01
+SHARE = 0.005
 _MOST_STEPS = 200
 """The purse holds the shares of so many steps at most."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 512

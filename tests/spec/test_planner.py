@@ -266,7 +266,7 @@ def test_a_plan_without_drafts_holds_longer_and_longer_and_a_probe_does_not_end_
     held = rests(planner, 12)
     calm = [steps for steps, has_probe in held if not has_probe]
     assert calm == sorted(calm)
-    assert calm[0] == 15
+    assert calm[0] == 31
     assert calm[-1] == 63
     assert {steps for steps, has_probe in held if has_probe} == {0}
 
