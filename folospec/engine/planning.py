@@ -129,8 +129,12 @@ class Planning:
         owner = drafter.kv_owner
         if owner is not None:
             return seq.num_tokens - seq.draft_progress.get(owner, 0)
-        # A view of the target has the target's KV, and nothing to catch up with.
-        return 1 if drafter.drafts_in_passes else seq.num_tokens
+        return seq.num_tokens if self._reads_from_start(drafter) else 1
+
+    def _reads_from_start(self, drafter: Drafter) -> bool:
+        """Whether the planner keeps count of what the drafter has read. A view of the target has
+        its KV, and nothing to catch up with; beside a model, reading counts for nothing."""
+        return not self.planner.beliefs.sources[self.source_of(drafter)].in_passes
 
     @property
     def is_idle(self) -> bool:
@@ -180,7 +184,7 @@ class Planning:
         """Tokens that the drafter has to catch up with for these rows, besides one for each."""
         if drafter.kv_owner is not None:
             return sum(max(0, len(r.token_ids) - r.num_draft_computed - 1) for r in rows)
-        if drafter.drafts_in_passes:
+        if not self._reads_from_start(drafter):
             return 0
         name = self.source_of(drafter)
         return sum(self.planner.behind(name, row.seq_id, len(row.token_ids)) for row in rows)
