@@ -49,9 +49,10 @@ def rates(rows: Sequence[Row], task: str = TASK, temperature: float = TEMPERATUR
     panels = figure.subplots(len(models), len(batches), sharey=True, squeeze=False)
     for line, (checkpoint, dtype) in zip(panels, models, strict=True):
         for panel, batch in zip(line, batches, strict=True):
-            for row in rows:
-                if (row["checkpoint"], row["dtype"], row["batch"]) != (checkpoint, dtype, batch):
-                    continue
+            cell = (checkpoint, dtype, batch)
+            own = [row for row in rows if (row["checkpoint"], row["dtype"], row["batch"]) == cell]
+            panel.set_visible(bool(own) or panel is line[0])
+            for row in own:
                 if "error" not in row:
                     panel.barh(
                         names.index(row["contestant"]),

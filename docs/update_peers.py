@@ -3,7 +3,7 @@
 python benchmarks/peers.py --out peers.jsonl
 python docs/update_peers.py peers.jsonl
 
-All rows must come from one run.
+Several runs may be given, each with a part of the table. What is compared must come from one.
 """
 
 from __future__ import annotations
@@ -35,15 +35,27 @@ Row = dict[str, Any]
 
 
 def section(rows: Sequence[Row]) -> str:
-    """A table for every checkpoint, type, task, temperature and batch size."""
-    keys = ("checkpoint", "dtype", "task", "temperature", "batch")
-    parts = []
-    for cell in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        own = [row for row in rows if tuple(row[key] for key in keys) == cell]
-        checkpoint, dtype, task, temperature, batch = cell
-        title = f"**{checkpoint}, {dtype}, {task}, temperature {temperature:g}, batch {batch}**"
-        parts.append(f"{title} ({_limit(own[0])})\n\n{_table(own)}\n")
-    return "".join(parts) + "![Tokens per second](plots/peers.svg)\n\n" + _setting(rows)
+    """A table for every checkpoint, type, task, temperature and batch size, and what each run
+    was."""
+    parts = ["![Tokens per second](plots/peers.svg)\n\n"]
+    for run in dict.fromkeys(map(_run, rows)):
+        own = [row for row in rows if _run(row) == run]
+        for cell in dict.fromkeys(map(_cell, own)):
+            part = [row for row in own if _cell(row) == cell]
+            checkpoint, dtype, task, temperature, batch = cell
+            title = f"**{checkpoint}, {dtype}, {task}, temperature {temperature:g}, batch {batch}**"
+            parts.append(f"{title} ({_limit(part[0])})\n\n{_table(part)}\n")
+        parts.append(f"{_setting(own)}\n")
+    return "".join(parts)
+
+
+def _cell(row: Row) -> tuple[Any, ...]:
+    """What the rows of a table have in common."""
+    return tuple(row[key] for key in ("checkpoint", "dtype", "task", "temperature", "batch"))
+
+
+def _run(row: Row) -> tuple[str, str]:
+    return row["provenance"]["command"], row["provenance"]["time"]
 
 
 def _limit(row: Row) -> str:
@@ -106,14 +118,16 @@ def updated(page: str, rows: Sequence[Row]) -> str:
     """Return the page with the section filled in.
 
     Raises:
-        ValueError: there are no rows, they come from several runs, or the page lacks a marker.
+        ValueError: there are no rows, those of a table come from several runs, or the page lacks a
+            marker.
     """
     own = [row for row in rows if row.get("benchmark") == "peers"]
     if not own:
         raise ValueError("there must be rows of peers, got none")
-    runs = {(row["provenance"]["command"], row["provenance"]["time"]) for row in own}
-    if len(runs) != 1:
-        raise ValueError(f"the rows must come from one run, got {sorted(runs)}")
+    for cell in dict.fromkeys(map(_cell, own)):
+        runs = {_run(row) for row in own if _cell(row) == cell}
+        if len(runs) != 1:
+            raise ValueError(f"the rows of {cell} must come from one run, got {sorted(runs)}")
     before, found, rest = page.partition(BEGIN)
     _, closed, after = rest.partition(END)
     if not (found and closed):

@@ -13,7 +13,8 @@ from folospec.engine.judge import Judgement
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.output_processor import append_token
 from folospec.engine.request import Request
-from folospec.engine.speculation import Observed, Speculation
+from folospec.engine.speculation import Speculation
+from folospec.engine.telling import Observed
 from folospec.sampling.sampler import NO_TOKEN
 from folospec.spec.verify import Verdict
 from folospec.worker.kv_cache import KVCache

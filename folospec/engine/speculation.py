@@ -3,14 +3,10 @@ its KV."""
 
 from __future__ import annotations
 
-import logging
 import time
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from folospec.config import SpeculativeConfig
 from folospec.core.kv_cache_manager import KVCacheManager
@@ -20,31 +16,14 @@ from folospec.core.stats import EngineStats
 from folospec.engine.asking import Asking, Candidate
 from folospec.engine.planning import UNKNOWN_COSTS, Costs, Found, Planning
 from folospec.engine.request import Request
+from folospec.engine.telling import Observed, Telling
 from folospec.spec.draft_runner import ForwardResult
-from folospec.spec.drafters.base import Drafter, Needs, Outcome
+from folospec.spec.drafters.base import Drafter
 from folospec.spec.merge import merge_proposals
 from folospec.spec.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
-from folospec.spec.verify import ACCEPTANCE, Verdict
+from folospec.spec.verify import ACCEPTANCE
 from folospec.worker.kv_cache import KVCache
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Observed:
-    """A sequence after its step: the verdict on its proposal, if it had one, the tokens that were
-    appended, and the packed rows of the step that are committed now."""
-
-    request: Request
-    seq: Sequence
-    proposal: Proposal | None
-    verdict: Verdict | None
-    new_token_ids: list[int]
-    start: int
-    rows: list[int]
-    judged_rows: range
-    siblings: list[Sequence]
 
 
 class Speculation:
@@ -88,8 +67,8 @@ class Speculation:
         )
         self.reasons: dict[str, str] = {}
         """Of this step: seq_id -> why it has no draft, a key of `spec.plan_terms.REASONS`."""
-        self.needs = _union([drafter.needs for drafter in drafters])
-        self._wants_rows = bool(self.needs.taps or self.needs.num_top_logits)
+        self._telling = Telling(drafters, self.asking, strict=strict)
+        self.needs = self._telling.needs
         self.kv: dict[str, KVCache] = {}
         """The drafters' KV tensors by owner, set when the pool is made."""
         self._own_nodes: dict[tuple[str, str], Mapping[int, int]] = {}
@@ -294,65 +273,10 @@ class Speculation:
         if not self.drafters:
             return
         try:
-            if self._wants_rows or any(seen.proposal is not None for seen in observed):
-                top_token_ids = [self._top_token_ids(seen, result) for seen in observed]
-                for drafter in self.drafters:
-                    self._tell(drafter, observed, result, top_token_ids)
+            self._telling.tell(observed, result, self._own_nodes)
         finally:
-            finished = [s for seen in observed for s in _family(seen) if s.status.is_finished]
+            finished = [s for seen in observed for s in seen.family if s.status.is_finished]
             self.drop(finished, finished=True)
-
-    def _top_token_ids(self, seen: Observed, result: ForwardResult) -> Tensor | None:
-        """The likeliest tokens after the judged rows, as many as the most demanding drafter
-        needs."""
-        if not self.needs.num_top_logits or not len(seen.judged_rows):
-            return None
-        rows = result.logits[seen.judged_rows.start : seen.judged_rows.stop]
-        return rows.topk(min(self.needs.num_top_logits, rows.shape[1])).indices
-
-    def _tell(
-        self,
-        drafter: Drafter,
-        observed: list[Observed],
-        result: ForwardResult,
-        top_token_ids: list[Tensor | None],
-    ) -> None:
-        needs = drafter.needs
-        told = [
-            self._outcome(drafter, seen, result, top)
-            for seen, top in zip(observed, top_token_ids, strict=True)
-            if seen.proposal is not None or needs.taps or needs.num_top_logits
-        ]
-        try:
-            if told:
-                drafter.observe(told)
-        except Exception:
-            if self.strict:
-                raise
-            logger.exception(
-                "the drafter %s failed to observe; its state for these sequences is dropped",
-                drafter.name,
-            )
-            for seen in observed:
-                self.asking.count_error(seen.request)
-                self.asking.guard(drafter, drafter.drop, seen.seq.seq_id)
-
-    def _outcome(
-        self, drafter: Drafter, seen: Observed, result: ForwardResult, top: Tensor | None
-    ) -> Outcome:
-        needs = drafter.needs
-        if top is not None:
-            top = top[:, : needs.num_top_logits] if needs.num_top_logits else None
-        return Outcome(
-            seen.seq.seq_id,
-            seen.proposal,
-            seen.verdict,
-            seen.new_token_ids,
-            own_nodes=self._own_nodes.get((drafter.name, seen.seq.seq_id), {}),
-            start=seen.start,
-            taps={layer: result.taps[layer][seen.rows] for layer in needs.taps},
-            top_token_ids=top,
-        )
 
     def drop(self, sequences: Iterable[Sequence], *, finished: bool) -> None:
         """Forget the drafters' state of preempted sequences, and of finished ones their draft
@@ -370,17 +294,3 @@ class Speculation:
         if self.planning is None:
             return True
         return self.planning.keeps(drafter, seq.seq_id, seq.num_output_tokens)
-
-
-def _union(needs: list[Needs]) -> Needs:
-    """What the target's pass must give so that every drafter has what it needs."""
-    return Needs(
-        taps=tuple(sorted({tap for need in needs for tap in need.taps})),
-        num_top_logits=max((need.num_top_logits for need in needs), default=0),
-        prediction=any(need.prediction for need in needs),
-    )
-
-
-def _family(seen: Observed) -> list[Sequence]:
-    """The sequence and, where it has just been forked, its siblings."""
-    return [seen.seq, *seen.siblings]

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from folospec.core.sequence import Sequence
     from folospec.core.stats import EngineStats
     from folospec.engine.judge import Judgement
-    from folospec.engine.speculation import Observed, Speculation
+    from folospec.engine.speculation import Speculation
+    from folospec.engine.telling import Observed
     from folospec.spec.proposal import Proposal
     from folospec.spec.verify import Verdict
 

@@ -1,4 +1,4 @@
-"""The page of the peers is what the benchmark wrote, and from one run alone."""
+"""The page of the peers is what the benchmark wrote, and every table is of one run."""
 
 import runpy
 from pathlib import Path
@@ -76,7 +76,14 @@ def test_writing_twice_changes_nothing(update):
     assert update.updated(once, [row("folospec plain")]) == once
 
 
-def test_rows_of_two_runs_none_and_pages_without_markers_are_refused(update):
+def test_each_run_says_what_it_was(update):
+    other = {**PROVENANCE, "command": "python benchmarks/peers.py --batches 8", "time": "later"}
+    page = update.updated(PAGE, [row("a"), row("b", batch=8, provenance=other)])
+    places = [page.index(text) for text in ("batch 1**", "--out rows", "batch 8**", "--batches 8")]
+    assert places == sorted(places)
+
+
+def test_tables_of_two_runs_none_and_pages_without_markers_are_refused(update):
     other = {**PROVENANCE, "time": "2026-01-02T00:00:00+00:00"}
     with pytest.raises(ValueError, match="from one run"):
         update.updated(PAGE, [row("a"), row("b", provenance=other)])

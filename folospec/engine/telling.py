@@ -1,0 +1,130 @@
+"""Telling drafters what became of a step: the verdicts, the tokens, and what they need of the
+target's pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from folospec.core.sequence import Sequence
+from folospec.engine.asking import Asking
+from folospec.engine.request import Request
+from folospec.spec.draft_runner import ForwardResult
+from folospec.spec.drafters.base import Drafter, Needs, Outcome
+from folospec.spec.proposal import Proposal
+
+if TYPE_CHECKING:
+    from folospec.spec.verify import Verdict
+
+logger = logging.getLogger(__name__)
+
+OwnNodes = Mapping[tuple[str, str], Mapping[int, int]]
+"""(drafter, seq_id) -> where the drafter's nodes are in the proposal."""
+
+
+@dataclass(slots=True)
+class Observed:
+    """A sequence after its step: the verdict on its proposal, if it had one, the tokens that were
+    appended, and the packed rows of the step that are committed now."""
+
+    request: Request
+    seq: Sequence
+    proposal: Proposal | None
+    verdict: Verdict | None
+    new_token_ids: list[int]
+    start: int
+    rows: list[int]
+    judged_rows: range
+    siblings: list[Sequence]
+
+    @property
+    def family(self) -> list[Sequence]:
+        """The sequence and, where it has just been forked, its siblings."""
+        return [self.seq, *self.siblings]
+
+
+class Telling:
+    """Tells each drafter as much as it needs.
+
+    Args:
+        asking: keeps a drafter's failure to its sequences.
+        strict: raise what a drafter raises.
+    """
+
+    def __init__(self, drafters: list[Drafter], asking: Asking, *, strict: bool) -> None:
+        self._drafters, self._asking, self._strict = drafters, asking, strict
+        self.needs = _union([drafter.needs for drafter in drafters])
+        """What the target's pass must give so that every drafter has what it needs."""
+
+    def tell(self, observed: Seq[Observed], result: ForwardResult, own_nodes: OwnNodes) -> None:
+        """Tell every drafter what became of the step, if that concerns it."""
+        has_proposals = any(seen.proposal is not None for seen in observed)
+        if not (has_proposals or self.needs.taps or self.needs.num_top_logits):
+            return
+        top_token_ids = [self._top_token_ids(seen, result) for seen in observed]
+        for drafter in self._drafters:
+            needs = drafter.needs
+            told = [
+                _outcome(drafter, seen, result, top, own_nodes)
+                for seen, top in zip(observed, top_token_ids, strict=True)
+                if seen.proposal is not None or needs.taps or needs.num_top_logits
+            ]
+            self._tell(drafter, told, observed)
+
+    def _tell(self, drafter: Drafter, told: list[Outcome], observed: Seq[Observed]) -> None:
+        try:
+            if told:
+                drafter.observe(told)
+        except Exception:
+            if self._strict:
+                raise
+            logger.exception(
+                "the drafter %s failed to observe; its state for these sequences is dropped",
+                drafter.name,
+            )
+            for seen in observed:
+                self._asking.count_error(seen.request)
+                self._asking.guard(drafter, drafter.drop, seen.seq.seq_id)
+
+    def _top_token_ids(self, seen: Observed, result: ForwardResult) -> Tensor | None:
+        """The likeliest tokens after the judged rows, as many as the most demanding drafter
+        needs."""
+        if not self.needs.num_top_logits or not len(seen.judged_rows):
+            return None
+        rows = result.logits[seen.judged_rows.start : seen.judged_rows.stop]
+        return rows.topk(min(self.needs.num_top_logits, rows.shape[1])).indices
+
+
+def _outcome(
+    drafter: Drafter,
+    seen: Observed,
+    result: ForwardResult,
+    top: Tensor | None,
+    own_nodes: OwnNodes,
+) -> Outcome:
+    needs = drafter.needs
+    if top is not None:
+        top = top[:, : needs.num_top_logits] if needs.num_top_logits else None
+    return Outcome(
+        seen.seq.seq_id,
+        seen.proposal,
+        seen.verdict,
+        seen.new_token_ids,
+        own_nodes=own_nodes.get((drafter.name, seen.seq.seq_id), {}),
+        start=seen.start,
+        taps={layer: result.taps[layer][seen.rows] for layer in needs.taps},
+        top_token_ids=top,
+    )
+
+
+def _union(needs: list[Needs]) -> Needs:
+    return Needs(
+        taps=tuple(sorted({tap for need in needs for tap in need.taps})),
+        num_top_logits=max((need.num_top_logits for need in needs), default=0),
+        prediction=any(need.prediction for need in needs),
+    )
