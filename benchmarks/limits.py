@@ -16,6 +16,7 @@ and of a product of two large matrices.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,17 @@ def measure(threads: int) -> Machine:
         )
     finally:
         torch.set_num_threads(before)
+
+
+def median_of(machines: Sequence[Machine]) -> Machine:
+    """What was measured in the middle: a shared machine is now faster and now slower."""
+    return Machine(
+        statistics.median(m.bytes_per_second for m in machines),
+        {
+            dtype: statistics.median(m.operations_per_second[dtype] for m in machines)
+            for dtype in ITEM_BYTES
+        },
+    )
 
 
 def read_bandwidth() -> float:

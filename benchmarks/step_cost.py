@@ -4,9 +4,10 @@
     python benchmarks/step_cost.py --host
 
 The first measures one target step with 1 to 64 rows: of one sequence, as the root and a chain of
-drafts behind it, and of as many sequences, each with its last token. The second measures what a
-step takes besides the model, which is about the same whatever the model is: greedy and sampled,
-without drafts and with chains of `--drafts` that are right six times in seven.
+drafts behind it, and of as many sequences, each with its last token; and in between how fast the
+machine reads and multiplies, which says how fast a step could be, see `limits.py`. The second
+measures what a step takes besides the model, which is about the same whatever the model is: greedy
+and sampled, without drafts and with chains of `--drafts` that are right six times in seven.
 
 JSON lines go to --out or stdout, a table to stderr. A time is the median over steps; every line has
 the parts of `step_parts`.
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import limits
+import torch
 from output import begin, show, write_rows
 from prompts import held_out_prompts, held_out_texts
 from rich.table import Table
@@ -30,6 +33,7 @@ from step_parts import PARTS, StepClock
 from folospec import LLM, Drafter, Proposal, SamplingParams, register_drafter
 from folospec.core.token_tree import TokenTree
 from folospec.kernels import native_sampling
+from folospec.models.loader import resolve_model
 
 BLOCK_SIZE = 16
 LIE_EVERY = 7
@@ -109,7 +113,9 @@ def measure_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ScriptedDrafter.futures = {}
     contexts = list(islice(_contexts(llm.tokenizer, args.context), most))
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    machines = []
     for _ in range(args.rounds):
+        machines.append(limits.measure(torch.get_num_threads()))
         for shape in ("chain", "batch"):
             for rows in args.rows:
                 params = SamplingParams(
@@ -121,12 +127,38 @@ def measure_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 prompts = contexts[:1] if shape == "chain" else contexts[:rows]
                 steps, _ = timed_steps(clock, llm, prompts, params, args.steps)
                 found.setdefault((shape, rows), []).extend(steps)
+    machine = limits.median_of(machines)
+    work = limits.Work.of_checkpoint(resolve_model(args.model))
     one = medians(found["chain", args.rows[0]])["total_ms"]
     for (shape, rows), steps in found.items():
         times = medians(steps)
-        ratio = times["total_ms"] / one
         settings = {"shape": shape, "rows": rows, "context": args.context, "steps": len(steps)}
-        yield {**settings, "ratio_to_first": ratio, **times}
+        ratios = {"ratio_to_first": times["total_ms"] / one}
+        sequences = rows if shape == "batch" else 1
+        contexts = [args.context + args.steps // 2] * sequences
+        ratios |= limit_of(machine, work, contexts, rows // sequences, args.dtype, times)
+        yield {**settings, **ratios, **times}
+
+
+def limit_of(
+    machine: limits.Machine,
+    work: limits.Work,
+    contexts: Sequence[int],
+    rows_each: int,
+    dtype: str,
+    times: dict[str, float],
+) -> dict[str, float]:
+    """The least time of such a step in ms, and the shares that were reached of it and of the read
+    bandwidth alone. Rows of one sequence read its context once."""
+    num_bytes, operations = work.step(contexts, dtype)
+    least = machine.seconds(num_bytes, operations * rows_each, dtype)
+    seconds = times["total_ms"] / 1e3
+    return {
+        "read_gb_per_second": machine.bytes_per_second / 1e9,
+        "share_of_read": num_bytes / seconds / machine.bytes_per_second,
+        "limit": 1e3 * least,
+        "share_of_limit": least / seconds,
+    }
 
 
 def _contexts(tokenizer: Any, length: int) -> Iterator[list[int]]:

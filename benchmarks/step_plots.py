@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from step_parts import HOST_PARTS
 
@@ -61,9 +63,21 @@ def _is_shown(row: Row, rows: Sequence[Row]) -> bool:
 
 
 def step_cost(rows: Sequence[Row]) -> Figure:
-    """Time of a step over its rows, the model's share below the whole, for chains and batches."""
-    figure = Figure(figsize=(5.4, 3.4))
-    panel = figure.subplots()
+    """Time of a step over its rows, the model's share below the whole, for chains and batches: a
+    panel for every model and type."""
+    models = list(dict.fromkeys((row["model"], row["dtype"]) for row in rows))
+    figure = Figure(figsize=(4.2 * len(models) + 1.0, 3.4))
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for panel, model in zip(panels, models, strict=True):
+        _draw_cost(panel, [row for row in rows if (row["model"], row["dtype"]) == model])
+        panel.set_title(f"{Path(model[0]).name}, {model[1]}", fontsize=9)
+    panels[0].set_ylabel("ms", fontsize=9)
+    panels[0].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_cost(panel: Axes, rows: Sequence[Row]) -> None:
     for (shape, marker), color in zip((("chain", "o"), ("batch", "s")), COLORS[::3], strict=False):
         own = [row for row in rows if row["shape"] == shape]
         at = [row["rows"] for row in own]
@@ -75,7 +89,4 @@ def step_cost(rows: Sequence[Row]) -> Figure:
     panel.xaxis.set_major_formatter("{x:.0f}")
     panel.set_ylim(bottom=0)
     panel.set_xlabel("rows of the step (dotted: the model alone)", fontsize=9)
-    panel.set_ylabel("ms", fontsize=9)
-    panel.legend(fontsize=8, frameon=False)
     panel.spines[["top", "right"]].set_visible(False)
-    return figure

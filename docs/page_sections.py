@@ -10,15 +10,27 @@ Sections = Mapping[str, Callable[[Sequence[Row]], str]]
 """By benchmark: its rows to the section's text."""
 
 
-def fill(page: str, rows: Sequence[Row], sections: Sections, script: str) -> str:
+def run_of(row: Row) -> tuple[str, str]:
+    """What tells one run of a benchmark from another."""
+    return row["provenance"]["command"], row["provenance"]["time"]
+
+
+def fill(
+    page: str,
+    rows: Sequence[Row],
+    sections: Sections,
+    script: str,
+    table_of: Callable[[Row], Any] = lambda row: None,
+) -> str:
     """Return the page with the sections filled in that there are rows for.
 
     Args:
         script: the name of the file that writes the page; it stands in the markers.
+        table_of: what the rows of a table have in common: they must come from one run.
 
     Raises:
-        ValueError: there are no rows, those of a benchmark come from several runs, or the page
-            lacks a marker.
+        ValueError: there are no rows, those of a table come from several runs, or the page lacks a
+            marker.
     """
     known = [row for row in rows if row.get("benchmark") in sections]
     if not known:
@@ -27,9 +39,11 @@ def fill(page: str, rows: Sequence[Row], sections: Sections, script: str) -> str
         own = [row for row in known if row["benchmark"] == name]
         if not own:
             continue
-        runs = {(row["provenance"]["command"], row["provenance"]["time"]) for row in own}
-        if len(runs) != 1:
-            raise ValueError(f"the rows of {name} must come from one run, got {sorted(runs)}")
+        for table in dict.fromkeys(map(table_of, own)):
+            runs = {run_of(row) for row in own if table_of(row) == table}
+            if len(runs) != 1:
+                what = name if table is None else f"{name}, {table}"
+                raise ValueError(f"the rows of {what} must come from one run, got {sorted(runs)}")
         begin = f"<!-- {name}: written by docs/{script} -->\n"
         end = f"<!-- end of {name} -->\n"
         before, found, rest = page.partition(begin)

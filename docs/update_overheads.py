@@ -42,15 +42,32 @@ def host_section(rows: Sequence[Row]) -> str:
 
 
 def cost_section(rows: Sequence[Row]) -> str:
-    """Time of a step in ms for every number of rows, the model's and the rest."""
-    lines = [["", "rows", "step", "of one row", "model", "host"], ["---", *["---:"] * 5]]
+    """Time of a step in ms for every number of rows, the model's and the rest: a table for every
+    model and type."""
+    parts = ["![Time of a step by its rows](plots/step_cost.svg)\n\n"]
+    for model in dict.fromkeys(map(model_of, rows)):
+        own = [row for row in rows if model_of(row) == model]
+        parts.append(f"**{', '.join(model)}**\n\n{_cost_table(own)}")
+        what = f"context {own[0]['context']}, {own[0]['dtype']}, steps: {own[0]['steps']}, "
+        what += f"read bandwidth {own[0]['read_gb_per_second']:.1f} GB/s"
+        parts.append(_setting(own[0], what) + "\n")
+    return "".join(parts)
+
+
+def _cost_table(rows: Sequence[Row]) -> str:
+    lines = [["", "rows", "step", "of one row", "model", "host", "limit", "share of it"]]
+    lines.append(["---", *["---:"] * 7])
     for row in rows:
         times = [f"{row[f'{part}_ms']:.2f}" for part in ("total", "model", "host")]
         cells = [row["shape"], str(row["rows"]), times[0], f"{row['ratio_to_first']:.2f}"]
-        lines.append([*cells, *times[1:]])
-    picture = "![Time of a step by its rows](plots/step_cost.svg)\n\n"
-    what = f"context {rows[0]['context']}, {rows[0]['dtype']}, steps: {rows[0]['steps']}"
-    return _table(lines) + picture + _setting(rows[0], what)
+        limit = [f"{row['limit']:.2f}", f"{row['share_of_limit']:.2f}"]
+        lines.append([*cells, *times[1:], *limit])
+    return _table(lines)
+
+
+def model_of(row: Row) -> tuple[str, str]:
+    """What one table is about."""
+    return Path(row["model"]).name, row.get("dtype", "")
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
@@ -77,7 +94,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
 
 def updated(page: str, rows: Sequence[Row]) -> str:
     """Return the page with the sections filled in that there are rows for; see `fill`."""
-    return fill(page, rows, SECTIONS, Path(__file__).name)
+    return fill(page, rows, SECTIONS, Path(__file__).name, table_of=model_of)
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:

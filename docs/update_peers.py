@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+from page_sections import fill, run_of  # noqa: E402 - the page's folder is known only now
+
 PAGE = DOCS / "peers.md"
 PLOT = DOCS / "plots" / "peers.svg"
 BENCHMARKS = DOCS.parent / "benchmarks"
-BEGIN = "<!-- peers: written by docs/update_peers.py -->\n"
-END = "<!-- end of peers -->\n"
 HEADERS = (
     ("", "---"),
     ("tokens/s", "---:"),
@@ -38,8 +39,8 @@ def section(rows: Sequence[Row]) -> str:
     """A table for every checkpoint, type, task, temperature and batch size, and what each run
     was."""
     parts = ["![Tokens per second](plots/peers.svg)\n\n"]
-    for run in dict.fromkeys(map(_run, rows)):
-        own = [row for row in rows if _run(row) == run]
+    for run in dict.fromkeys(map(run_of, rows)):
+        own = [row for row in rows if run_of(row) == run]
         for cell in dict.fromkeys(map(_cell, own)):
             part = [row for row in own if _cell(row) == cell]
             checkpoint, dtype, task, temperature, batch = cell
@@ -52,10 +53,6 @@ def section(rows: Sequence[Row]) -> str:
 def _cell(row: Row) -> tuple[Any, ...]:
     """What the rows of a table have in common."""
     return tuple(row[key] for key in ("checkpoint", "dtype", "task", "temperature", "batch"))
-
-
-def _run(row: Row) -> tuple[str, str]:
-    return row["provenance"]["command"], row["provenance"]["time"]
 
 
 def _limit(row: Row) -> str:
@@ -115,24 +112,8 @@ def _number(value: float | None) -> str:
 
 
 def updated(page: str, rows: Sequence[Row]) -> str:
-    """Return the page with the section filled in.
-
-    Raises:
-        ValueError: there are no rows, those of a table come from several runs, or the page lacks a
-            marker.
-    """
-    own = [row for row in rows if row.get("benchmark") == "peers"]
-    if not own:
-        raise ValueError("there must be rows of peers, got none")
-    for cell in dict.fromkeys(map(_cell, own)):
-        runs = {_run(row) for row in own if _cell(row) == cell}
-        if len(runs) != 1:
-            raise ValueError(f"the rows of {cell} must come from one run, got {sorted(runs)}")
-    before, found, rest = page.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not (found and closed):
-        raise ValueError(f"the page must have the lines {BEGIN!r} and {END!r}")
-    return before + BEGIN + section(own) + END + after
+    """Return the page with the section filled in; see `fill`."""
+    return fill(page, rows, {"peers": section}, Path(__file__).name, table_of=_cell)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Write the results of benchmarks/never_slower.py into docs/planner.md.
+
+python benchmarks/never_slower.py --out never_slower.jsonl
+python docs/update_planner.py never_slower.jsonl
+
+Several runs may be given, each of a model of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+from page_sections import fill, run_of  # noqa: E402 - the page's folder is known only now
+
+PAGE = DOCS / "planner.md"
+HEADER = (
+    "| | batch | plain time over auto time | 95 % | tokens a draft brings | tokens |\n"
+    "|---|---:|---:|---:|---:|---|\n"
+)
+
+Row = dict[str, Any]
+
+
+def section(rows: Sequence[Row]) -> str:
+    """A table for every run, and what it was."""
+    parts = []
+    for run in dict.fromkeys(map(run_of, rows)):
+        own = [row for row in rows if run_of(row) == run]
+        title = f"**{Path(own[0]['model']).name}, {own[0]['dtype']}**"
+        parts.append(f"{title}\n\n{HEADER}{''.join(map(_line, own))}\n{_setting(own[0])}\n")
+    return "\n".join(parts)
+
+
+def _line(row: Row) -> str:
+    counts = row["auto_counts"]
+    drafts = counts["num_drafts"]
+    accepted = f"{counts['num_accepted_tokens'] / drafts:.2f}" if drafts else "no drafts"
+    differ = row["num_differing_pairs"]
+    cells = [
+        f"{row['workload']}, T {row['temperature']:g}",
+        str(row["batch"]),
+        f"{row['ratio']:.3f}",
+        f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
+        accepted,
+        f"{differ} pairs differ" if differ else "equal",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _setting(row: Row) -> str:
+    source = row["provenance"]
+    changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
+    return (
+        f"{row['pairs']} pairs of at least {row['prompts_per_run']} prompts, {row['max_tokens']} "
+        f"new tokens each. {source['cpu']}, torch threads: {source['torch_threads']}, torch "
+        f"{source['torch']}, commit {str(source['git_commit'])[:10]}{changed}. Command: "
+        f"`{source['command']}`.\n"
+    )
+
+
+def _cell(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("model", "dtype", "workload", "batch"))
+
+
+def updated(page: str, rows: Sequence[Row]) -> str:
+    """Return the page with the section filled in; see `fill`."""
+    return fill(page, rows, {"never_slower": section}, Path(__file__).name, table_of=_cell)
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python docs/update_planner.py RESULTS.jsonl ...")
+    lines = [line for name in sys.argv[1:] for line in Path(name).read_text().splitlines()]
+    PAGE.write_text(updated(PAGE.read_text(), [json.loads(line) for line in lines if line]))
+
+
+if __name__ == "__main__":
+    main()
