@@ -135,8 +135,8 @@ def measure_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         settings = {"shape": shape, "rows": rows, "context": args.context, "steps": len(steps)}
         ratios = {"ratio_to_first": times["total_ms"] / one}
         sequences = rows if shape == "batch" else 1
-        contexts = [args.context + args.steps // 2] * sequences
-        ratios |= limit_of(machine, work, contexts, rows // sequences, args.dtype, times)
+        lengths = [args.context + args.steps // 2] * sequences
+        ratios |= limit_of(machine, work, lengths, rows // sequences, args.dtype, times)
         yield {**settings, **ratios, **times}
 
 
@@ -156,7 +156,7 @@ def limit_of(
     return {
         "read_gb_per_second": machine.bytes_per_second / 1e9,
         "share_of_read": num_bytes / seconds / machine.bytes_per_second,
-        "limit": 1e3 * least,
+        "limit_ms": 1e3 * least,
         "share_of_limit": least / seconds,
     }
 

@@ -60,7 +60,7 @@ def _cost_table(rows: Sequence[Row]) -> str:
     for row in rows:
         times = [f"{row[f'{part}_ms']:.2f}" for part in ("total", "model", "host")]
         cells = [row["shape"], str(row["rows"]), times[0], f"{row['ratio_to_first']:.2f}"]
-        limit = [f"{row['limit']:.2f}", f"{row['share_of_limit']:.2f}"]
+        limit = [f"{row['limit_ms']:.2f}", f"{row['share_of_limit']:.2f}"]
         lines.append([*cells, *times[1:], *limit])
     return _table(lines)
 

@@ -20,7 +20,7 @@ from page_sections import fill, run_of  # noqa: E402 - the page's folder is know
 
 PAGE = DOCS / "planner.md"
 HEADER = (
-    "| | batch | plain time over auto time | 95 % | tokens a draft brings | tokens |\n"
+    "| | batch | plain time over auto time | 95 % | acceptance length | tokens |\n"
     "|---|---:|---:|---:|---:|---|\n"
 )
 
@@ -32,7 +32,8 @@ def section(rows: Sequence[Row]) -> str:
     parts = []
     for run in dict.fromkeys(map(run_of, rows)):
         own = [row for row in rows if run_of(row) == run]
-        title = f"**{Path(own[0]['model']).name}, {own[0]['dtype']}**"
+        dtype = "" if own[0]["dtype"] == "auto" else f", {own[0]['dtype']}"
+        title = f"**{Path(own[0]['model']).name}{dtype}**"
         parts.append(f"{title}\n\n{HEADER}{''.join(map(_line, own))}\n{_setting(own[0])}\n")
     return "\n".join(parts)
 
@@ -40,14 +41,14 @@ def section(rows: Sequence[Row]) -> str:
 def _line(row: Row) -> str:
     counts = row["auto_counts"]
     drafts = counts["num_drafts"]
-    accepted = f"{counts['num_accepted_tokens'] / drafts:.2f}" if drafts else "no drafts"
+    length = f"{1 + counts['num_accepted_tokens'] / drafts:.2f}" if drafts else "no drafts"
     differ = row["num_differing_pairs"]
     cells = [
         f"{row['workload']}, T {row['temperature']:g}",
         str(row["batch"]),
         f"{row['ratio']:.3f}",
         f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
-        accepted,
+        length,
         f"{differ} pairs differ" if differ else "equal",
     ]
     return f"| {' | '.join(cells)} |\n"

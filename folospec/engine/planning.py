@@ -123,7 +123,7 @@ class Planning:
             lag = self._lag(drafter, seq)
             name = self.source_of(drafter)
             lags[name] = max(lag, lags.get(name, 0))
-        return PlanRow(seq.seq_id, seq.num_tokens, room, wanted, lags)
+        return PlanRow(seq.seq_id, room, wanted, lags)
 
     def _lag(self, drafter: Drafter, seq: Sequence) -> int:
         owner = drafter.kv_owner

@@ -43,7 +43,7 @@ class Speculation:
     ) -> None:
         self.drafters, self.manager = drafters, manager
         self.stats = stats
-        self.vocab_size, self.strict = vocab_size, strict
+        self.vocab_size = vocab_size
         self.merge = config.merge if config else False
         self.rule = ACCEPTANCE[config.acceptance if config else "coupled"]
         self.planner = FixedPlanner(self.limit)

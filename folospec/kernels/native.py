@@ -1,6 +1,6 @@
 """The native CPU kernels from Python: the library, its structs, and its functions on tensors.
 
-`load()` gives the library or None; whoever has a torch form to fall back on asks it. What the
+`load()` gives the library or None; whoever has another form to fall back on asks it. What the
 structs mean is said beside their twins in `cpu/*.h`.
 """
 
@@ -240,5 +240,7 @@ def _loaded() -> tuple[Native | None, str | None]:
     try:
         return Native(), None
     except BuildError as error:
-        logger.warning("the native CPU kernels are off, torch's run instead: %s", error)
+        logger.warning(
+            "the native CPU kernels are off, slower forms run instead: %s", error
+        )
         return None, str(error)

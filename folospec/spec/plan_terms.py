@@ -37,7 +37,6 @@ class PlanRow:
     """A sequence that could be drafted for."""
 
     seq_id: str
-    num_tokens: int
     room: int
     """Tokens that it may still generate, above 1."""
     wanted: int | None

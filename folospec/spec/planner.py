@@ -29,7 +29,7 @@ _LEAST_REST, _MOST_REST, _MOST_HOLD = 31, 63, 7
 _LEARN_PLAIN, _LEARN_EVERY = 256, 16
 _LEARN_ALL, _LEARN_ROUTINE = 64, 3
 """Learning takes time. Of plain steps every sixteenth is learned from, and at first those too that
-follow a new plan; of drafted ones all the first ones, and then every third."""
+follow a new plan; of those with questions the first ones, and then every third."""
 _FIRST_PLAIN, _REFERENCE_EVERY = 4, 100
 
 
@@ -106,7 +106,7 @@ class Planner:
         self._since_plain += num_steps
         self.beliefs.relax(num_steps, self._plan.asked)
         self._batch, self._rested = seq_ids, 0
-        self.probing.next_plan(self._rest if not changed else 0)
+        self.probing.next_plan(num_steps - 1)
         plan = self._plan = StepPlan(self.beliefs, self.probing, rows, shape)
         self._is_reference = bool(rows) and self._needs_reference()
         if self._is_reference:
@@ -245,13 +245,12 @@ class Planner:
         self.probing.earn(seconds)
         if num_draft_rows == 0 and not self.last_plan:
             self._count_plain()
-            is_known = self._rested > 2 or self._num_plain > _LEARN_PLAIN
-            if is_known and self._num_plain % _LEARN_EVERY != 1:
+            if self._passes_over():
                 return
         self.beliefs.cost.observe(
             *(shape, num_draft_rows, seconds),
             asked=bool(self._drafted),
-            learn=not self._is_routine(),
+            learn=not self._drafted or not self._is_routine(),
         )
         for name, num_rows, num_passes, num_levels, lag, spent in self._drafted:
             self.beliefs.draft_costs[name].observe(
@@ -263,6 +262,14 @@ class Planner:
                 slowdown=self.beliefs.cost.speed_now,
             )
         self._drafted.clear()
+
+    def _passes_over(self) -> bool:
+        """Whether a plain step is too much like others to be learned from. Those of reference are
+        not, nor the last ones before a new plan, by when the machine's speed has to be known."""
+        if self._is_reference or self._rest - self._rested < 2:
+            return False
+        is_known = self._rested > 2 or self._num_plain > _LEARN_PLAIN
+        return is_known and self._num_plain % _LEARN_EVERY != 1
 
     def pass_over(self, seconds: float) -> None:
         """A step took so long that teaches nothing, since it computed prompts too. It counts as the

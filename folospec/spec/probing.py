@@ -15,7 +15,7 @@ _MOST_STEPS = 200
 """The purse holds the shares of so many steps at most."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 512
 _BURST = 3
-"""Plans that one probe goes on for: what was caught up with is cheap to use again."""
+"""Steps that one probe goes on for: what was caught up with is cheap to use again."""
 
 
 @dataclass(slots=True)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from folospec.spec.acceptance_record import AcceptanceRecord
 from folospec.spec.beliefs import Beliefs
-from folospec.spec.plan_core import DepthRow, DraftPrices, choose_depths, price_of_row
+from folospec.spec.plan_core import Array, DepthRow, DraftPrices, choose_depths, price_of_row
 from folospec.spec.plan_terms import PlanRow, Source
 from folospec.spec.probing import Probing
 from folospec.spec.step_cost import StepShape
@@ -45,6 +47,8 @@ class StepPlan:
         self.rate = self.price = 0.0
         """Tokens per second that are expected, and tokens that a draft row must bring."""
         self.weights = _weights(rows)
+        self._seconds: Array = np.zeros(1)
+        """Of the step with 0, 1, ... draft rows."""
 
     @property
     def asked(self) -> set[str]:

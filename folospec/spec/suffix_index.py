@@ -138,8 +138,8 @@ class SuffixIndex:
         ):
             for point in points:
                 length = point.depth
-                allowed = math.floor(rules.spec_factor * length + rules.spec_offset)
-                max_nodes = min(allowed, ask.max_nodes)
+                allowed = rules.spec_factor * length + rules.spec_offset
+                max_nodes = math.floor(min(allowed, ask.max_nodes))
                 bound = min(max_nodes, ask.max_depth, rules.max_depth - length)
                 yield Match(point, length, source, max_nodes, bound)
 

@@ -60,7 +60,7 @@ def test_chains_and_batches_have_the_rows_they_say(tmp_path: Path) -> None:
     ]
     assert rows[0]["ratio_to_first"] == 1.0
     assert all(row["steps"] == 3 for row in rows)
-    assert all(row["limit"] > 0 for row in rows)
+    assert all(row["limit_ms"] > 0 for row in rows)
 
 
 def test_the_limit_of_a_chain_reads_its_context_once() -> None:
@@ -69,7 +69,7 @@ def test_the_limit_of_a_chain_reads_its_context_once() -> None:
     times = {"total_ms": 0.1}
     chain = step_cost.limit_of(machine, work, [100], 4, "float32", times)
     batch = step_cost.limit_of(machine, work, [100] * 4, 1, "float32", times)
-    assert chain["limit"] == pytest.approx(1e3 * 4 * (10_000 + 1_000) / 1e9)
-    assert batch["limit"] == pytest.approx(1e3 * 4 * (10_000 + 4_000) / 1e9)
+    assert chain["limit_ms"] == pytest.approx(1e3 * 4 * (10_000 + 1_000) / 1e9)
+    assert batch["limit_ms"] == pytest.approx(1e3 * 4 * (10_000 + 4_000) / 1e9)
     assert chain["share_of_read"] == pytest.approx(0.44)
     assert chain["share_of_limit"] == pytest.approx(0.44)

@@ -55,7 +55,7 @@ def cost_row(shape: str, rows: int) -> dict[str, Any]:
         "ratio_to_first": 1.25,
         "read_gb_per_second": 40.0,
         "share_of_read": 0.8,
-        "limit": 2.0,
+        "limit_ms": 2.0,
         "share_of_limit": 0.8,
         "total_ms": 2.5,
         "host_ms": 0.5,

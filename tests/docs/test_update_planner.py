@@ -52,7 +52,7 @@ def test_ratios_and_their_source_are_on_the_page(updated: Any) -> None:
     none = {"num_drafts": 0, "num_accepted_tokens": 0}
     page = updated(PAGE, [row(), row(batch=32, num_differing_pairs=2, auto_counts=none)])
     assert "**some, bfloat16**" in page
-    assert "| code, T 0 | 8 | 1.250 | 1.125 to 1.500 | 2.50 | equal |" in page
+    assert "| code, T 0 | 8 | 1.250 | 1.125 to 1.500 | 3.50 | equal |" in page
     assert "| code, T 0 | 32 | 1.250 | 1.125 to 1.500 | no drafts | 2 pairs differ |" in page
     assert "`python benchmarks/never_slower.py`" in page
     assert "old" not in page

@@ -3,6 +3,7 @@ what they no longer need."""
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def test_the_bytes_are_those_of_nodes_and_tokens(index: NativeSuffixIndex) -> No
 
 
 def resident_bytes() -> int:
-    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
 
 
 def test_an_index_that_goes_gives_its_memory_back() -> None:

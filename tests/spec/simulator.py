@@ -124,11 +124,7 @@ class Planned:
         if planner.resting(names):
             plan = planner.last_plan
         else:
-            rows = [
-                PlanRow(j.name, j.context + j.done, j.room, None, {"draft": j.lag + 1})
-                for j in jobs
-                if j.room > 1
-            ]
+            rows = [PlanRow(j.name, j.room, None, {"draft": j.lag + 1}) for j in jobs if j.room > 1]
             plan = planner.plan(names, rows, self.shape)
         wanted = {
             job.name: min(plan.get(job.name, {}).get("draft", 0), job.room - 1) for job in jobs

@@ -212,7 +212,7 @@ def test_a_full_batch_drafts_little_and_its_tail_much():
 
 
 def rows_of(count, lags, room=100, wanted=None):
-    return [PlanRow(f"s{i}", 50, room, wanted, dict(lags)) for i in range(count)]
+    return [PlanRow(f"s{i}", room, wanted, dict(lags)) for i in range(count)]
 
 
 def settled(planner, steps=6):
@@ -269,6 +269,43 @@ def test_a_plan_without_drafts_holds_longer_and_longer_and_a_probe_does_not_end_
     assert calm[0] == 31
     assert calm[-1] == 63
     assert {steps for steps, has_probe in held if has_probe} == {0}
+
+
+class Noting(StepCost):
+    """Notes what it is told of every step: whether someone was asked, and whether to learn."""
+
+    def __init__(self, curve):
+        super().__init__(curve)
+        self.told = []
+
+    def observe(self, shape, num_draft_rows, seconds, *, asked=False, learn=True):
+        self.told.append((asked, learn))
+
+
+def test_the_steps_of_reference_are_learned_from_however_long_it_goes_on():
+    planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)), 600)
+    cost = planner.beliefs.cost = Noting(curve_of(FLAT))
+    num_references = 0
+    for _ in range(1000):
+        if not planner.resting(["s0"]):
+            planner.plan(["s0"], rows_of(1, {"draft": 1}), StepShape(1, 1))
+        is_reference = planner.reasons.get("s0") == "reference"
+        if not is_reference:
+            planner.record_draft("draft", {"s0": 60}, [3], 0, 0.001)
+        before = len(cost.told)
+        planner.record_step(StepShape(1, 1), 0 if is_reference else 3, 0.0101)
+        if is_reference:
+            num_references += 1
+            assert cost.told[before:] == [(False, True)]
+    assert num_references >= 8
+    assert (True, True) in cost.told
+
+
+def test_the_first_to_be_asked_bears_what_asking_costs():
+    beliefs = Planner([Source("draft", 8, True)], curve_of(FLAT)).beliefs
+    first, other = beliefs.prices("draft", is_first=True), beliefs.prices("draft")
+    assert beliefs.cost.asking > 0
+    assert first.call == pytest.approx(other.call + beliefs.cost.asking)
 
 
 @pytest.mark.parametrize(("count", "reason"), [(1, "rejected"), (48, "batch_full")])
