@@ -273,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         facts["peak_gflop_per_s"] = {
             k: round(v / 1e9, 1) for k, v in machine.operations_per_second.items()
         }
-        measured = ({**each, "provenance": facts} for each in cases(native, machine, args))
+        known = {"benchmark": "micro", "provenance": facts}
+        measured = ({**each, **known} for each in cases(native, machine, args))
         show(table(write_rows(measured, args.out), facts))
 
 

@@ -74,9 +74,7 @@ def test_without_a_compiler_everything_runs_on_torch_and_says_so_once(tmp_path):
     reason = "there is no C++ compiler (/nonexistent/c++ is not on the path)"
     assert f"TOKENS 8 path\nWHY {reason}\n" in done.stdout
     said = [line for line in done.stdout.splitlines() if line.startswith("LOG")]
-    assert said == [
-        f"LOG the native CPU kernels are off, slower forms run instead: {reason}"
-    ]
+    assert said == [f"LOG the native CPU kernels are off, slower forms run instead: {reason}"]
 
 
 def test_they_can_be_left_out_and_nothing_is_said(tmp_path):
