@@ -60,6 +60,7 @@ WORKLOADS = {
         Workload("code", 0.0, "code"),
         Workload("prose", 0.0, "prose"),
         Workload("random", 0.0, "random"),
+        Workload("sampled", 0.8, "code"),
         Workload("hot", 1.5, "code"),
     )
 }
@@ -230,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="folospec-demo", help="checkpoint or bundled name")
     parser.add_argument("--draft-model", help="draft model for auto; default: the bundled one")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--workloads", default="code,prose,random,hot", type=_workloads)
+    parser.add_argument("--workloads", default="code,prose,random,sampled,hot", type=_workloads)
     parser.add_argument("--batches", default="1,8,32", type=_counts)
     parser.add_argument("--pairs", default=15, type=int)
     parser.add_argument("--max-tokens", default=128, type=int)

@@ -9,6 +9,7 @@ decides becomes limits of drafters and smaller proposals.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -82,6 +83,8 @@ class Planning:
         self._offers: dict[str, Offer] = {}
         self._pruned: set[str] = set()
         self._has_prompts = self._rests = False
+        self._learning = {True: 0.0, False: 0.0}
+        """Seconds that learning from a step takes: from an idle one, and from others."""
         self._unpaid: list[tuple[str, dict[str, int], Seq[int], int, float]] = []
 
     def source_of(self, drafter: Drafter) -> str:
@@ -280,11 +283,15 @@ class Planning:
     def record(self, seconds: float) -> None:
         """Learn how long the step took, drafting included. One that computes prompts teaches
         nothing."""
-        seconds -= self._drafting
+        begin, is_idle = time.perf_counter(), self.is_idle
+        # What it took to learn from the last step of this kind is a part of what such a step costs.
+        seconds += self._learning[is_idle] - self._drafting
         if self._has_prompts:
             self.planner.pass_over(seconds)
         else:
             self.planner.record_step(self._shape, self._num_nodes, seconds)
+        spent = time.perf_counter() - begin
+        self._learning[is_idle] += 0.1 * (spent - self._learning[is_idle])
 
 
 def _source(drafter: Drafter, costs: Costs) -> Source:
