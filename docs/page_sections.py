@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -52,3 +55,12 @@ def fill(
             raise ValueError(f"the page must have the lines {begin!r} and {end!r}")
         page = before + begin + section(own) + end + after
     return page
+
+
+def read_rows(arguments: Sequence[str]) -> list[Row]:
+    """The rows of the files that a script was given; without any it ends with its usage."""
+    script, *names = arguments
+    if not names:
+        sys.exit(f"usage: python docs/{Path(script).name} RESULTS.jsonl ...")
+    lines = [line for name in names for line in Path(name).read_text().splitlines()]
+    return [json.loads(line) for line in lines if line]

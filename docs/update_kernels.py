@@ -6,7 +6,6 @@ python docs/update_kernels.py micro.jsonl
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
-from page_sections import fill  # noqa: E402 - the page's folder is known only now
+from page_sections import fill, read_rows  # noqa: E402 - the page's folder is known only now
 
 PAGE = DOCS / "kernels.md"
 HEADER = (
@@ -54,10 +53,8 @@ def updated(page: str, rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit("usage: python docs/update_kernels.py RESULTS.jsonl ...")
-    lines = [line for name in sys.argv[1:] for line in Path(name).read_text().splitlines()]
-    PAGE.write_text(updated(PAGE.read_text(), [json.loads(line) for line in lines if line]))
+    rows = read_rows(sys.argv)
+    PAGE.write_text(updated(PAGE.read_text(), rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ A section is written anew if there are rows of its benchmark; the others stay.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
-from page_sections import fill  # noqa: E402 - the page's folder is known only now
+from page_sections import fill, read_rows  # noqa: E402 - the page's folder is known only now
 
 PAGE = DOCS / "overheads.md"
 PLOTS = DOCS / "plots"
@@ -109,10 +108,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit("usage: python docs/update_overheads.py RESULTS.jsonl ...")
-    lines = [line for name in sys.argv[1:] for line in Path(name).read_text().splitlines()]
-    rows = [json.loads(line) for line in lines if line]
+    rows = read_rows(sys.argv)
     PAGE.write_text(updated(PAGE.read_text(), rows))
     draw(rows, PLOTS)
 

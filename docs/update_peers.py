@@ -8,7 +8,6 @@ Several runs may be given, each with a part of the table. What is compared must 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
-from page_sections import fill, run_of  # noqa: E402 - the page's folder is known only now
+from page_sections import fill, read_rows, run_of  # noqa: E402 - the page's folder is known only now
 
 PAGE = DOCS / "peers.md"
 PLOT = DOCS / "plots" / "peers.svg"
@@ -124,10 +123,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit("usage: python docs/update_peers.py RESULTS.jsonl ...")
-    lines = [line for name in sys.argv[1:] for line in Path(name).read_text().splitlines()]
-    rows = [json.loads(line) for line in lines if line]
+    rows = read_rows(sys.argv)
     PAGE.write_text(updated(PAGE.read_text(), rows))
     draw(rows, PLOT)
 
