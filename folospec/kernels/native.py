@@ -240,7 +240,5 @@ def _loaded() -> tuple[Native | None, str | None]:
     try:
         return Native(), None
     except BuildError as error:
-        logger.warning(
-            "the native CPU kernels are off, slower forms run instead: %s", error
-        )
+        logger.warning("the native CPU kernels are off, slower forms run instead: %s", error)
         return None, str(error)
