@@ -24,7 +24,7 @@ ASSISTANT_CONFIDENCE = 0.4
 """What transformers takes by default: a draft ends at a token less likely than this. Set here so
 that the rows can say it."""
 _BATCHED_TOKENS = 2048
-_COUNTS = (
+COUNTS = (
     "num_steps",
     "num_target_passes",
     "num_drafts",
@@ -115,7 +115,7 @@ class Folospec(Contestant):
         return Run(
             seconds,
             [output.outputs[0].token_ids for output in outputs],
-            {key: after[key] - before[key] for key in _COUNTS},
+            {key: after[key] - before[key] for key in COUNTS},
         )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contestants import COUNTS
 from output import begin, show, write_rows
 from prompts import LENGTHS, held_out_prompts
 from provenance import ROOT
@@ -34,15 +35,6 @@ Row = dict[str, Any]
 RESAMPLES = 10_000
 LEAST_PROMPTS = 4
 """Of a run: in smaller batches they are done one batch after another."""
-COUNTS = (
-    "num_steps",
-    "num_drafts",
-    "num_draft_tokens",
-    "num_accepted_tokens",
-    "draft_time",
-    "target_time",
-    "sampling_time",
-)
 
 
 @dataclass(frozen=True, slots=True)

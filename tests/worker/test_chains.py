@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sharp_models import save_sharp
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -38,13 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         max_position_embeddings=64,
         sliding_window=6,
     )
-    model = MistralForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0.0, 0.3)
-    model.save_pretrained(path)
-    return str(path)
+    return save_sharp(MistralForCausalLM(config), path)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sharp_models import save_sharp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from folospec.attention.metadata import SuffixMask
@@ -48,13 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         num_key_value_heads=2,
         max_position_embeddings=64,
     )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0.0, 0.3)
-    model.save_pretrained(path)
-    return str(path)
+    return save_sharp(LlamaForCausalLM(config), path)
 
 
 @pytest.fixture
