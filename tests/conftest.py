@@ -1,11 +1,19 @@
 """One torch thread per test process: two workers that spin two threads each on two cores crawl.
 
-Where torch is not installed, `tests/core` runs all the same.
+Without a GPU, Triton's kernels are interpreted. Where torch is not installed, `tests/core` runs all
+the same.
 """
 
+import os
 from contextlib import suppress
 
 with suppress(ImportError):
     import torch
 
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+        with suppress(ImportError):
+            from triton_interpreter import mend
+
+            mend()
