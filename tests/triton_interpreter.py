@@ -1,6 +1,7 @@
 """Mends Triton's interpreter where it computes other numbers than a card.
 
-It keeps bfloat16 as the integers of its bits, and multiplies them as such in `tl.dot`.
+It keeps bfloat16 as the integers of its bits, multiplies them as such in `tl.dot`, and cuts float32
+off where a card rounds to the nearest.
 """
 
 import numpy as np
@@ -9,15 +10,21 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def mend() -> None:
-    plain = InterpreterBuilder.create_dot
+    plain, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def create_dot(self, a, b, d, *rest):
         return plain(self, _widen(a), _widen(b), d, *rest)
+
+    def cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+            return TensorHandle(_round(src.data), tl.bfloat16)
+        return plain_cast(self, src, dst_type)
 
     if getattr(InterpreterBuilder, "is_mended", False):
         return
     InterpreterBuilder.is_mended = True
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.cast_impl = cast_impl
 
 
 def _widen(handle):
@@ -25,3 +32,10 @@ def _widen(handle):
         return handle
     bits = handle.data.astype(np.uint32) << 16
     return TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def _round(data):
+    """float32 -> the bits of the nearest bfloat16, ties to even."""
+    bits = data.view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)

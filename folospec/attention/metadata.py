@@ -32,6 +32,23 @@ class SuffixMask:
         rows, keys = np.nonzero(self.seen)
         return keys, np.bincount(rows, minlength=len(self.seen))
 
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether the last row sees all, the row before it all but the last key, and so on: what a
+        sequence without a mask sees."""
+        num_rows, suffix = self.seen.shape
+        return bool((self.seen == np.tri(num_rows, suffix, suffix - num_rows, np.bool_)).all())
+
+    @cached_property
+    def words(self) -> NDArray[np.int32]:
+        """A bit per key, the lowest of a row's first word for key 0: [rows, suffix / 32 rounded
+        up]."""
+        num_words = -(-self.seen.shape[1] // 32)
+        packed = np.packbits(self.seen, axis=1, bitorder="little")
+        filled = np.zeros((len(self.seen), 4 * num_words), np.uint8)
+        filled[:, : packed.shape[1]] = packed
+        return filled.view("<i4")
+
 
 @dataclass(slots=True, kw_only=True)
 class SequenceRows:

@@ -54,6 +54,11 @@ class Model(Protocol):
         ancestors."""
 
     @property
+    def captures(self) -> bool:
+        """Whether its passes may be recorded as CUDA graphs: nothing in them is read on the host,
+        and no shape depends on what tensors hold."""
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are, and the inputs must be."""
 

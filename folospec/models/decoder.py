@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,14 @@ from torch.nn import functional
 from folospec.attention.base import AttentionBackend, LayerKV
 from folospec.attention.metadata import AttentionMetadata
 from folospec.attention.native_cpu import NativeAttention
+from folospec.attention.paged import PagedBackend
 from folospec.kernels.torch_ops import Int8Weight, linear, rms_norm, rotary
 from folospec.models import rope
 from folospec.models.base import ModelSpec, as_logits, check_taps
 from folospec.models.native_decoder import COLUMN_STEP, NativeDecoder
+
+if TYPE_CHECKING:
+    from folospec.models.gpu_decoder import GpuDecoder
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 Weight = Tensor | Int8Weight
@@ -30,7 +34,8 @@ Weight = Tensor | Int8Weight
 class DecoderLayer:
     """The weights of one layer. Hq, Hkv: query and KV heads of D; H: hidden; I: intermediate.
 
-    A view of the model may have int8 copies of the four matrices.
+    A view of the model may have int8 copies of the four matrices; of a quantized model they are
+    torchao's tensors (`quantization`).
     """
 
     input_norm: Tensor
@@ -79,6 +84,7 @@ class Decoder:
         self.inner_size = hf_config.intermediate_size
         self.eps = hf_config.rms_norm_eps
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[hf_config.hidden_act]
+        self.has_silu = hf_config.hidden_act == "silu"
         inverse, self.rope_scaling = rope.frequencies(hf_config, self.head_size, spec.max_model_len)
         self.inverse_frequencies = inverse.to(device)
         self.embedding = self._empty(spec.vocab_size, spec.hidden_size)
@@ -92,11 +98,23 @@ class Decoder:
         self.skip_mlp: frozenset[int] = frozenset()
         self.runs_natively = (
             isinstance(attention, NativeAttention)
-            and hf_config.hidden_act == "silu"
+            and self.has_silu
             and spec.hidden_size % COLUMN_STEP == self.inner_size % COLUMN_STEP == 0
         )
+        self.quantization: str | None = None
+        """What the layers' matrices were rounded to after loading. Such a matrix has no address
+        that a kernel could read it from."""
         self.native: NativeDecoder | None = None
         """Runs the whole pass in native code; made at the first, when the weights are there."""
+        self.runs_on_gpu = isinstance(attention, PagedBackend) and spec.dtype != torch.float64
+        self.gpu: GpuDecoder | None = None
+        """Runs the pass with kernels of a GPU; made at the first, too."""
+        self.angles: tuple[Tensor, Tensor] | None = None
+        """Cosines and sines of every position, for those kernels; views share them."""
+        if self.runs_on_gpu:
+            self.angles = rope.tables(
+                spec.max_model_len, self.inverse_frequencies, self.rope_scaling
+            )
 
     def forward(
         self,
@@ -107,14 +125,14 @@ class Decoder:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `Model.forward`."""
         check_taps(taps, self.config.num_layers)
-        if (native := self._native()) is not None:
-            return native.forward(input_ids, metadata, kv, taps)
+        if (fast := self._native() or self._gpu()) is not None:
+            return fast.forward(input_ids, metadata, kv, taps)
         stream = functional.embedding(input_ids, self.embedding)
         angles = rope.cos_sin(
             metadata.positions, self.inverse_frequencies, self.rope_scaling, stream.dtype
         )
         tapped = {}
-        depth = self._depth()
+        depth = self.depth()
         for index in range(depth):
             if index in taps:
                 tapped[index] = stream
@@ -127,8 +145,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
-        if (native := self._native()) is not None:
-            return native.logits(hidden)
+        if (fast := self._native() or self._gpu()) is not None:
+            return fast.logits(hidden)
         return as_logits(linear(hidden, self.lm_head))
 
     def destinations(self) -> dict[str, Tensor]:
@@ -143,8 +161,17 @@ class Decoder:
 
     @property
     def deterministic(self) -> bool:
-        """See `Model.deterministic`; torch's products sum by the number of rows."""
-        return self.runs_natively
+        """See `Model.deterministic`; torch's products sum by the number of rows, and on a GPU those
+        of rounded weights, a model's or a view's, are torch's."""
+        is_rounded = self.quantization is not None or isinstance(self.lm_head, Int8Weight)
+        return self.runs_natively or (
+            self.runs_on_gpu and self.attention.deterministic and not is_rounded
+        )
+
+    @property
+    def captures(self) -> bool:
+        """See `Model.captures`."""
+        return isinstance(self.attention, PagedBackend) and self.attention.captures
 
     def _native(self) -> NativeDecoder | None:
         if self.native is None and self.runs_natively:
@@ -152,7 +179,16 @@ class Decoder:
             self.native = NativeDecoder(self, self.attention)
         return self.native
 
-    def _depth(self) -> int:
+    def _gpu(self) -> GpuDecoder | None:
+        if self.gpu is None and self.runs_on_gpu:
+            # Here, since it imports triton.
+            from folospec.models.gpu_decoder import GpuDecoder
+
+            assert isinstance(self.attention, PagedBackend)
+            self.gpu = GpuDecoder(self, self.attention, self.attention.deterministic)
+        return self.gpu
+
+    def depth(self) -> int:
         """Layers up to the last that computes anything."""
         skipped = self.skip_attention & self.skip_mlp
         return max((i + 1 for i in range(self.config.num_layers) if i not in skipped), default=0)

@@ -65,6 +65,8 @@ def load_model(
     attention: AttentionBackend | str = "auto",
     block_size: int = 16,
     max_model_len: int | None = None,
+    deterministic: bool = False,
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> Model:
     """Load a causal language model.
@@ -78,18 +80,27 @@ def load_model(
         block_size: slots per block of the KV, which a backend may have limits for.
         max_model_len: most tokens of a sequence. Default: the model's max_position_embeddings.
             Rope types that stretch (linear, dynamic, yarn) may be asked for more.
+        deterministic: prefer what promises that a row's bits depend on the row alone, however slow.
+        quantization: what the matrices of the layers are rounded to: None, "int8" or "fp8".
         trust_remote_code: run the checkpoint's own Python.
 
     Raises:
-        ValueError: the model is unknown or unsupported, max_model_len exceeds it, or a tensor is
-            missing, misshapen or unexpected; the message names it.
+        ValueError: the model is unknown or unsupported, max_model_len exceeds it, it cannot be
+            quantized, or a tensor is missing, misshapen or unexpected; the message names it.
     """
     folder = resolve_model(name)
     device = torch.device(device)
     hf_config = _read_config(name, folder, trust_remote_code)
     loaded_dtype = resolve_dtype(dtype, hf_config, device)
+    if quantization is not None:
+        from folospec.models.quantization import check_quantization
+
+        check_quantization(quantization, architecture(hf_config), loaded_dtype, device)
     if architecture(hf_config) not in decoder.ARCHITECTURES:
         from folospec.models import transformers_backend
+
+        def attention_of(spec: ModelSpec) -> AttentionBackend:
+            return attention_for(spec, attention, block_size, device, deterministic)
 
         transformers_backend.check_class(hf_config, architecture(hf_config), trust_remote_code)
         length = _resolve_length(name, hf_config, max_model_len)
@@ -99,21 +110,29 @@ def load_model(
             architecture=architecture(hf_config),
             dtype=loaded_dtype,
             device=device,
-            attention=lambda spec: attention_for(spec, attention, block_size, device),
+            attention=attention_of,
             max_model_len=length,
             eos_token_ids=read_eos_token_ids(folder, hf_config),
             trust_remote_code=trust_remote_code,
         )
     length = _resolve_length(name, hf_config, max_model_len)
     spec = _decoder_spec(folder, hf_config, loaded_dtype, length)
-    chosen = attention_for(spec, attention, block_size, device)
+    chosen = attention_for(spec, attention, block_size, device, deterministic)
     model = decoder.Decoder(hf_config, spec, chosen, device)
-    fill(model.destinations(), folder, tied=hf_config.tie_word_embeddings)
+    fill(model.destinations(), folder, device, tied=hf_config.tie_word_embeddings)
+    if quantization is not None:
+        from folospec.models.quantization import quantize
+
+        quantize(model, quantization)
     return model
 
 
 def attention_for(
-    spec: ModelSpec, wanted: AttentionBackend | str, block_size: int, device: torch.device
+    spec: ModelSpec,
+    wanted: AttentionBackend | str,
+    block_size: int,
+    device: torch.device,
+    deterministic: bool = False,
 ) -> AttentionBackend:
     """The attention backend for a model, by name where none is given.
 
@@ -122,25 +141,28 @@ def attention_for(
     """
     sizes = [size for _, size in spec.kv_shapes]
     if isinstance(wanted, str):
-        return choose_backend(wanted, spec.dtype, sizes, block_size, device)
+        return choose_backend(wanted, spec.dtype, sizes, block_size, device, deterministic)
     if reason := refusal(wanted, spec.dtype, sizes, block_size, device):
         raise ValueError(f"attention {wanted.name!r} cannot serve this: {reason}")
     return wanted
 
 
-def fill(destinations: dict[str, Tensor], folder: Path, *, tied: bool) -> None:
+def fill(
+    destinations: dict[str, Tensor], folder: Path, device: torch.device, *, tied: bool
+) -> None:
     """Copy a checkpoint's tensors into place, one at a time, converting to each place's type.
 
     Args:
         destinations: name in the checkpoint -> tensor to fill.
         folder: holds model.safetensors, or shards with their index.
+        device: where the destinations are.
         tied: the embedding is the output matrix too, so that an lm_head.weight is not needed.
 
     Raises:
         ValueError: a tensor is missing, misshapen, or not expected.
     """
     missing = dict(destinations)
-    for tensor_name, tensor in read_tensors(folder):
+    for tensor_name, tensor in read_tensors(folder, device):
         if tensor_name not in destinations:
             if tensor_name.endswith(DERIVED) or (tied and tensor_name == "lm_head.weight"):
                 continue
@@ -156,8 +178,11 @@ def fill(destinations: dict[str, Tensor], folder: Path, *, tied: bool) -> None:
         raise ValueError(f"{folder} lacks the tensor {', '.join(map(repr, sorted(missing)))}")
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """Read the tensors of a checkpoint, each from its mapped file when its turn comes.
+
+    A tensor for a GPU goes there as it lies in the file, and is converted there; from the host,
+    torch would convert it into a second copy first. On a CPU it is the mapped file itself.
 
     Raises:
         ValueError: there is no safetensors file, or the index names one that is not there.
@@ -171,14 +196,21 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         files = ["model.safetensors"]
     else:
         raise ValueError(f"{folder} has no model.safetensors; other weight formats are not read")
+    target = _indexed(device) if device.type == "cuda" else "cpu"
     for file in files:
         with ExitStack() as stack:
             try:
-                shard = stack.enter_context(safe_open(folder / file, framework="pt"))
+                shard = stack.enter_context(safe_open(folder / file, "pt", device=target))
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{folder / file} cannot be read: {error}") from error
             for tensor_name in shard.keys():  # noqa: SIM118 (not a mapping)
                 yield tensor_name, shard.get_tensor(tensor_name)
+
+
+def _indexed(device: torch.device) -> str:
+    """The name of a GPU with its number, which safetensors takes to be 0 where there is none."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return f"cuda:{index}"
 
 
 def architecture(hf_config: Any) -> str:

@@ -19,6 +19,7 @@ from folospec.attention import native_cpu
 from folospec.attention.base import LayerKV
 from folospec.attention.metadata import AttentionMetadata
 from folospec.kernels import native
+from folospec.models import rope
 
 if TYPE_CHECKING:
     from folospec.models.decoder import Decoder, DecoderLayer
@@ -155,14 +156,12 @@ class NativeDecoder:
         return self._scratch.data_ptr()
 
     def _angles(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions below `length`, float32, made in float64 so that a table
-        that has grown repeats itself to the bit."""
+        """Cosines and sines of positions below `length` at least; a table that has grown repeats
+        itself to the bit."""
         have = len(self._cos)
         if have < length:
             decoder = self.decoder
-            positions = torch.arange(max(length, 2 * have, 256), dtype=torch.float32)
-            # As in transformers the angle itself is float32.
-            angles = (positions[:, None] * decoder.inverse_frequencies.float()).double()
-            self._cos = (angles.cos() * decoder.rope_scaling).float()
-            self._sin = (angles.sin() * decoder.rope_scaling).float()
+            self._cos, self._sin = rope.tables(
+                max(length, 2 * have, 256), decoder.inverse_frequencies, decoder.rope_scaling
+            )
         return self._cos, self._sin

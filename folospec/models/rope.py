@@ -78,3 +78,17 @@ def cos_sin(
     wide = torch.promote_types(dtype, torch.float32)
     angles = positions[:, None, None].to(wide) * inverse.to(wide)
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def tables(length: int, inverse: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles of all positions below `length`, float32 [length,
+    head_size / 2] on the device of `inverse`.
+
+    They are made in float64, on the CPU: a longer table begins with a shorter one, to the bit, and
+    no library of a device has a say in it.
+    """
+    positions = torch.arange(length, dtype=torch.float32)
+    # As in transformers the angle itself is float32.
+    angles = (positions[:, None] * inverse.float().cpu()).double()
+    cos, sin = ((wave * scaling).float() for wave in (angles.cos(), angles.sin()))
+    return cos.to(inverse.device), sin.to(inverse.device)

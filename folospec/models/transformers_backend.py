@@ -83,6 +83,7 @@ class TransformersModel:
         self._trunk = found.trunk
         self._layers = _decoder_layers(found, spec)
         self.deterministic = False  # torch's products sum by the number of rows
+        self.captures = False  # its own code may do anything
         self._trunk.forward = _passing_over(self._trunk.forward, type(found.trunk_output))
 
     def forward(

@@ -43,12 +43,18 @@ def view_of(
             early exit after layer E leaves out both of layers E, E + 1, ...
 
     Raises:
-        ValueError: the model is not served by the decoder, or a layer does not exist.
+        ValueError: the model is not served by the decoder, a layer does not exist, or an int8 copy
+            is wanted of weights that are rounded already.
     """
     if not isinstance(model, Decoder):
         raise ValueError(
             f"{model.config.architecture} cannot draft for itself: only models that the "
             "Llama-family decoder serves can be copied"
+        )
+    if quantized and model.quantization is not None:
+        raise ValueError(
+            "the target cannot draft for itself with int8 weights: its own are rounded already, by "
+            f"quantization={model.quantization!r}"
         )
     num_layers = model.config.num_layers
     for name, skipped in (("skip_attention", skip_attention), ("skip_mlp", skip_mlp)):
@@ -56,7 +62,7 @@ def view_of(
             if not 0 <= layer < num_layers:
                 raise ValueError(f"{name} must have layers in 0..{num_layers - 1}, got {layer}")
     view = copy.copy(model)
-    view.native = None
+    view.native = view.gpu = None
     view.skip_attention, view.skip_mlp = frozenset(skip_attention), frozenset(skip_mlp)
     if quantized:
         unused = view.skip_attention & view.skip_mlp

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import weakref
+from contextlib import ExitStack
 
 import pytest
+import safetensors
 import torch
 from paged_runner import PagedRunner, all_logits
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import SHAPE, load, random_prompts, reference_logits, save_random
 from transformers import LlamaConfig, Qwen2Config
 
-from folospec.models.loader import load_tokenizer, resolve_model
+from folospec.models.loader import fill, load_tokenizer, resolve_model
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -48,6 +51,52 @@ def test_a_shard_that_the_index_names_but_is_not_there_is_named(tmp_path):
     gone.unlink()
     with pytest.raises(ValueError, match=gone.name):
         load(tmp_path)
+
+
+class RecordingShards:
+    """Stands in for `safe_open`: reads to the CPU, whatever it is asked for, and remembers it."""
+
+    def __init__(self) -> None:
+        self.plain, self.devices, self.alive, self.most_alive = safetensors.safe_open, [], [], 0
+
+    def __call__(self, path, framework, device):
+        self.devices.append(device)
+        self.stack = ExitStack()
+        self.shard = self.plain(path, framework)
+        return self
+
+    def __enter__(self):
+        self.stack.enter_context(self.shard)
+        return self
+
+    def __exit__(self, *exception):
+        return self.stack.__exit__(*exception)
+
+    def keys(self):
+        return self.shard.keys()
+
+    def get_tensor(self, name):
+        tensor = self.shard.get_tensor(name).clone()
+        self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(tensor)]
+        self.most_alive = max(self.most_alive, len(self.alive))
+        return tensor
+
+
+@pytest.mark.parametrize(
+    ("device", "asked"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("cuda", "cuda:3")]
+)
+def test_tensors_go_straight_to_their_device_one_at_a_time(tmp_path, monkeypatch, device, asked):
+    save_random(LlamaConfig(**SHAPE), tmp_path, max_shard_size="20KB")
+    expected = load(tmp_path).destinations()
+    shards = RecordingShards()
+    monkeypatch.setattr(safetensors, "safe_open", shards)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    places = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    fill(places, tmp_path, torch.device(device), tied=False)
+    assert shards.devices == [asked] * len(list(tmp_path.glob("*.safetensors")))
+    assert shards.most_alive == 2  # the next is read while the last is still named
+    for name, tensor in expected.items():
+        torch.testing.assert_close(places[name], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
