@@ -22,6 +22,7 @@ class TorchAttention(AttentionBackend):
     """Gather the keys, then torch's scaled_dot_product_attention."""
 
     name = "torch"
+    deterministic_alone = True
 
     def __init__(self) -> None:
         self._scratch: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -19,8 +19,11 @@ from rich.text import Text
 from folospec.cli.render import console, write
 from folospec.config import ACCEPTANCE_RULES, DTYPES
 
+if TYPE_CHECKING:
+    from folospec.engine.capabilities import Capabilities
+
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-OPTIONAL_PACKAGES = ("triton", "flash-attn", "xformers")
+OPTIONAL_PACKAGES = ("triton", "flash-attn", "xformers", "torchao")
 COMPILERS = ("cc", "gcc", "clang", "c++")
 FLAGS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16"),
@@ -38,7 +41,6 @@ def gather() -> dict[str, Any]:
     from folospec.engine.capabilities import capabilities
 
     known = capabilities()
-    auto = known.auto_attention_backend
     return {
         "versions": {
             "folospec": folospec.__version__,
@@ -55,12 +57,22 @@ def gather() -> dict[str, Any]:
             "flags": cpu_flags(),
             "memory_bytes": _memory_bytes(),
         },
+        "cuda": torch.version.cuda,
         "gpus": _gpus(),
         "dtypes": _dtypes(torch.cuda.is_available()),
         "attention_backends": {
             name: reason or "available" for name, reason in known.attention_backends.items()
         },
-        "attention_backend_chosen": {"name": auto, "why": _why(auto, known.attention_backends)},
+        "attention_block_sizes": {
+            name: f"multiples of {step} (default {known.block_size})"
+            for name, step in known.attention_block_steps.items()
+        },
+        "attention_backend_chosen": {
+            "name": known.auto_attention_backend,
+            "device": known.device,
+            "why": _why(known),
+            "passed_over": known.passed_over,
+        },
         "native_kernels": {
             "state": known.no_native_kernels or "available",
             "instructions": known.kernel_instructions,
@@ -145,17 +157,23 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _gpus() -> list[str]:
+def _gpus() -> list[dict[str, Any]]:
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [
-        f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability "
-        f"{gpu.major}.{gpu.minor}"
-        for gpu in found
-    ]
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(
+            {
+                "name": gpu.name,
+                "compute_capability": f"{gpu.major}.{gpu.minor}",
+                "processors": gpu.multi_processor_count,
+                "memory_free_bytes": free,
+                "memory_total_bytes": total,
+            }
+        )
+    return found
 
 
 def _dtypes(has_gpu: bool) -> dict[str, str]:
@@ -171,11 +189,17 @@ def _dtypes(has_gpu: bool) -> dict[str, str]:
     return {name: notes.get(name, "") for name in DTYPES}
 
 
-def _why(chosen: str, backends: dict[str, str | None]) -> str:
-    others = [name for name, reason in backends.items() if reason is None and name != chosen]
+def _why(known: Capabilities) -> str:
+    chosen, backends = known.auto_attention_backend, known.attention_backends
+    able = [name for name in known.considered if backends[name] is None]
+    others = [name for name in able if name != chosen and name not in known.passed_over]
     if others:
-        return f"'auto' prefers it to {', '.join(others)}"
-    return "the only one that can run here" if len(backends) > 1 else "the only one there is"
+        why = f"'auto' prefers it to {', '.join(others)}"
+    else:
+        why = f"the only one for {known.device} with blocks of {known.block_size}"
+    # What cannot run here at all says so on its own line.
+    passed = [f"not {n}: {r}" for n, r in known.passed_over.items() if n in able]
+    return "; ".join([why, *passed])
 
 
 def _model_facts(folder: str | None) -> str:
@@ -205,11 +229,32 @@ def _kernel_lines(kernels: dict[str, Any]) -> list[str]:
     return [f"native, built for {kernels['instructions']}", f"kept in {kernels['cache']}"]
 
 
+def _gpu_lines(facts: dict[str, Any]) -> list[str]:
+    lines = []
+    for gpu in facts["gpus"]:
+        free, total = (gpu[f"memory_{which}_bytes"] / 2**30 for which in ("free", "total"))
+        lines += [
+            f"{gpu['name']}, compute capability {gpu['compute_capability']}",
+            f"{gpu['processors']} multiprocessors, {free:.1f} of {total:.1f} GiB free",
+        ]
+    cuda, triton = facts["cuda"], facts["versions"]["triton"]
+    made_for = f"made for CUDA {cuda}" if cuda else "made without CUDA"
+    return [*(lines or ["none"]), f"torch {made_for}, triton {triton or 'not installed'}"]
+
+
+def _attention_lines(facts: dict[str, Any]) -> list[str]:
+    sizes, chosen = facts["attention_block_sizes"], facts["attention_backend_chosen"]
+    lines = [
+        f"{name}: {state}" + (f"; block_size: {sizes[name]}" if name in sizes else "")
+        for name, state in facts["attention_backends"].items()
+    ]
+    return [*lines, f"chosen: {chosen['name']}, {chosen['why']}"]
+
+
 def _sections(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
     cpu, versions = facts["cpu"], facts["versions"]
     packages = [f"{name} {versions[name]}" for name in PACKAGES]
     memory = cpu["memory_bytes"]
-    chosen = facts["attention_backend_chosen"]
     return [
         ("folospec", [f"{versions['folospec']}, Python {versions['python']}", versions["system"]]),
         ("packages", [", ".join(packages)]),
@@ -224,15 +269,9 @@ def _sections(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
             ],
         ),
         ("memory", [f"{memory / 2**30:.1f} GiB" if memory else "unknown"]),
-        ("GPUs", facts["gpus"]),
+        ("GPUs", _gpu_lines(facts)),
         ("dtypes", [f"{name}: {note}" for name, note in facts["dtypes"].items()]),
-        (
-            "attention",
-            [
-                *(f"{name}: {state}" for name, state in facts["attention_backends"].items()),
-                f"chosen: {chosen['name']}, {chosen['why']}",
-            ],
-        ),
+        ("attention", _attention_lines(facts)),
         ("kernels", _kernel_lines(facts["native_kernels"])),
         ("drafters", [", ".join(facts["drafters"])]),
         ("acceptance", [", ".join(facts["acceptance_rules"])]),
