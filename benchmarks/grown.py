@@ -66,7 +66,8 @@ def write_grown(folder: Path, shape: Shape, dtype: str) -> int:
     """
     source = resolve_model(DEMO)
     config = json.loads((source / "config.json").read_text())
-    demo = {name: weight.float() for name, weight in read_tensors(source)}
+    tensors = read_tensors(source, torch.device("cpu"))
+    demo = {name: weight.float() for name, weight in tensors}
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     total = 0

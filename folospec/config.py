@@ -13,6 +13,8 @@ AUTO = "auto"
 ACCEPTANCE_RULES = ("coupled", "rejection", "block")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
+QUANTIZATIONS = ("int8", "fp8")
+MAX_RUN_AHEAD = 32
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 
 
@@ -180,6 +182,12 @@ class EngineConfig:
     """Type of the KV of target and drafters: "auto" is each model's own. "bfloat16" halves what
     float32 takes, in memory and in reading; the logits change a little, and with them the
     tokens."""
+    quantization: str | None = None
+    """Round the weights of the target and of draft models when they are loaded, with torchao: the
+    matrices of the decoder layers become "int8" or "fp8", with one scale per output channel;
+    embedding, output matrix and activations stay in `dtype`. The logits change, and with them the
+    tokens; what speculation promises holds for the rounded target. "fp8" needs a GPU that has the
+    type."""
     device: str = "auto"
     """A torch device; "auto" is "cuda" if there is one, else "cpu"."""
     block_size: int = 16
@@ -187,8 +195,20 @@ class EngineConfig:
     num_blocks: int | None = None
     """KV blocks in the pool. Default: what `kv_cache_memory` holds."""
     kv_cache_memory: int | None = None
-    """Bytes for the KV of target and drafters together, if `num_blocks` is None. Default: what
-    `max_num_seqs` sequences of `max_model_len` need, at most 1 GiB."""
+    """Bytes for the KV of target and drafters together, if `num_blocks` is None. Default on a CPU:
+    what `max_num_seqs` sequences of `max_model_len` need, at most 1 GiB. Default on a GPU: what
+    `gpu_memory_utilization` leaves, at most twice that need."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, KV and the largest step may take together, where
+    neither `num_blocks` nor `kv_cache_memory` is given. The largest step is run to see what it
+    takes."""
+    enforce_eager: bool = False
+    """On a GPU, launch every kernel of a step by itself instead of replaying CUDA graphs: the same
+    tokens, slower, and easier to look into."""
+    run_ahead: int | None = None
+    """Tokens of plain decoding that are drawn on a GPU before the host looks at them; what follows
+    the end of an output is thrown away. None is 8 where CUDA graphs run and nothing is drafted,
+    else 1; only there it may be more than 1."""
     max_num_seqs: int = 64
     """Most sequences that run at once."""
     max_num_batched_tokens: int = 2048
@@ -229,12 +249,21 @@ class EngineConfig:
         )
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        ok = self.quantization is None or self.quantization in QUANTIZATIONS
+        _require(ok, "quantization", self.quantization, f"None, {' or '.join(QUANTIZATIONS)}")
         _require_choice("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _require_count(name, getattr(self, name))
         for name in ("num_blocks", "kv_cache_memory", "max_model_len"):
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name))
+        share = self.gpu_memory_utilization
+        is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        ok = is_number and 0 < share <= 1
+        _require(ok, "gpu_memory_utilization", share, "a share above 0 and at most 1")
+        is_count = isinstance(self.run_ahead, int) and not isinstance(self.run_ahead, bool)
+        ok = self.run_ahead is None or (is_count and 1 <= self.run_ahead <= MAX_RUN_AHEAD)
+        _require(ok, "run_ahead", self.run_ahead, f"None or an integer in 1..{MAX_RUN_AHEAD}")
         _require(
             self.num_blocks is None or self.kv_cache_memory is None,
             "kv_cache_memory",
@@ -249,7 +278,7 @@ class EngineConfig:
         )
         for name in ("skip_tokenizer_init", "enable_prefix_caching", "enable_chunked_prefill"):
             _require_bool(name, getattr(self, name))
-        for name in ("strict_drafters", "trust_remote_code"):
+        for name in ("strict_drafters", "trust_remote_code", "enforce_eager"):
             _require_bool(name, getattr(self, name))
         is_int = isinstance(self.seed, int) and not isinstance(self.seed, bool)
         _require(is_int, "seed", self.seed, "an integer")

@@ -211,29 +211,22 @@ def _expanded(
     metadata: AttentionMetadata, masks: Sequence[SuffixMask | None]
 ) -> dict[str, Int32Array]:
     """Sequences of one row for the rows of trees; the others as they are."""
-    row_starts, suffix_starts = metadata.query_start_loc, metadata.suffix_start_loc
-    num_rows, suffix_lens = np.diff(row_starts).tolist(), np.diff(suffix_starts).tolist()
-    parts, row_counts, suffix_counts, seqs = [], [], [], []
-    for seq, mask in enumerate(masks):
-        start = suffix_starts[seq]
-        if mask is None:
-            parts.append(np.arange(start, start + suffix_lens[seq]))
-            row_counts.append(num_rows[seq])
-            suffix_counts.append(suffix_lens[seq])
-            seqs.append(seq)
-        else:
-            seen, counts = mask.listed
-            parts.append(start + seen)
-            row_counts += [1] * num_rows[seq]
-            suffix_counts += counts.tolist()
-            seqs += [seq] * num_rows[seq]
-    keys, table_row = np.concatenate(parts), np.array(seqs, np.int32)
+    num_rows, suffix_lens = np.diff(metadata.query_start_loc), np.diff(metadata.suffix_start_loc)
+    seen, counts = [], []
+    for mask, length in zip(masks, suffix_lens, strict=True):
+        some, each = mask.listed if mask is not None else (np.arange(length), length[None])
+        seen.append(some)
+        counts.append(each)
+    table_row = np.repeat(np.arange(len(masks), dtype=np.int32), [len(each) for each in counts])
+    is_tree = np.array([mask is not None for mask in masks])
+    before = np.repeat(metadata.suffix_start_loc[:-1], [len(some) for some in seen])
+    keys = np.concatenate(seen) + before
     return {
-        "query_start_loc": starts(row_counts),
+        "query_start_loc": starts(np.where(is_tree, 1, num_rows)[table_row]),
         "context_lens": metadata.context_lens[table_row],
         "table_row": table_row,
-        "suffix_start_loc": starts(suffix_counts),
+        "suffix_start_loc": starts(np.concatenate(counts)),
         "suffix_slots": metadata.suffix_slots[keys].astype(np.int32),
         "suffix_positions": metadata.suffix_positions[keys].astype(np.int32),
-        "mask_start": np.full(len(seqs), -1, np.int32),
+        "mask_start": np.full(len(table_row), -1, np.int32),
     }

@@ -83,6 +83,10 @@ def generate(
     kv_cache_dtype: Annotated[
         str, typer.Option(help="Type of the KV: auto (the model's), float32 or bfloat16.")
     ] = "auto",
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="Round weights to int8 or fp8. Other tokens than without it."),
+    ] = None,
     device: Device = "auto",
     compare: Annotated[
         bool,
@@ -145,6 +149,7 @@ def generate(
             "speculative": config,
             "dtype": dtype,
             "kv_cache_dtype": kv_cache_dtype,
+            "quantization": quantization,
             "device": device,
             "trace": trace,
         }

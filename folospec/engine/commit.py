@@ -17,7 +17,7 @@ from folospec.engine.speculation import Speculation
 from folospec.engine.telling import Observed
 from folospec.sampling.sampler import NO_TOKEN
 from folospec.spec.verify import Verdict
-from folospec.worker.kv_cache import KVCache
+from folospec.worker.kv_cache import KVCache, PendingMoves
 
 _STATUS = {"stop": SequenceStatus.FINISHED_STOPPED, "length": SequenceStatus.FINISHED_LENGTH}
 
@@ -43,6 +43,7 @@ class Committer:
         self.scheduler, self.manager = scheduler, scheduler.manager
         self.speculation, self.target_kv = speculation, target_kv
         self.stats, self.logprobs = stats, logprobs
+        self._moves = PendingMoves()
 
     def commit(
         self, judgements: list[Judgement], shown: Tensor
@@ -63,6 +64,7 @@ class Committer:
         for judgement in judgements:
             sequences = self._commit(judgement, shown, observed)
             emitted.extend((judgement.request, seq) for seq in sequences)
+        self._moves.make()
         for request, seq in emitted:
             reason = request.outputs[seq.seq_id].finish_reason
             if reason is not None:
@@ -88,7 +90,7 @@ class Committer:
         path = verdict.path[: len(new_ids)]
         if judgement.proposal is not None:
             self._move_accepted(seq, path, root)
-            self.speculation.commit_kv(seq, judgement.proposal, path, root)
+            self.speculation.commit_kv(seq, judgement.proposal, path, root, self._moves)
         observed.append(_observed(judgement, path, new_ids, siblings))
         self._advance(seq, root + 1 + len(path))
         for sibling, sibling_verdict in zip(siblings, judgement.verdicts[1:], strict=True):
@@ -136,7 +138,8 @@ class Committer:
         moves = [(node + 1, depth) for depth, node in enumerate(path, start=1) if node + 1 != depth]
         if not moves:
             return
-        self.target_kv.move_rows(
+        self._moves.add(
+            self.target_kv,
             [self.manager.slot(seq, root + source) for source, _ in moves],
             [self.manager.slot(seq, root + target) for _, target in moves],
         )

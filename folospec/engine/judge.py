@@ -5,20 +5,23 @@ Plain steps and speculative ones take the same way: the pipeline runs over all r
 node's own path as history, and a plain step is a tree without nodes.
 
     rule          law wanted?   from logits to tokens
-    coupled       no            constrain, then one native call that draws and verifies
+    coupled       no            constrain, then one call of kernels that draws and verifies
     coupled       yes           process, then draw_target
     ratio rules                 process, then draw_target for rows without drafts; the rule for the
                                 others
 
-Where there are no native kernels for the logits, the second line stands for the first too.
+Where there are no kernels for the logits, the second line stands for the first too. On a GPU every
+line is a few launches, and the host reads once.
 """
 
 from __future__ import annotations
 
 import collections.abc
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,15 +29,25 @@ from torch import Tensor
 from folospec.core.sequence import Sequence
 from folospec.core.token_tree import TokenTree
 from folospec.engine.request import Request
-from folospec.kernels import native_sampling
-from folospec.kernels.native_sampling import NativeSampling, Walks, pack_law
+from folospec.kernels.gpu.sampling_arrays import Trials, read_trials, read_walks
+from folospec.kernels.native_sampling import NativeSampling, Walk, Walks, pack_law
+from folospec.kernels.sampling import kernels_for, on_device
 from folospec.sampling import noise
 from folospec.sampling.constraints import NoTokenError, SamplingRow, constrain, is_constrained
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import no_token_error, process
 from folospec.sampling.sampler import NO_TOKEN, draw_target
 from folospec.spec.proposal import Proposal
-from folospec.spec.verify import ACCEPTANCE, KeyedCoins, Verdict, verify_coupled
+from folospec.spec.verify import (
+    ACCEPTANCE,
+    KeyedCoins,
+    Verdict,
+    require_chain,
+    verify_coupled,
+)
+
+if TYPE_CHECKING:
+    from folospec.kernels.gpu.sampling import DeviceSampling
 
 _NO_DRAFT = TokenTree.chain([])
 
@@ -59,6 +72,9 @@ class Judgement:
     rows: range = range(0)
     num_draws: int = 1
     verdicts: list[Verdict] | None = None
+    run_ahead: TokenTree | None = None
+    """Tokens that the target drew before the host looked: the chain that the verdict walks, where
+    nobody proposed one."""
 
     @property
     def judged_rows(self) -> collections.abc.Sequence[int]:
@@ -82,8 +98,17 @@ class Judgement:
         return [positions[row - self.rows.start] for row in self.judged_rows]
 
     @property
+    def judged_token_ids(self) -> collections.abc.Sequence[int]:
+        """The tokens of the nodes, `NO_TOKEN` for those that are not judged."""
+        token_ids = self.tree.token_ids
+        if self.proposal is None or self.proposal.candidate is None:
+            return token_ids
+        judged = zip(token_ids, self.proposal.candidate, strict=True)
+        return [token_id if candidate else NO_TOKEN for token_id, candidate in judged]
+
+    @property
     def tree(self) -> TokenTree:
-        return self.proposal.tree if self.proposal else _NO_DRAFT
+        return self.proposal.tree if self.proposal else self.run_ahead or _NO_DRAFT
 
     def walk(self, drawn: Iterator[int]) -> None:
         """Take the target's tokens, those of the judged rows for each draw, and verify."""
@@ -120,11 +145,15 @@ def judge(
     if not judgements:
         return logits
     coupled = ACCEPTANCE[acceptance].shares_noise
-    native = native_sampling.load() if coupled and not wants_law else None
-    if native is not None and native.takes(logits):
-        _judge_natively(native, judgements, logits)
+    kernels = kernels_for(logits) if coupled and not wants_law else on_device(logits)
+    if kernels is None:
+        return _judge_by_law(judgements, logits, acceptance)
+    if isinstance(kernels, NativeSampling) or (coupled and not wants_law):
+        # Draw the target's tokens and walk the trees in one call.
+        logits = _constrained(judgements, logits)
+        take_walks(judgements, kernels.walk(logits, pack_walks(judgements)))
         return None
-    return _judge_by_law(judgements, logits, acceptance)
+    return _judge_on_device(kernels, judgements, logits, acceptance)
 
 
 def find_judgement(judgements: list[Judgement], row: int) -> Judgement:
@@ -144,23 +173,28 @@ def _sampling_rows(judgement: Judgement) -> list[SamplingRow]:
     return [request.sampling_row(seq, path) for path in paths]
 
 
-def _judge_natively(native: NativeSampling, judgements: list[Judgement], logits: Tensor) -> None:
-    """Draw the target's tokens and walk the trees in one call."""
-    logits = _constrained(judgements, logits)
+def pack_walks(judgements: list[Judgement]) -> Walks:
+    """What the judgements ask for, as one call draws and verifies it."""
     walks = Walks()
     for judgement in judgements:
-        seq, request, tree = judgement.seq, judgement.request, judgement.tree
-        token_ids = tree.token_ids
-        if judgement.proposal is not None and judgement.proposal.candidate is not None:
-            judged = zip(token_ids, judgement.proposal.candidate, strict=True)
-            token_ids = [token_id if candidate else NO_TOKEN for token_id, candidate in judged]
+        seq, request, parents = judgement.seq, judgement.request, judgement.tree.parents
+        token_ids = judgement.judged_token_ids
         for draw in range(judgement.num_draws):
             law = pack_law(request.seed, seq.sample_index + draw, request.filters)
-            walks.add(law, judgement.rows.start, seq.num_tokens, token_ids, tree.parents)
-    found = iter(native.walk(logits, walks))
+            walks.add(law, judgement.rows.start, seq.num_tokens, token_ids, parents)
+    return walks
+
+
+def take_walks(judgements: list[Judgement], found: Iterable[Walk]) -> None:
+    """Fill in the verdicts from what came of `pack_walks`.
+
+    Raises:
+        NoTokenError: see `judge`.
+    """
+    walked = iter(found)
     for judgement in judgements:
         judgement.verdicts = []
-        for walk in islice(found, judgement.num_draws):
+        for walk in islice(walked, judgement.num_draws):
             # Below drafts, where plain decoding might not come, there need be no token.
             if walk.token_id == NO_TOKEN and not walk.path:
                 before = takewhile(lambda other: other is not judgement, judgements)  # noqa: B023
@@ -190,6 +224,67 @@ def _constrained(judgements: list[Judgement], logits: Tensor) -> Tensor:
     except NoTokenError as error:
         raise NoTokenError(places[error.row], str(error)) from error.__cause__
     return logits.index_copy(0, torch.tensor(indices, device=logits.device), constrained)
+
+
+def _judge_on_device(
+    kernels: DeviceSampling, judgements: list[Judgement], logits: Tensor, acceptance: str
+) -> Tensor:
+    """`_judge_by_law` by Triton's kernels: all is launched, and then one copy tells the outcome."""
+    constrained = _constrained(judgements, logits)
+    indices = [row for judgement in judgements for row in judgement.judged_rows]
+    laws = [pack_law(0, 0, judgement.request.filters) for judgement in judgements]
+    law_of = [law for law, j in enumerate(judgements) for _ in j.judged_rows]
+    is_whole = indices == list(range(len(logits)))
+    chosen = constrained if is_whole else constrained[indices]
+    log_probs, peaks = kernels.start_log_probs(chosen, laws, law_of)
+    if not is_whole:
+        log_probs = logits.index_copy(0, torch.tensor(indices, device=logits.device), log_probs)
+
+    coupled = ACCEPTANCE[acceptance].shares_noise
+    drawn = [j for j in judgements if j.proposal is None or coupled]
+    tested = [j for j in judgements if j.proposal is not None and not coupled]
+    walks = pack_walks(drawn)
+    results = [peaks.view(torch.int32).long(), kernels.start_walks(constrained, walks)]
+    trials = _pack_trials(tested, acceptance)
+    if tested:
+        results.append(kernels.start_ratio(acceptance, log_probs.exp(), trials))
+    lengths = [len(result) for result in results]
+    peaks, walked, *outcome = torch.cat(results).cpu().split(lengths)
+
+    _require_roots(judgements, peaks.int().view(torch.float32).tolist())
+    take_walks(drawn, read_walks(walked, walks))
+    if tested:
+        for judgement, judged in zip(tested, read_trials(outcome[0], trials), strict=True):
+            judgement.verdicts = [Verdict(judged.path, judged.token_id)]
+    return log_probs
+
+
+def _pack_trials(judgements: list[Judgement], acceptance: str) -> Trials:
+    """What a ratio rule judges, as one call does it."""
+    trials = Trials()
+    for judgement in judgements:
+        assert judgement.proposal is not None
+        if not ACCEPTANCE[acceptance].takes_trees:
+            require_chain(judgement.tree)
+        seq = judgement.seq
+        trials.add(
+            (judgement.request.seed, seq.sample_index, seq.num_tokens - 1),
+            judgement.rows.start,
+            judgement.judged_token_ids,
+            judgement.tree.parents,
+            judgement.proposal.draft_probs,
+        )
+    return trials
+
+
+def _require_roots(judgements: list[Judgement], peaks: list[float]) -> None:
+    """Raise NoTokenError if nothing can follow a root; `peaks` are those of the judged rows."""
+    place = 0
+    for judgement in judgements:
+        if not math.isfinite(peaks[place]):
+            root = judgement.request.sampling_row(judgement.seq)
+            raise no_token_error(place, root, peaks[place])
+        place += len(judgement.judged_rows)
 
 
 def _judge_by_law(judgements: list[Judgement], logits: Tensor, acceptance: str) -> Tensor:

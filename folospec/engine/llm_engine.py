@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
-
 from folospec.config import EngineConfig
 from folospec.core.kv_cache_manager import KVCacheManager
 from folospec.core.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
@@ -19,19 +17,18 @@ from folospec.core.stats import EngineStats
 from folospec.engine.asking import Candidate
 from folospec.engine.commit import Committer
 from folospec.engine.input_processor import InputProcessor, Limits, Prompt
-from folospec.engine.judge import Judgement, find_judgement, judge
 from folospec.engine.loading import load_parts
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.output_processor import Increment, Sent, increments, make_output
 from folospec.engine.request import Request
+from folospec.engine.run_ahead import RunAhead
 from folospec.engine.speculation import Speculation
 from folospec.engine.step_timing import measured_costs
+from folospec.engine.target_pass import TargetPass, add_time
 from folospec.engine.trace import StepTrace, check_path
 from folospec.engine.tracer import Tracer
 from folospec.outputs import RequestOutput
-from folospec.sampling.constraints import NoTokenError
 from folospec.sampling_params import SamplingParams
-from folospec.spec.draft_runner import ForwardResult, Rows
 from folospec.spec.proposal import Proposal
 
 logger = logging.getLogger(__name__)
@@ -83,6 +80,17 @@ class LLMEngine:
         self.committer = Committer(
             self.scheduler, self.speculation, parts.target.kv, self.engine_stats, self.logprobs
         )
+        self.run_ahead = RunAhead(config, parts.target, self._request)
+        self.target_pass = TargetPass(
+            config,
+            parts.target,
+            self.speculation,
+            self.run_ahead,
+            self.logprobs,
+            self._request,
+            self._fail,
+        )
+        self._warm_up()
         self.tracer = Tracer(
             config, self.manager, self.engine_stats, self.speculation, parts.tokenizer
         )
@@ -90,6 +98,19 @@ class LLMEngine:
         self._streams: dict[str, deque[RequestOutput]] = {}
         self.requests: dict[str, Request] = {}
         self._num_requests = 0
+
+    def _warm_up(self) -> None:
+        """Record the CUDA graphs that plain steps and steps with drafts will want."""
+        config, speculation = self.config, self.speculation
+        self.parts.target.warm_up(
+            max_num_seqs=config.max_num_seqs,
+            max_rows_each=1 + speculation.limit,
+            taps=speculation.needs.taps,
+            walks=self.target_pass.walks,
+        )
+        self.run_ahead.warm_up(config.max_num_seqs)
+        for drafter in speculation.drafters:
+            drafter.warm_up(config.max_num_seqs)
 
     def add_request(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
@@ -139,13 +160,13 @@ class LLMEngine:
             return []
         recorder, begin = self.tracer.begin(), time.perf_counter()
         self.speculation.plan(self.scheduler.running, self._request)
-        schedule = self._schedule()
+        schedule = self._schedule(goes_ahead=recorder is None)
         assert schedule.scheduled, "there are requests, and the oldest can always run"
         proposals = self._propose(schedule.scheduled)
-        judgements, result = self._forward(schedule.scheduled, proposals)
+        judgements, result = self.target_pass.run(schedule.scheduled, proposals)
         if recorder is not None:
             recorder.add_forward(schedule, judgements)
-        shown = self._judge(judgements, result.logits)
+        shown = self.target_pass.judge(judgements, result)
         touched, observed = self.committer.commit(judgements, shown)
         if recorder is not None:
             recorder.add_commit(observed)
@@ -214,6 +235,7 @@ class LLMEngine:
             "attention_backend": self.parts.attention_backend,
             "device": str(self.parts.device),
             "dtype": str(self.parts.target.model.config.dtype).removeprefix("torch."),
+            "quantization": self.config.quantization,
             "max_model_len": self.parts.max_model_len,
             "num_blocks": self.parts.num_blocks,
             "kv_cache_bytes": sum(r.kv.num_bytes for r in self.parts.runners.values() if r.kv),
@@ -230,10 +252,11 @@ class LLMEngine:
             return "law"
         return "bit" if self.parts.target.is_deterministic else "path"
 
-    def _schedule(self) -> SchedulerOutput:
-        output = self.scheduler.schedule(
-            None if self.speculation.is_idle else self._num_draft_slots
-        )
+    def _schedule(self, *, goes_ahead: bool) -> SchedulerOutput:
+        reserve = None if self.speculation.is_idle else self._num_draft_slots
+        if goes_ahead and self.run_ahead.is_on:  # a trace shows every pass
+            reserve = self.run_ahead.num_slots
+        output = self.scheduler.schedule(reserve)
         if output.copies:
             for runner in self.parts.runners.values():
                 assert runner.kv is not None
@@ -256,62 +279,8 @@ class LLMEngine:
         ]
         proposals = self.speculation.propose(candidates, scheduled)
         self.speculation.count_undrafted(scheduled, proposals, self._request)
-        self._add_time("draft_time", begin, [c.seq for c in candidates])
+        add_time(self.engine_stats, "draft_time", begin, [c.seq for c in candidates])
         return proposals
-
-    def _add_time(self, part: str, begin: float, sequences: list[Sequence]) -> float:
-        """Add the time since `begin` to the engine and to each request that took part; return the
-        time now."""
-        now = time.perf_counter()
-        groups = {id(seq.group): seq.group for seq in sequences if seq.group is not None}
-        for counts in (self.engine_stats, *(group.metrics for group in groups.values())):
-            setattr(counts, part, getattr(counts, part) + (now - begin))
-        return now
-
-    def _forward(
-        self, scheduled: list[ScheduledSequence], proposals: dict[str, Proposal]
-    ) -> tuple[list[Judgement], ForwardResult]:
-        """Run the target over all rows; say which rows are whose."""
-        begin = time.perf_counter()
-        batch = [self._rows(item, proposals.get(item.seq.seq_id)) for item in scheduled]
-        result = self.parts.target.forward(batch, self.speculation.needs.taps)
-        self._add_time("target_time", begin, [item.seq for item in scheduled])
-        self.engine_stats.num_target_passes += 1
-        judgements = []
-        row = last = 0
-        for item, rows in zip(scheduled, batch, strict=True):
-            request, proposal = self._request(item.seq), proposals.get(item.seq.seq_id)
-            judgement = Judgement(request, item.seq, item.start, item.num_tokens, row, proposal)
-            row += len(rows.token_ids)
-            last += rows.num_logits
-            if item.samples:
-                judgement.rows = range(last - 1 - _num_nodes(proposal), last)
-                pending = item.seq is request.group.sequences[0]
-                judgement.num_draws += request.group.num_pending_siblings if pending else 0
-            if request.wants_prompt_logprobs:
-                logits = result.logits[last - rows.num_logits : last]
-                self.logprobs.take_prompt(request, item.start, logits)
-            request.group.metrics.num_target_passes += 1
-            judgements.append(judgement)
-        self.engine_stats.num_scheduled_tokens += row
-        return judgements, result
-
-    def _judge(self, judgements: list[Judgement], logits: Tensor) -> Tensor:
-        """Fill in the verdicts; return the rows that logprobs are taken from. A request for which
-        no token is possible is ended, and the others go on."""
-        begin, sequences = time.perf_counter(), [j.seq for j in judgements]
-        acceptance = self.config.speculative.acceptance if self.config.speculative else "coupled"
-        shows_law = self.config.logprobs_mode == "processed_logprobs"
-        while True:
-            try:
-                log_probs = judge(judgements, logits, acceptance, wants_law=shows_law)
-                break
-            except NoTokenError as error:
-                failed = find_judgement(judgements, error.row)
-                self._fail(failed.request, error)
-                judgements[:] = [j for j in judgements if j.request is not failed.request]
-        self._add_time("sampling_time", begin, sequences)
-        return log_probs if shows_law and log_probs is not None else logits
 
     def _fail(self, request: Request, error: Exception) -> None:
         logger.error("request %s is aborted: %s", request.group.request_id, error)
@@ -320,25 +289,6 @@ class LLMEngine:
                 request.outputs[seq.seq_id].stop_reason = str(error)
         self._failed.append(request)
 
-    def _rows(self, item: ScheduledSequence, proposal: Proposal | None) -> Rows:
-        seq = item.seq
-        token_ids = seq.token_ids[item.start : item.start + item.num_tokens]
-        num_logits = self._num_logits(item, proposal)
-        if proposal is None:
-            return Rows(token_ids, item.start, seq.block_table, num_logits)
-        tree = proposal.tree
-        parents = None if tree.is_chain else [-1, *(parent + 1 for parent in tree.parents)]
-        return Rows([*token_ids, *tree.token_ids], item.start, seq.block_table, num_logits, parents)
-
-    def _num_logits(self, item: ScheduledSequence, proposal: Proposal | None) -> int:
-        if self._request(item.seq).wants_prompt_logprobs:
-            return item.num_tokens
-        return int(item.samples) + _num_nodes(proposal)
-
     def _request(self, seq: Sequence) -> Request:
         assert seq.group is not None
         return self.requests[seq.group.request_id]
-
-
-def _num_nodes(proposal: Proposal | None) -> int:
-    return len(proposal) if proposal is not None else 0

@@ -14,7 +14,9 @@ from folospec.config import AUTO, DrafterConfig, EngineConfig
 from folospec.models.loader import BUNDLED_DRAFTS, load_model, load_tokenizer
 from folospec.models.views import view_of
 from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
+from folospec.worker import capture
 from folospec.worker.kv_cache import kv_bytes_per_block
+from folospec.worker.memory import kv_budget
 from folospec.worker.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -52,11 +54,13 @@ def load_parts(config: EngineConfig) -> Parts:
             check_drafter(drafter.method)
     loader = _Loader(config)
     drafters = _make_drafters(config, loader)
-    num_blocks = _num_blocks(config, loader.runners, loader.max_model_len)
+    num_blocks = _num_blocks(config, loader, _num_logits(config, drafters))
     for runner in loader.runners.values():
         runner.make_kv(num_blocks, config.block_size, loader.device)
     for view in loader.views:
         view.kv = loader.target.kv
+    if not config.enforce_eager:
+        _use_graphs(loader)
     return Parts(
         loader.device,
         loader.tokenizer,
@@ -80,7 +84,7 @@ class _Loader:
             self.tokenizer = load_tokenizer(
                 config.tokenizer or config.model, trust_remote_code=config.trust_remote_code
             )
-        self.target = self._load(config.model, row_at_a_time=config.deterministic is True)
+        self.target = self._load(config.model, deterministic=config.deterministic is True)
         self.max_model_len = _max_model_len(config, self.target.model.config.max_model_len)
         self.runners = {"target": self.target}
         self.views: list[ModelRunner] = []
@@ -98,7 +102,7 @@ class _Loader:
         self.views.append(ModelRunner(model, max_num_batched_tokens=budget))
         return self.views[-1]
 
-    def _load(self, path: str, row_at_a_time: bool = False) -> ModelRunner:
+    def _load(self, path: str, deterministic: bool = False) -> ModelRunner:
         config = self.config
         model = load_model(
             path,
@@ -107,13 +111,21 @@ class _Loader:
             attention=config.attention_backend,
             block_size=config.block_size,
             max_model_len=config.max_model_len,
+            deterministic=deterministic,
+            quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
         )
+        kv_dtype = _kv_dtype(config.kv_cache_dtype)
+        if kv_dtype not in (None, model.config.dtype) and not model.attention.converts_kv:
+            raise ValueError(
+                f"kv_cache_dtype must be 'auto' with attention_backend={model.attention.name!r}, "
+                f"which reads KV of the model's type alone, got {config.kv_cache_dtype!r}"
+            )
         return ModelRunner(
             model,
             max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
-            row_at_a_time=row_at_a_time and not model.deterministic,
-            kv_dtype=_kv_dtype(config.kv_cache_dtype),
+            row_at_a_time=deterministic and not model.deterministic,
+            kv_dtype=kv_dtype,
         )
 
 
@@ -158,6 +170,19 @@ def _make_drafters(config: EngineConfig, loader: _Loader) -> list[Drafter]:
     return drafters
 
 
+def _use_graphs(loader: _Loader) -> None:
+    """Let every model that can be recorded run as CUDA graphs."""
+    recorder = capture.recorder(loader.device)
+    if recorder is None:
+        return
+    from folospec.kernels.gpu.sampling import DeviceSampling
+
+    sampling = DeviceSampling()
+    for runner in (*loader.runners.values(), *loader.views):
+        if runner.model.captures and not runner.row_at_a_time:
+            runner.use_graphs(recorder, sampling)
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -168,6 +193,8 @@ def _device(name: str) -> torch.device:
         raise ValueError(
             f"device must be 'auto' or a torch device of this machine, got {name!r}: {error}"
         ) from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where kernels are launched, whatever tensors they are given
     return device
 
 
@@ -219,15 +246,32 @@ def _check_draft_model(
         )
 
 
-def _num_blocks(config: EngineConfig, runners: dict[str, ModelRunner], max_model_len: int) -> int:
+def _num_logits(config: EngineConfig, drafters: list[Drafter]) -> int:
+    """Most rows of a step that want logits."""
+    drafts = sum(drafter.num_speculative_tokens for drafter in drafters)
+    return min(config.max_num_batched_tokens, config.max_num_seqs * (1 + drafts))
+
+
+def _num_blocks(config: EngineConfig, loader: _Loader, num_logits: int) -> int:
     if config.num_blocks is not None:
         return config.num_blocks
+    runners = loader.runners.values()
     per_block = sum(
-        kv_bytes_per_block(r.model.config.kv_shapes, config.block_size, r.kv_dtype)
-        for r in runners.values()
+        kv_bytes_per_block(r.model.config.kv_shapes, config.block_size, r.kv_dtype) for r in runners
     )
-    most = config.max_num_seqs * -(-max_model_len // config.block_size)
+    most = config.max_num_seqs * -(-loader.max_model_len // config.block_size)
     memory = config.kv_cache_memory
+    if memory is None and loader.device.type == "cuda":
+        budget = kv_budget(
+            runners,
+            loader.device,
+            utilization=config.gpu_memory_utilization,
+            block_size=config.block_size,
+            num_logits=num_logits,
+            uses_graphs=not config.enforce_eager,
+        )
+        # What no sequence that runs can need keeps prefixes, and there is an end to their use.
+        return max(1, min(2 * most, budget // per_block))
     if memory is None:
         return max(1, min(most, _DEFAULT_KV_MEMORY // per_block))
     if memory < per_block:

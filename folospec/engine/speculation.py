@@ -23,7 +23,7 @@ from folospec.spec.merge import merge_proposals
 from folospec.spec.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE
-from folospec.worker.kv_cache import KVCache
+from folospec.worker.kv_cache import KVCache, PendingMoves
 
 
 class Speculation:
@@ -204,9 +204,11 @@ class Speculation:
         names = [proposal.drafter for proposal in proposals]
         return Found(merged, dict(zip(names, sources, strict=True)))
 
-    def commit_kv(self, seq: Sequence, proposal: Proposal, path: list[int], root: int) -> None:
-        """Move the accepted nodes' draft KV beside their target KV and advance the drafters'
-        progress over them."""
+    def commit_kv(
+        self, seq: Sequence, proposal: Proposal, path: list[int], root: int, moves: PendingMoves
+    ) -> None:
+        """Advance the drafters' progress over the accepted nodes, and add to `moves` what brings
+        their draft KV beside their target KV."""
         for owner, draft_slots in proposal.draft_slots.items():
             sources, targets = [], []
             for depth, node in enumerate(path, start=1):
@@ -216,7 +218,7 @@ class Speculation:
                 sources.append(self.manager.slot(seq, root + offset))
                 targets.append(self.manager.slot(seq, root + depth))
             if sources != targets:
-                self.kv[owner].move_rows(sources, targets)
+                moves.add(self.kv[owner], sources, targets)
             self.manager.mark_draft(seq, owner, root + 1 + len(sources))
 
     def count(self, observed: list[Observed]) -> None:

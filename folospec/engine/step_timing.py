@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
     """What passes cost here, from the cache or measured now; unknown without a planner."""
     if config.speculative is None or not config.speculative.is_adaptive:
         return UNKNOWN_COSTS
+    for one in parts.runners.values():
+        one.warm_up(max_rows_each=max(ROW_COUNTS))
     target = _Subject(parts.target, [_facts(config.model)], _ORDER, _SECONDS)
     points = target.points(config, parts.num_blocks)
     if not points:
@@ -74,7 +77,14 @@ def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
             most = max(own)
             slope = max(0.0, own[most] - own[1]) / max(1, most - 1)
             guesses[drafter.name] = (0.0, 0.0, own[1], slope, slope)
-    return Costs(CostCurve(points), guesses)
+    return Costs(CostCurve(points if parts.target.graphs is None else in_buckets(points)), guesses)
+
+
+def in_buckets(points: Points) -> Points:
+    """What passes cost that run as CUDA graphs: as much as the next larger pass that was measured,
+    in whose bucket they run."""
+    counts = sorted(points)
+    return points | {low + 1: points[high] for low, high in pairwise(counts)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +119,14 @@ class _Subject:
             "model": [type(model).__name__, str(model.config)],
             "attention": model.attention.name,
             "kernels": _kernels(model),
+            "graphs": self.runner.graphs is not None,
             "row_at_a_time": self.runner.row_at_a_time,
             "deterministic": config.deterministic,
             "block_size": config.block_size,
             "num_slots": min(num_blocks * config.block_size, _ENOUGH_SLOTS),
             "max_num_batched_tokens": min(self.runner.max_num_batched_tokens, max(self.counts)),
             "kv_cache_dtype": config.kv_cache_dtype,
+            "quantization": config.quantization,
             "counts": list(self.counts),
             "device": torch.cuda.get_device_name(model.device) if is_cuda else str(model.device),
             "cpu": _cpu_name(),

@@ -225,7 +225,8 @@ def why_not() -> str | None:
 def load() -> Native | None:
     """The library, built at the first call; None where it cannot run, which is logged once.
 
-    FOLOSPEC_KERNELS=torch in the environment leaves it out.
+    FOLOSPEC_KERNELS=torch in the environment leaves it out, and so does FOLOSPEC_KERNELS=triton,
+    which lets interpreted Triton kernels stand in (see `gpu.sampling`).
     """
     return _loaded()[0]
 
@@ -233,10 +234,10 @@ def load() -> Native | None:
 @lru_cache(maxsize=1)
 def _loaded() -> tuple[Native | None, str | None]:
     wanted = os.environ.get("FOLOSPEC_KERNELS", "auto")
-    if wanted not in ("auto", "torch"):
-        raise ValueError(f"FOLOSPEC_KERNELS must be auto or torch, got {wanted!r}")
-    if wanted == "torch":
-        return None, "FOLOSPEC_KERNELS=torch leaves them out"
+    if wanted not in ("auto", "torch", "triton"):
+        raise ValueError(f"FOLOSPEC_KERNELS must be auto, torch or triton, got {wanted!r}")
+    if wanted != "auto":
+        return None, f"FOLOSPEC_KERNELS={wanted} leaves them out"
     try:
         return Native(), None
     except BuildError as error:

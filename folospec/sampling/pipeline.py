@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from folospec.kernels import native_sampling
+from folospec.kernels.native_sampling import NativeSampling
+from folospec.kernels.sampling import kernels_for
 from folospec.sampling.constraints import NEG_INF, NoTokenError, SamplingRow, constrain
 from folospec.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from folospec.kernels.gpu.sampling import DeviceSampling
 
 __all__ = [
     "NoTokenError",
@@ -64,9 +70,9 @@ def process(logits: Tensor, rows: Sequence[SamplingRow], *, soften_greedy: bool 
     if logits.dim() != 2 or logits.shape[0] != len(rows):
         raise ValueError(f"logits must have {len(rows)} rows, got the shape {tuple(logits.shape)}")
     logits = constrain(logits, rows)
-    native = native_sampling.load()
-    if native is not None and native.takes(logits):
-        return _process_natively(native, logits, rows, soften_greedy)
+    kernels = kernels_for(logits)
+    if kernels is not None:
+        return _process_by_kernels(kernels, logits, rows, soften_greedy)
     peak = logits.amax(-1, keepdim=True)
     possible = torch.isfinite(peak)
     all_possible = bool(possible.all())
@@ -78,8 +84,8 @@ def process(logits: Tensor, rows: Sequence[SamplingRow], *, soften_greedy: bool 
     return log_probs if all_possible else log_probs.masked_fill_(~possible, NEG_INF)
 
 
-def _process_natively(
-    native: native_sampling.NativeSampling,
+def _process_by_kernels(
+    kernels: NativeSampling | DeviceSampling,
     logits: Tensor,
     rows: Sequence[SamplingRow],
     soften_greedy: bool,
@@ -92,7 +98,7 @@ def _process_natively(
             laws[id(row.params)] = native_sampling.pack_law(0, 0, filters)
     places = {params: place for place, params in enumerate(laws)}
     law_of = [places[id(row.params)] for row in rows]
-    log_probs, peaks = native.log_probs(logits, list(laws.values()), law_of)
+    log_probs, peaks = kernels.log_probs(logits, list(laws.values()), law_of)
     _require_token([math.isfinite(peak) for peak in peaks], peaks, rows)
     return log_probs
 
@@ -218,7 +224,8 @@ def keep_largest(values: Tensor, ordered: Tensor, count: Tensor) -> Tensor:
     least = ordered.gather(-1, count - 1)
     keep = values >= least
     surplus = keep.sum(-1, keepdim=True) - count
-    if bool((surplus > 0).any()):
+    # On a device, to ask is slower than to do it for nothing.
+    if values.device.type != "cpu" or bool((surplus > 0).any()):
         equal = values == least
         num_kept = equal.sum(-1, keepdim=True) - surplus
         keep &= ~equal | (equal.cumsum(-1) <= num_kept)

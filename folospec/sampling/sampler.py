@@ -37,10 +37,15 @@ def perturb(log_probs: Tensor, keys: Tensor | Sequence[int]) -> Tensor:
     if not isinstance(keys, Tensor):
         keys = key_tensor(keys, log_probs.device)
     vocab_size = log_probs.shape[1]
-    if _num_possible(log_probs) * _SPARSE_SHARE > log_probs.numel():
+    if _is_remote(log_probs) or _num_possible(log_probs) * _SPARSE_SHARE > log_probs.numel():
         token_ids = torch.arange(vocab_size, device=log_probs.device)
         return log_probs + elementwise_gumbel(keys[:, None], token_ids)
     return _perturb_sparse(log_probs, keys, (log_probs > _NEG_INF).nonzero(as_tuple=True))
+
+
+def _is_remote(log_probs: Tensor) -> bool:
+    """Whether to read a number of it means to wait for a device: then shortcuts are none."""
+    return log_probs.device.type != "cpu"
 
 
 def _num_possible(log_probs: Tensor) -> int:
@@ -67,7 +72,11 @@ def draw_target(log_probs: Tensor, keys: Tensor | Sequence[int]) -> Tensor:
     """
     best = log_probs.argmax(-1)
     best_log_prob = log_probs.gather(-1, best[:, None])[:, 0]
-    if bool((best_log_prob == 0).all()) and _num_possible(log_probs) == len(best):
-        return best  # one-hot rows: no noise can change them
+    if not _is_remote(log_probs) and _is_one_hot(log_probs, best_log_prob):
+        return best  # no noise can change them
     perturbed = perturb(log_probs, keys)
     return perturbed.argmax(-1).masked_fill_(best_log_prob == _NEG_INF, NO_TOKEN)
+
+
+def _is_one_hot(log_probs: Tensor, best_log_prob: Tensor) -> bool:
+    return bool((best_log_prob == 0).all()) and _num_possible(log_probs) == len(log_probs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+from folospec.kernels.native_sampling import Walk
 
 
 @dataclass(slots=True)
@@ -39,10 +41,35 @@ class Rows:
 class ForwardResult:
     """`logits` holds the wanted rows of all sequences, one after the other: float32 [num_logits,
     vocab_size] (float64 for a float64 model). `taps` maps a layer to the residual stream before it:
-    [num_rows, hidden_size]."""
+    [num_rows, hidden_size]. Both hold until the runner's next pass.
+
+    Where the pass has drawn and verified too, `walked` waits for what came of it.
+    """
 
     logits: Tensor
     taps: dict[int, Tensor] = field(default_factory=dict)
+    walked: Callable[[], list[Walk]] | None = None
+
+
+class ChainLaw(NamedTuple):
+    """How the tokens of a chain are drawn, for a runner that draws them by itself."""
+
+    packed: bytes
+    """From `native_sampling.pack_law`."""
+    position: int
+    """Of the first token that is drawn; -1 where no noise is in it."""
+    scale: float
+    """Factor of the scores in the confidence."""
+    length: int
+    """Tokens that are wanted, at least 1."""
+
+
+class DrawnChains(NamedTuple):
+    """For each chain its tokens, fewer than wanted where none was possible, and the confidence in
+    each."""
+
+    token_ids: list[list[int]]
+    confidence: list[list[float]]
 
 
 class Chains(Protocol):
@@ -80,6 +107,34 @@ class DraftRunner(Protocol):
         Raises:
             ValueError: a sequence has no slot for it.
         """
+        ...
+
+    def draw_chains(
+        self,
+        logits: Tensor,
+        starts: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        laws: Sequence[ChainLaw],
+    ) -> DrawnChains | None:
+        """Draw whole chains, and run all tokens but the last of each, without coming back to the
+        host in between.
+
+        Args:
+            logits: float32 [num_seqs, vocab_size], of the rows that the first tokens follow; of as
+                many tokens as may be drafted.
+            starts, block_tables: as for `chains`, of the first token.
+
+        Returns:
+            None where this runner cannot; then nothing was run.
+
+        Raises:
+            ValueError: a chain has no slots for the tokens that are run.
+        """
+        ...
+
+    def warm_up_chains(self, max_num_seqs: int, length: int, vocab_size: int) -> None:
+        """Prepare for `draw_chains` of up to so many sequences and tokens, and for the passes that
+        come before, if that takes time once."""
         ...
 
 

@@ -1,10 +1,11 @@
 """From a draft model's logits to draft tokens: the request's own pipeline, then the children.
 
-    logits -- constraints --+-- native: temperature, filters, noise, the best tokens in one call
-                            `-- torch:  process(), then draw_children()
+    logits -- constraints --+-- kernels: temperature, filters, noise, the best tokens in one call
+                            `-- torch:   process(), then draw_children()
 
-The native call serves float32 logits on a CPU wherever no draft needs a law beside its tokens. Both
-draw the same children, but for near ties.
+Kernels serve float32 logits wherever no draft needs a law beside its tokens: the native ones on a
+CPU, and on a GPU Triton's, which draw one child of every node. Both ways draw the same children,
+but for near ties.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from folospec.kernels.sampling import on_device
 from folospec.sampling import noise
 from folospec.sampling.best_tokens import (
     NO_NOISE,
@@ -27,9 +29,11 @@ from folospec.sampling.constraints import SamplingRow, constrain, is_constrained
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import process
 from folospec.spec.children import Children, Place, draw_children
+from folospec.spec.draft_runner import ChainLaw
 from folospec.spec.drafting import Drafting
 
 if TYPE_CHECKING:
+    from folospec.kernels.gpu.sampling import DeviceSampling
     from folospec.spec.drafters.base import DraftRow
 
 
@@ -78,21 +82,27 @@ class Drawer:
             logits: float [num_spots, vocab_size], of the draft model; not changed.
             sharpness: of the confidence, see `drafting.Sharpness`.
         """
-        native = self.native
-        if native is None or not native.takes(logits) or any(s.law.has_own_noise for s in spots):
+        most = min(max(spot.count for spot in spots), logits.shape[1])
+        kernels = self._kernels_for(logits, most)
+        if kernels is None or any(spot.law.has_own_noise for spot in spots):
             log_probs = process(logits, [_sampling_row(s) for s in spots], soften_greedy=True)
             places = [self._place(spot) for spot in spots]
             return draw_children(self.plan.children, log_probs, places, sharpness)
         if any(spot.law.is_constrained for spot in spots):
             logits = constrain(logits, [_sampling_row(spot) for spot in spots])
-        most = min(max(spot.count for spot in spots), logits.shape[1])
-        drawn = native.draw(
+        drawn = kernels.draw(
             logits,
             [spot.law.packed for spot in spots],
             [_wanted(index, spot, most, sharpness) for index, spot in enumerate(spots)],
             most,
         )
         return [Children(token_ids, confidence) for token_ids, confidence in drawn]
+
+    def _kernels_for(self, logits: Tensor, most: int) -> NativeChildren | DeviceSampling | None:
+        """What draws `most` children of every row; None where only torch does."""
+        if self.native is not None and self.native.takes(logits):
+            return self.native
+        return on_device(logits) if most == 1 else None
 
     def _place(self, spot: Spot) -> Place:
         row, keys = spot.law.row, []
@@ -109,11 +119,24 @@ class Drawer:
         return Place(spot.count, keys, spot.law.temperature)
 
 
+def chain_law(law: DraftLaw, length: int, sharpness: float) -> ChainLaw:
+    """What a runner needs that draws a chain of so many tokens by itself."""
+    return ChainLaw(law.packed, _position(law, 0), _scale(law, sharpness), length)
+
+
 def _wanted(index: int, spot: Spot, most: int, sharpness: float) -> bytes:
-    law = spot.law
-    position = law.row.root_position + 1 + len(spot.path) if law.is_noisy else NO_NOISE
-    scale = sharpness * (law.temperature or 1.0) if law.uses_sharpness else 1.0
-    return pack_wanted(index, position, min(spot.count, most), scale)
+    position, count = _position(spot.law, len(spot.path)), min(spot.count, most)
+    return pack_wanted(index, position, count, _scale(spot.law, sharpness))
+
+
+def _position(law: DraftLaw, depth: int) -> int:
+    """Of the token that is drawn after so many drafts."""
+    return law.row.root_position + 1 + depth if law.is_noisy else NO_NOISE
+
+
+def _scale(law: DraftLaw, sharpness: float) -> float:
+    """The factor of scores in the confidence, see `children.draw_children`."""
+    return sharpness * (law.temperature or 1.0) if law.uses_sharpness else 1.0
 
 
 def _sampling_row(spot: Spot) -> SamplingRow:

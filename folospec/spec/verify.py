@@ -185,11 +185,7 @@ def verify_block(proposal: Proposal, target_probs: torch.Tensor, coins: Coins) -
         ValueError: the tree is not a chain, or the shapes do not fit.
     """
     _check_probs(proposal, target_probs)
-    if not proposal.tree.is_chain:
-        raise ValueError(
-            f"block verification judges chains, got a tree with the parents "
-            f"{list(proposal.tree.parents)}"
-        )
+    require_chain(proposal.tree)
     length = _judged_length(proposal)
     weights = [1.0]
     for node in range(length):
@@ -213,6 +209,14 @@ def verify_block(proposal: Proposal, target_probs: torch.Tensor, coins: Coins) -
     if num_accepted < length:
         left = _residual(left, proposal, num_accepted, weight=weights[num_accepted])
     return Verdict(list(range(num_accepted)), coins.draw(left, num_accepted))
+
+
+def require_chain(tree: TokenTree) -> None:
+    """Raise ValueError for a tree that block verification cannot judge."""
+    if not tree.is_chain:
+        raise ValueError(
+            f"block verification judges chains, got a tree with the parents {list(tree.parents)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 
 from folospec.attention.base import LayerKV
 from folospec.kernels import native
+from folospec.kernels.gpu import launch
 
 if TYPE_CHECKING:
     from folospec.core.kv_cache_manager import BlockCopy
@@ -42,6 +43,7 @@ class KVCache:
             LayerKV(*(_zeros((num_slots, h, d), dtype, device) for _ in range(2)))
             for h, d in kv_shapes
         ]
+        self._tensors = [tensor for layer in self.layers for tensor in layer]
 
     @property
     def num_bytes(self) -> int:
@@ -63,13 +65,38 @@ class KVCache:
             return
         device = self.layers[0].key.device
         if device.type == "cpu" and (library := native.load()) is not None:
-            library.move([t for layer in self.layers for t in layer], source_slots, target_slots)
+            library.move(self._tensors, source_slots, target_slots)
+            return
+        if device.type == "cuda" and launch.runs_on(device):
+            from folospec.kernels.gpu.kv import move_slots
+
+            move_slots(self._tensors, source_slots, target_slots)
             return
         sources = torch.tensor(source_slots, device=device)
         targets = torch.tensor(target_slots, device=device)
         for layer in self.layers:
             for tensor in layer:
                 tensor[targets] = tensor[sources]
+
+
+class PendingMoves:
+    """What a step moves, collected over its sequences and made at once: their draft rows are in
+    blocks of their own, so that no move reads what another one writes."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[KVCache, list[int], list[int]]] = {}
+
+    def add(self, kv: KVCache, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
+        """Move these rows of a cache, later."""
+        _, sources, targets = self._of.setdefault(id(kv), (kv, [], []))
+        sources.extend(source_slots)
+        targets.extend(target_slots)
+
+    def make(self) -> None:
+        """Make all moves, and forget them."""
+        for kv, sources, targets in self._of.values():
+            kv.move_rows(sources, targets)
+        self._of.clear()
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ class, each with its own KV."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,10 +12,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from folospec.attention.metadata import AttentionMetadata, IntArray, pack_tables
+from folospec.kernels.native_sampling import Walks
 from folospec.models.base import Model
-from folospec.spec.draft_runner import Chains, ForwardResult, RowChains, Rows
+from folospec.models.decoder import Decoder
+from folospec.spec.draft_runner import (
+    ChainLaw,
+    Chains,
+    DrawnChains,
+    ForwardResult,
+    RowChains,
+    Rows,
+)
+from folospec.worker.chain_graphs import ChainGraphs
+from folospec.worker.graphs import Recorder, StepGraphs
 from folospec.worker.input_batch import make_batch, make_single
 from folospec.worker.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from folospec.kernels.gpu.sampling import DeviceSampling
+
+
+_CATCH_UP_ROWS = 2
+"""Of a draft model, after a step in which all drafts were accepted: the last one, and the root."""
 
 
 class ModelRunner:
@@ -40,6 +59,8 @@ class ModelRunner:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.row_at_a_time = row_at_a_time
         self.kv: KVCache | None = None
+        self.graphs: StepGraphs | None = None
+        self.chain_graphs: ChainGraphs | None = None
         self.num_passes = 0
 
     @property
@@ -62,11 +83,49 @@ class ModelRunner:
             device=device,
         )
 
+    def use_graphs(self, recorder: Recorder, sampling: DeviceSampling) -> None:
+        """Run passes as CUDA graphs from now on, where they fit; the KV must be there.
+
+        Args:
+            sampling: draws and verifies in the same graph.
+        """
+        assert self.kv is not None
+        assert isinstance(self.model, Decoder)
+        self.graphs = StepGraphs(self.model, self.kv, recorder, sampling)
+        self.chain_graphs = ChainGraphs(self.graphs)
+
     @torch.inference_mode()
-    def forward(self, batch: list[Rows], taps: tuple[int, ...] = ()) -> ForwardResult:
-        """Run the rows of `batch`, writing their KV; logits come in the order of the batch."""
+    def warm_up(
+        self,
+        *,
+        max_num_seqs: int = 1,
+        max_rows_each: int = 1,
+        taps: tuple[int, ...] = (),
+        walks: bool = False,
+    ) -> None:
+        """Record the CUDA graphs of steps with up to so many sequences, and so many rows of each; a
+        runner without graphs has nothing to do. `taps` and `walks` are as in `forward`."""
+        if self.graphs is not None:
+            self.graphs.warm_up(max_num_seqs, max_rows_each, taps, walks)
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: list[Rows], taps: tuple[int, ...] = (), walks: Walks | None = None
+    ) -> ForwardResult:
+        """Run the rows of `batch`, writing their KV; logits come in the order of the batch.
+
+        Args:
+            walks: one for each sequence of the batch: a pass that runs as a graph draws and
+                verifies too, and says so by `ForwardResult.walked`. Others leave it to the caller.
+        """
+        parts = list(self._parts(batch))
+        if self.graphs is not None and len(parts) == 1:
+            replayed = self.graphs.run(batch, taps, walks)
+            if replayed is not None:
+                self.num_passes += 1
+                return replayed
         run = self._run_rows if self.row_at_a_time else self._run
-        results = [run(part, taps) for part in self._parts(batch)]
+        results = [run(part, taps) for part in parts]
         if len(results) == 1:
             return results[0]
         return ForwardResult(
@@ -79,6 +138,35 @@ class ModelRunner:
         if self.row_at_a_time or len(starts) > self.max_num_batched_tokens:
             return RowChains(self, starts, block_tables)
         return PassChains(self, starts, block_tables)
+
+    @torch.inference_mode()
+    def draw_chains(
+        self,
+        logits: Tensor,
+        starts: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        laws: Sequence[ChainLaw],
+        *,
+        as_target: bool = False,
+    ) -> DrawnChains | None:
+        """See `DraftRunner.draw_chains`; with `as_target` tokens are drawn as verification draws
+        them."""
+        if self.chain_graphs is None:
+            return None
+        drawn = self.chain_graphs.run(logits, starts, block_tables, laws, as_target)
+        if drawn is not None:
+            self.num_passes += max(law.length for law in laws) - 1
+        return drawn
+
+    @torch.inference_mode()
+    def warm_up_chains(
+        self, max_num_seqs: int, length: int, vocab_size: int, *, as_target: bool = False
+    ) -> None:
+        """See `DraftRunner.warm_up_chains`."""
+        if self.chain_graphs is not None:
+            if not as_target:
+                self.warm_up(max_num_seqs=max_num_seqs, max_rows_each=_CATCH_UP_ROWS)
+            self.chain_graphs.warm_up(max_num_seqs, length, vocab_size, as_target)
 
     def _parts(self, batch: list[Rows]) -> Iterator[list[Rows]]:
         """Split a batch into passes within the token budget. Only chains are cut; a tree is never

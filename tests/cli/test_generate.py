@@ -96,6 +96,7 @@ def test_sampling_options_reach_the_engine(folospec, target):
         ([PROMPT, "--model", "/no/such/folder"], "'/no/such/folder' is neither a folder"),
         ([PROMPT, "--dtype", "float8"], "dtype must be one of"),
         ([PROMPT, "--kv-cache-dtype", "int4"], "kv_cache_dtype must be one of"),
+        ([PROMPT, "--quantization", "int4"], "quantization must be None, int8 or fp8"),
         ([PROMPT, "--device", "toaster"], "'toaster'"),
         ([PROMPT, "--temperature", "-1"], "temperature must be"),
         ([PROMPT, "-n", "2"], "1 at temperature 0"),

@@ -26,14 +26,14 @@ def run_both(monkeypatch: pytest.MonkeyPatch, model: str, **settings: Any) -> tu
     """The same run drawn natively and by torch, and how many steps were drawn natively."""
     params = settings.pop("params", None)
     calls = []
-    judge_natively = judge._judge_natively
+    take_walks = judge.take_walks
 
     def counted(*args: Any) -> None:
         calls.append(1)
-        judge_natively(*args)
+        take_walks(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(judge, "_judge_natively", counted)
+        patch.setattr(judge, "take_walks", counted)
         native = run(make_llm(model, dtype="float32", **settings), params=params)
     num_native = len(calls)
     with monkeypatch.context() as patch:

@@ -18,7 +18,7 @@ from harness import assert_speculated
 from native_builds import require_native
 
 from folospec import LLM, SamplingParams
-from folospec.engine import commit, judge, llm_engine
+from folospec.engine import commit, judge, target_pass
 from folospec.sampling import noise
 from folospec.sampling.constraints import SamplingRow
 from folospec.sampling.pipeline import process
@@ -67,7 +67,7 @@ def record(
         return log_probs
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm_engine, "judge", recording)
+        patch.setattr(target_pass, "judge", recording)
         llm = LLM(
             "folospec-demo",
             speculative,

@@ -266,8 +266,10 @@ def test_draft_rows_that_are_not_committed_are_noticed(
     """Rejected phrase rows stand where the next tokens will."""
     real = Speculation.commit_kv
 
-    def claiming(self: Any, seq: Any, proposal: Any, path: list[int], root: int) -> None:
-        real(self, seq, proposal, path, root)
+    def claiming(
+        self: Any, seq: Any, proposal: Any, path: list[int], root: int, moves: Any
+    ) -> None:
+        real(self, seq, proposal, path, root, moves)
         self.manager.mark_draft(seq, "ouroboros", root + 1 + len(path))
 
     monkeypatch.setattr(Speculation, "commit_kv", claiming)

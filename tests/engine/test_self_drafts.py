@@ -143,9 +143,9 @@ def test_a_draft_row_that_is_kept_is_noticed(
     """Control: layer 0 keeps what the draft has written at the root's slot, or behind it."""
     real = ModelRunner.forward
 
-    def forward(self: ModelRunner, batch: Any, taps: Any = ()) -> Any:
+    def forward(self: ModelRunner, batch: Any, taps: Any = (), walks: Any = None) -> Any:
         if self is not llm.engine.parts.target:
-            return real(self, batch, taps)
+            return real(self, batch, taps, walks)
         keep = [
             rows.block_table[index // 4] * 4 + index % 4
             for rows in batch
@@ -155,7 +155,7 @@ def test_a_draft_row_that_is_kept_is_noticed(
         ]
         assert self.kv is not None
         draft_rows = [t[keep] for t in self.kv.layers[0]]
-        result = real(self, batch, taps)
+        result = real(self, batch, taps, walks)
         for tensor, draft in zip(self.kv.layers[0], draft_rows, strict=True):
             tensor[keep] = draft
         return result

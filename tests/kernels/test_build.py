@@ -90,7 +90,7 @@ def test_another_wish_is_refused(monkeypatch):
     native._loaded.cache_clear()
     try:
         for call in (native.load, native.why_not):
-            with pytest.raises(ValueError, match="must be auto or torch, got 'cuda'"):
+            with pytest.raises(ValueError, match="must be auto, torch or triton, got 'cuda'"):
                 call()
     finally:
         native._loaded.cache_clear()

@@ -64,6 +64,12 @@ class FakeRunner:
     def chains(self, starts, block_tables):
         return RowChains(self, starts, block_tables)
 
+    def draw_chains(self, logits, starts, block_tables, laws):
+        return None
+
+    def warm_up_chains(self, max_num_seqs, length, vocab_size):
+        pass
+
     def _write(self, rows, depths):
         for row, (token_id, depth) in enumerate(zip(rows.token_ids, depths, strict=True)):
             slot = slot_of(rows.block_table, rows.start + row)

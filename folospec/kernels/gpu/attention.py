@@ -249,8 +249,8 @@ def _launch(
 
 
 def _occupation(query: Tensor, block_m: int, options: dict[str, Any]) -> dict[str, int]:
-    """Warps, so many that no register goes to memory; and stages of loading ahead, of which it
-    takes two for each of slot, key and value."""
+    """Warps, so many that hardly a register goes to memory; and stages of loading ahead. A key
+    waits for its slot: it takes two stages to have one block of keys more on its way."""
     if query.element_size() == 4:
         return {"num_warps": min(max(block_m // 4, 4), 16), "num_stages": 3}
     # Where parts are folded in registers there are two sums.

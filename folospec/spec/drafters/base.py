@@ -207,6 +207,10 @@ class Drafter(ABC):
         """The name under which the drafter's KV progress is kept, None for a drafter without KV."""
         return None
 
+    def warm_up(self, max_num_seqs: int) -> None:  # noqa: B027 - most have nothing to prepare
+        """Called once, before the first request: prepare for drafts of so many sequences at once,
+        if that takes time."""
+
     @abstractmethod
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
         """Return a proposal within the limits of the row for each row, or None where there is

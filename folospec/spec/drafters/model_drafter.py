@@ -25,7 +25,7 @@ from folospec.spec.children import Children
 from folospec.spec.draft_runner import DraftRunner, Rows
 from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome
 from folospec.spec.drafting import DRAFTING_OPTIONS, RankAcceptance, Sharpness, read_drafting
-from folospec.spec.drawing import DraftLaw, Drawer, Spot
+from folospec.spec.drawing import DraftLaw, Drawer, Spot, chain_law
 from folospec.spec.growth import Chain, Growth
 from folospec.spec.proposal import Proposal
 
@@ -84,6 +84,11 @@ class ModelDrafter(Drafter):
         # token that tells of it.
         return self.plan.kind == "chain" or self.plan.children == "iid"
 
+    def warm_up(self, max_num_seqs: int) -> None:
+        if self.plan.kind == "chain":
+            length = self.num_speculative_tokens
+            self.runner.warm_up_chains(max_num_seqs, length, self.target_vocab_size)
+
     def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
         drafts = [self._begin(row) for row in rows]
         logits = self.catch_up(rows)
@@ -106,6 +111,8 @@ class ModelDrafter(Drafter):
         going = [index for index, chain in enumerate(chains) if not chain.is_done]
         if len(going) < len(chains):
             chains, logits = [chains[index] for index in going], logits[going]
+        if not chains or self._draft_at_once(chains, logits):
+            return
         run = None
         while chains:
             spots = [Spot(c.law, c.token_ids, len(c.token_ids)) for c in chains]
@@ -123,6 +130,25 @@ class ModelDrafter(Drafter):
                     [row.root_position + 1 for row in rows], [row.block_table for row in rows]
                 )
             logits = self._widen(run.forward(self._fit([c.token_ids[-1] for c in chains])))
+
+    def _draft_at_once(self, chains: list[Chain], logits: Tensor) -> bool:
+        """Draw all chains without coming back for each token, where the runner can and nothing but
+        logits and noise is in the draws."""
+        if any(chain.law.has_own_noise or chain.law.is_constrained for chain in chains):
+            return False
+        drawn = self.runner.draw_chains(
+            logits,
+            [chain.row.root_position + 1 for chain in chains],
+            [chain.row.block_table for chain in chains],
+            [chain_law(chain.law, chain.length, self.sharpness.value) for chain in chains],
+        )
+        if drawn is None:
+            return False
+        for chain, token_ids, confidence in zip(chains, *drawn, strict=True):
+            for token_id, chance in zip(token_ids, confidence, strict=True):
+                if not chain.is_done:
+                    chain.add(Children([token_id], [chance]))
+        return True
 
     def _draft_trees(self, growths: list[Growth], logits: Tensor) -> None:
         """Let all trees grow by a level in every pass; `logits` are those of the roots."""

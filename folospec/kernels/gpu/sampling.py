@@ -1,0 +1,353 @@
+"""Sampling and verification on the device: what `native_sampling` does on the CPU, for rows of
+logits on a GPU, in a few launches and with one host read; and the ratio rules.
+
+    arrays_of(walks)   numpy, on the host: laws, trees, nodes and draws, all int64
+    run_walks(...)     launches alone: tensors in, `result` out; may be part of a CUDA graph
+    read_walks(...)    the result, copied to the host, as `Walk`s
+
+`DeviceSampling.walk` is the three in a row. A row's outcome depends on that row, its law and its
+position alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from folospec.kernels.gpu import launch
+from folospec.kernels.gpu.draw import child_kernel, draw_kernel, write_kernel
+from folospec.kernels.gpu.ratio import block_kernel, rejection_kernel
+from folospec.kernels.gpu.row_passes import NUM_WARPS, RowPasses
+from folospec.kernels.gpu.sampling_arrays import (
+    DRAW,
+    TREE,
+    TRIAL,
+    Judged,
+    Trials,
+    arrays_of,
+    child_arrays,
+    has_filters,
+    on_device,
+    read_children,
+    read_trials,
+    read_walks,
+    result_size,
+    sizes,
+)
+from folospec.kernels.gpu.walk import walk_kernel
+from folospec.kernels.native_sampling import Walk, Walks
+
+__all__ = [
+    "DeviceSampling",
+    "Trials",
+    "arrays_of",
+    "child_arrays",
+    "has_filters",
+    "read_children",
+    "read_trials",
+    "read_walks",
+    "result_size",
+    "sizes",
+]
+
+_ALL_CONSTANTS = "PART PARTS TILE BITS ID_BITS"
+
+
+class DeviceSampling:
+    """Sampling by Triton kernels.
+
+    Args:
+        part: tokens of the vocabulary that one program works on, a power of two; None: by the
+            vocabulary.
+        filtered_rows: filters are applied to so many rows at a time; each needs 8 bytes of memory
+            for a token of the vocabulary.
+    """
+
+    def __init__(self, part: int | None = None, filtered_rows: int = 128) -> None:
+        self._part, self._filtered_rows = part, filtered_rows
+
+    @staticmethod
+    def takes(logits: Tensor) -> bool:
+        """Whether the rows are of the kind that the kernels read. Where kernels are interpreted
+        they are slow, and do it only if FOLOSPEC_KERNELS=triton asks for them."""
+        if launch.is_interpreted():
+            runs = os.environ.get("FOLOSPEC_KERNELS") == "triton"
+        else:
+            runs = logits.device.type == "cuda" and _runs_on_cards()
+        return (
+            runs
+            and logits.dtype == torch.float32
+            and logits.dim() == 2
+            and logits.shape[1] > 0
+            and logits.stride(1) == 1
+        )
+
+    # ---- the target's tokens, and walks --------------------------------------------------------
+
+    def walk(self, logits: Tensor, walks: Walks) -> list[Walk]:
+        """`NativeSampling.walk`, with one host read.
+
+        Raises:
+            ValueError: a sequence has rows that there are no logits for.
+        """
+        return read_walks(self.start_walks(logits, walks).cpu(), walks)
+
+    def start_walks(self, logits: Tensor, walks: Walks) -> Tensor:
+        """`walk` with the result, for `read_walks`, left on the device.
+
+        Raises:
+            ValueError: a sequence has rows that there are no logits for.
+        """
+        if walks._num_rows > len(logits):
+            raise ValueError(f"there are {len(logits)} rows of logits, not {walks._num_rows}")
+        arrays = arrays_of(walks)
+        tensors = on_device(arrays, logits.device)
+        size = result_size(len(walks), len(walks._nodes) // 2)
+        result = torch.empty(size, dtype=torch.int64, device=logits.device)
+        most = int(arrays["trees"][3::TREE].max(initial=0))
+        filters = has_filters(arrays["laws"])
+        self.run_walks(logits, tensors, result, filters=filters, max_nodes=most)
+        return result
+
+    def run_walks(
+        self,
+        logits: Tensor,
+        tensors: dict[str, Tensor],
+        result: Tensor,
+        *,
+        filters: bool = True,
+        max_nodes: int | None = None,
+    ) -> None:
+        """Draw at all rows and walk all trees. Nothing is read on the host.
+
+        Args:
+            logits: float32 [*, vocab_size], such as `takes` says yes to.
+            tensors: int64, of `sizes`.
+            result: int64 of `result_size`: for every walk its token (-1 where none is possible),
+                the length of its path and the bits of the peak; then the paths.
+            filters: whether any law has some; False is faster.
+            max_nodes: of one tree; None: all nodes may be in one.
+        """
+        tokens, row_peaks = self.draw_tokens(
+            logits, tensors["laws"], tensors["draws"], filters=filters
+        )
+        num_walks = tensors["trees"].numel() // TREE
+        if max_nodes is None:
+            max_nodes = tensors["nodes"].numel() // 2
+        rows = max(16, triton.next_power_of_2(max_nodes + 1))
+        launch.launch(
+            walk_kernel,
+            (num_walks,),
+            *(tensors["trees"], tensors["nodes"], tokens, row_peaks, result, num_walks),
+            ROWS=rows,
+            num_warps=4 if rows > 64 else 1,
+        )
+
+    def draw_tokens(
+        self, logits: Tensor, laws: Tensor, draws: Tensor, *, filters: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the target's token for every draw. Nothing is read on the host.
+
+        Args:
+            laws: int64 [6 * num_laws], of `pack_law`.
+            draws: int64 [4 * num_draws], see `gpu.law`.
+
+        Returns:
+            int64 [num_draws], -1 where no token is possible; and the largest logits, float32.
+        """
+        passes = RowPasses(logits, laws, draws, self._part_of(logits))
+        peaks, firsts, roughs, _ = passes.scan(0, children=False)
+        totals = passes.weigh(peaks)
+        tokens = torch.empty(passes.num_draws, dtype=torch.int64, device=logits.device)
+        row_peaks = torch.empty_like(tokens, dtype=torch.float32)
+        chunks = passes.filter(peaks, totals, on=filters, chunk=self._filtered_rows)
+        for rows, kept in chunks:
+            launch.launch(
+                draw_kernel,
+                (len(tokens[rows]),),
+                *(*passes.inputs, passes.draws[rows], 0),
+                *(peaks[rows], firsts[rows], roughs[rows], totals[rows], *kept),
+                *(tokens[rows], row_peaks[rows], passes.num_parts),
+                FILTERS=filters,
+                **passes.constants(_ALL_CONSTANTS),
+            )
+        return tokens, row_peaks
+
+    # ---- children of draft nodes ---------------------------------------------------------------
+
+    def draw(
+        self, logits: Tensor, laws: Sequence[bytes], wanted: Sequence[bytes], most: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """`NativeChildren.draw` for one child of every row, with one host read.
+
+        Raises:
+            ValueError: more children are wanted.
+        """
+        if most != 1:
+            raise ValueError(f"one child can be drawn of every row, got most={most}")
+        arrays = child_arrays(laws, wanted)
+        result = torch.empty((3, len(wanted)), dtype=torch.int64, device=logits.device)
+        tensors = on_device(arrays, logits.device)
+        self.draw_next(logits, tensors, result, filters=has_filters(arrays["laws"]))
+        return read_children(result.cpu())
+
+    def draw_next(
+        self,
+        logits: Tensor,
+        tensors: dict[str, Tensor],
+        result: Tensor,
+        *,
+        filters: bool = True,
+        advance: int = 0,
+    ) -> None:
+        """Draw the best child of every row and the confidence in it. Nothing is read on the host.
+
+        Args:
+            logits: float32 [num_rows, vocab_size], such as `takes` says yes to.
+            tensors: "laws" and "draws" of `child_arrays`. A greedy law is read as temperature 1
+                without filters.
+            result: int64 [3, num_rows]: the tokens, 0 where none is possible; 1 where one is, else
+                0; and the bits of the confidences, float32. The confidence is off by about 1e-4 of
+                itself times the scale, for its sum is made of `noise.rough_gumbel`.
+            filters: whether any law has some; False is faster.
+            advance: added to the positions: those of a later token of the same chains.
+        """
+        passes = RowPasses(logits, tensors["laws"], tensors["draws"], self._part_of(logits))
+        peaks, _, roughs, sums = passes.scan(advance, children=True)
+        totals = passes.weigh(peaks) if filters else sums
+        chunks = passes.filter(peaks, totals, on=filters, chunk=self._filtered_rows)
+        for rows, kept in chunks:
+            launch.launch(
+                child_kernel,
+                (len(peaks[rows]),),
+                *(*passes.inputs, passes.draws[rows], advance),
+                *(peaks[rows], roughs[rows], sums[rows], *kept),
+                *(result[:, rows], result.stride(0), passes.num_parts),
+                FILTERS=filters,
+                **passes.constants(_ALL_CONSTANTS),
+            )
+
+    # ---- laws, and the rules that judge by them ------------------------------------------------
+
+    def log_probs(
+        self, logits: Tensor, laws: Sequence[bytes], law_of: Sequence[int]
+    ) -> tuple[Tensor, Sequence[float]]:
+        """`NativeSampling.log_probs`, with one host read, that of the peaks.
+
+        Raises:
+            ValueError: a law is out of range, or not one is named for every row.
+        """
+        out, row_peaks = self.start_log_probs(logits, laws, law_of)
+        return out, row_peaks.tolist()
+
+    def start_log_probs(
+        self, logits: Tensor, laws: Sequence[bytes], law_of: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """`log_probs` with the largest logits left on the device, float32 [num_rows]."""
+        count, vocab = logits.shape
+        if len(law_of) != count or any(not 0 <= law < len(laws) for law in law_of):
+            raise ValueError(
+                f"law_of must name one of {len(laws)} laws for each of {count} rows, "
+                f"got {list(law_of)}"
+            )
+        table = np.zeros((count, DRAW), np.int64)
+        table[:, 0], table[:, 1] = law_of, np.arange(count)
+        arrays = {"laws": np.frombuffer(b"".join(laws), np.int64), "draws": table.ravel()}
+        filters, tensors = has_filters(arrays["laws"]), on_device(arrays, logits.device)
+        passes = RowPasses(logits, tensors["laws"], tensors["draws"], self._part_of(logits))
+        peaks, firsts, _, _ = passes.scan(0, children=False)
+        totals = passes.weigh(peaks)
+        row_peaks = torch.empty(count, dtype=torch.float32, device=logits.device)
+        out = torch.empty((count, vocab), dtype=torch.float32, device=logits.device)
+        chunks = passes.filter(peaks, totals, on=filters, chunk=self._filtered_rows)
+        for rows, kept in chunks:
+            launch.launch(
+                write_kernel,
+                (len(out[rows]), passes.num_parts),
+                *(*passes.inputs, passes.draws[rows], peaks[rows], firsts[rows], totals[rows]),
+                *(kept.lasts, kept.totals, out[rows], row_peaks[rows], passes.num_parts),
+                FILTERS=filters,
+                **passes.constants("PART PARTS BITS ID_BITS"),
+            )
+        return out, row_peaks
+
+    def verify_ratio(self, rule: str, target_probs: Tensor, trials: Trials) -> list[Judged]:
+        """Judge all sequences by "rejection" or "block", with one host read. The verdicts are
+        those of `spec.verify` with `KeyedCoins`, as far as float32 sums agree.
+
+        Args:
+            target_probs: float32 [*, vocab_size], the rows' distributions.
+            trials: the sequences.
+        """
+        return read_trials(self.start_ratio(rule, target_probs, trials).cpu(), trials)
+
+    def start_ratio(self, rule: str, target_probs: Tensor, trials: Trials) -> Tensor:
+        """`verify_ratio` with the result, for `read_trials`, left on the device."""
+        tensors = on_device(trials.arrays(), target_probs.device)
+        size = result_size(len(trials), trials.num_nodes)
+        result = torch.empty(size, dtype=torch.int64, device=target_probs.device)
+        drafts = trials.draft_probs(target_probs)
+        self.run_ratio(rule, target_probs, drafts, tensors, result, max_nodes=trials.max_nodes)
+        return result
+
+    def run_ratio(
+        self,
+        rule: str,
+        target_probs: Tensor,
+        draft_probs: Tensor,
+        tensors: dict[str, Tensor],
+        result: Tensor,
+        *,
+        max_nodes: int,
+    ) -> None:
+        """Judge all sequences. Nothing is read on the host.
+
+        Args:
+            rule: "rejection", or "block", which judges chains.
+            target_probs: float32 [*, vocab_size].
+            draft_probs: float32 [*, vocab_size], of the drafts of all trees.
+            tensors: int64, of `Trials.arrays`.
+            result: int64 of `result_size`, as that of `run_walks`, with 0 for the peak.
+            max_nodes: of one tree.
+
+        Raises:
+            ValueError: another rule, or laws of another size or type.
+        """
+        vocab, kinds = target_probs.shape[1], {target_probs.dtype, draft_probs.dtype}
+        if rule not in ("rejection", "block"):
+            raise ValueError(f"rule must be 'rejection' or 'block', got {rule!r}")
+        if kinds != {torch.float32} or draft_probs.shape[1] != vocab:
+            raise ValueError(
+                f"draft_probs must be float32 and cover the target's {vocab} tokens, "
+                f"got {draft_probs.shape[1]} and the types {sorted(map(str, kinds))}"
+            )
+        num_trials = tensors["trials"].numel() // TRIAL
+        scratch = target_probs.new_empty((num_trials, vocab))
+        most = 4096 if self._part is None else self._part
+        constants = {"BLOCK": min(most, triton.next_power_of_2(vocab)), "num_warps": NUM_WARPS}
+        if rule == "block":
+            constants["NODES"] = triton.next_power_of_2(max_nodes + 1)
+        launch.launch(
+            block_kernel if rule == "block" else rejection_kernel,
+            (num_trials,),
+            *(target_probs, target_probs.stride(0), vocab, draft_probs.contiguous()),
+            *(tensors["trials"], tensors["nodes"], scratch, result, num_trials),
+            **constants,
+        )
+
+    def _part_of(self, logits: Tensor) -> int:
+        """About 32 parts, as far as they are of a good size: a row keeps many processors busy."""
+        if self._part is not None:
+            return self._part
+        return min(4096, max(256, triton.next_power_of_2(triton.cdiv(logits.shape[1], 32))))
+
+
+@lru_cache(maxsize=1)
+def _runs_on_cards() -> bool:
+    return launch.runs_on(torch.device("cuda"))

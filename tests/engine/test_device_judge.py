@@ -1,0 +1,148 @@
+"""Judging by Triton's kernels gives the tokens that are drawn without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from harness import (  # noqa: E402
+    OracleTreeDrafter,
+    assert_speculated,
+    futures_of,
+    make_llm,
+    mixed_params,
+    run,
+)
+
+from folospec import SamplingParams  # noqa: E402
+from folospec.engine import judge  # noqa: E402
+from folospec.kernels import native_sampling  # noqa: E402
+from folospec.kernels.gpu.sampling import DeviceSampling  # noqa: E402
+from folospec.spec import drawing  # noqa: E402
+
+NEG_INF = float("-inf")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid|divide):RuntimeWarning"),
+]
+
+
+def run_on_device(
+    monkeypatch: pytest.MonkeyPatch, model: str, **settings: Any
+) -> tuple[Any, dict[str, int]]:
+    """A run whose sampling is interpreted Triton, and how often each of its doors was used."""
+    params, calls = settings.pop("params", None), dict.fromkeys(("walk", "law", "draw"), 0)
+
+    def counted(owner: Any, name: str, door: str) -> None:
+        plain = getattr(owner, name)
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            calls[door] += 1
+            return plain(*args, **kwargs)
+
+        patch.setattr(owner, name, count)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("FOLOSPEC_KERNELS", "triton")
+        patch.setattr(native_sampling, "load", lambda: None)
+        patch.setattr(drawing, "load", lambda: None)
+        counted(DeviceSampling, "walk", "walk")
+        counted(judge, "_judge_on_device", "law")
+        counted(DeviceSampling, "draw", "draw")
+        return run(make_llm(model, dtype="float32", **settings), params=params), calls
+
+
+def run_on_host(model: str, **settings: Any) -> Any:
+    params = settings.pop("params", None)
+    return run(make_llm(model, dtype="float32", **settings), params=params)
+
+
+def test_plain_tokens_are_the_same(monkeypatch: pytest.MonkeyPatch, models: Any) -> None:
+    """Greedy and sampled, filters, penalties, bias, siblings, side by side."""
+    device, calls = run_on_device(monkeypatch, models.target, params=mixed_params(4))
+    assert device.tokens == run_on_host(models.target, params=mixed_params(4)).tokens
+    assert calls["walk"] > 3
+    assert calls["law"] == 0
+
+
+def test_the_law_that_is_asked_for_is_the_one_that_was_drawn_from(
+    monkeypatch: pytest.MonkeyPatch, models: Any
+) -> None:
+    settings = {
+        "params": SamplingParams(temperature=0.7, top_k=5, seed=3, logprobs=3, max_tokens=4),
+        "logprobs_mode": "processed_logprobs",
+    }
+    device, calls = run_on_device(monkeypatch, models.target, **settings)
+    host = run_on_host(models.target, **settings)
+    assert device.tokens == host.tokens
+    assert device.logprobs == pytest.approx(host.logprobs, rel=1e-5)
+    assert calls["law"] > 3
+
+
+def test_tokens_of_trees_are_the_same(monkeypatch: pytest.MonkeyPatch, models: Any) -> None:
+    plain = run_on_host(models.target, params=mixed_params(6))
+    OracleTreeDrafter.futures = futures_of(plain)
+    speculative = {"method": "oracle_tree", "num_speculative_tokens": 6}
+    device, calls = run_on_device(
+        monkeypatch, models.target, speculative=speculative, params=mixed_params(6)
+    )
+    assert device.tokens == plain.tokens
+    assert calls["walk"] > 0
+    assert_speculated(device.stats, moved=True)
+
+
+@pytest.mark.parametrize("acceptance", ["coupled", "rejection", "block"])
+def test_every_rule_judges_as_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, models: Any, acceptance: str
+) -> None:
+    settings = {
+        "params": mixed_params(5),
+        "speculative": {
+            "method": "draft_model",
+            "model": models.draft,
+            "num_speculative_tokens": 3,
+            "acceptance": acceptance,
+        },
+    }
+    device, calls = run_on_device(monkeypatch, models.target, **settings)
+    host = run_on_host(models.target, **settings)
+    assert device.tokens == host.tokens
+    assert_speculated(device.stats)
+    assert calls["walk" if acceptance == "coupled" else "law"] > 0
+    if acceptance == "coupled":
+        assert calls["draw"] > 0
+
+
+@pytest.mark.parametrize("acceptance", ["coupled", "rejection"])
+def test_a_request_without_a_token_ends_alone(
+    monkeypatch: pytest.MonkeyPatch, models: Any, acceptance: str
+) -> None:
+    def nothing_third(output_token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, NEG_INF) if len(output_token_ids) == 2 else logits
+
+    params = mixed_params(4)
+    params[4] = SamplingParams(temperature=0, max_tokens=4, logits_processors=[nothing_third])
+    settings = {"params": params, "speculative": {"method": "ngram", "acceptance": acceptance}}
+    device, calls = run_on_device(monkeypatch, models.target, **settings)
+    host = run_on_host(models.target, **settings)
+    assert device.tokens == host.tokens
+    failed = device.outputs[4].outputs[0]
+    assert failed.finish_reason == "abort"
+    assert len(failed.token_ids) == 2
+    assert failed.stop_reason == host.outputs[4].outputs[0].stop_reason
+    assert calls["walk" if acceptance == "coupled" else "law"] > 0
+
+
+def test_another_draw_would_be_seen(monkeypatch: pytest.MonkeyPatch, models: Any) -> None:
+    plain = DeviceSampling.run_walks
+
+    def shifted(self: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        plain(self, logits.roll(1, -1), *args, **kwargs)
+
+    monkeypatch.setattr(DeviceSampling, "run_walks", shifted)
+    device, _ = run_on_device(monkeypatch, models.target, params=mixed_params(2))
+    assert device.tokens != run_on_host(models.target, params=mixed_params(2)).tokens

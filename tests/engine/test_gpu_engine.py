@@ -1,0 +1,198 @@
+"""The whole engine on GPU kernels, in Triton's interpreter, with a stand-in for CUDA graphs: the
+tokens are those of plain decoding in torch, whatever is recorded and whoever drafts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[1] / "worker"))
+
+from gpu_models import save_gpu_llama
+from graph_stand_in import StandIn
+from harness import assert_speculated, perturbed_copy
+
+from folospec import LLM, SamplingParams
+from folospec.kernels.gpu import launch, sampling_arrays
+from folospec.kernels.native_sampling import Walk
+from folospec.worker import capture
+from folospec.worker.model_runner import ModelRunner
+
+pytestmark = pytest.mark.skipif(
+    not launch.is_interpreted(), reason="benchmarks/gpu_check.py does it on a card"
+)
+PROMPTS = [{"prompt_token_ids": ids} for ids in ([5, 6, 7, 8, 5, 6, 7], [10, 20, 30])]
+COMMON: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
+GREEDY = [SamplingParams(temperature=0, **COMMON)] * 2
+MIXED = [
+    SamplingParams(temperature=0.9, seed=1, **COMMON),
+    SamplingParams(temperature=0.7, top_p=0.9, top_k=20, seed=2, **COMMON),
+]
+SIBLINGS = [
+    SamplingParams(temperature=1.0, n=2, seed=3, **COMMON),
+    SamplingParams(temperature=0, repetition_penalty=1.4, **COMMON),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    target = save_gpu_llama(tmp_path_factory.mktemp("target"))
+    draft = perturbed_copy(target, tmp_path_factory.mktemp("draft"), scale=0.15, seed=1)
+    return target, draft
+
+
+def make(model: str, speculative: Any = None, **options: Any) -> LLM:
+    settings = {
+        "dtype": "float32",
+        "device": "cpu",
+        "skip_tokenizer_init": True,
+        "num_blocks": 40,
+        "block_size": 4,
+        "max_num_seqs": 4,
+        "strict_drafters": True,
+        "run_ahead": 1,
+    }
+    return LLM(model, speculative, **{**settings, **options})
+
+
+def tokens_of(llm: LLM, params: list[SamplingParams]) -> list[list[list[int]]]:
+    outputs = llm.generate(PROMPTS, params)
+    return [[list(one.token_ids) for one in output.outputs] for output in outputs]
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+    monkeypatch.setattr(capture, "recorder", lambda device: stand_in)
+    monkeypatch.setattr(ModelRunner, "warm_up", lambda self, **_: None)
+    monkeypatch.setattr(ModelRunner, "warm_up_chains", lambda self, *_, **__: None)
+    return stand_in
+
+
+def chain_of(draft: str) -> dict[str, Any]:
+    return {"method": "draft_model", "model": draft, "num_speculative_tokens": 3}
+
+
+def tree_of(draft: str) -> dict[str, Any]:
+    return {**chain_of(draft), "tree": "dynamic", "num_speculative_tokens": 5}
+
+
+@pytest.mark.parametrize("params", [GREEDY, MIXED, SIBLINGS], ids=["greedy", "mixed", "siblings"])
+def test_recorded_plain_steps_have_the_tokens_of_torch(
+    models: tuple[str, str], recorder: StandIn, params: list[SamplingParams]
+) -> None:
+    plain = tokens_of(make(models[0], attention_backend="torch", enforce_eager=True), params)
+    assert tokens_of(make(models[0], attention_backend="triton"), params) == plain
+    assert recorder.num_replayed > recorder.num_recorded
+
+
+@pytest.mark.parametrize(
+    ("shape", "params", "deterministic"),
+    [(chain_of, GREEDY, None), (chain_of, MIXED, True), (tree_of, MIXED, None)],
+    ids=["greedy chains", "sampled chains, deterministic", "sampled trees"],
+)
+def test_recorded_speculation_has_the_tokens_of_plain_decoding(
+    models: tuple[str, str],
+    recorder: StandIn,
+    shape: Any,
+    params: list[SamplingParams],
+    deterministic: bool | None,
+) -> None:
+    plain = tokens_of(make(models[0], attention_backend="torch", enforce_eager=True), params)
+    options = {"attention_backend": "triton", "deterministic": deterministic}
+    llm = make(models[0], shape(models[1]), **options)
+    assert tokens_of(llm, params) == plain
+    assert_speculated(llm.stats(), moved=shape is tree_of)
+    assert llm.stats()["lossless"] == ("bit" if deterministic else "path")
+    assert recorder.num_replayed > recorder.num_recorded
+
+
+def test_tokens_that_are_drawn_ahead_are_those_of_single_steps(
+    models: tuple[str, str], recorder: StandIn
+) -> None:
+    slow = make(models[0], attention_backend="triton", enforce_eager=True)
+    plain = tokens_of(slow, MIXED)
+    llm = make(models[0], attention_backend="triton", run_ahead=4)
+    assert tokens_of(llm, MIXED) == plain
+    stats = llm.stats()
+    assert stats["num_steps"] < slow.stats()["num_steps"] <= stats["num_target_passes"]
+    assert stats["num_draft_tokens"] == 0
+    assert llm.engine.manager.num_free_blocks == 40
+
+
+def test_an_output_may_end_among_tokens_that_are_drawn_ahead(
+    models: tuple[str, str], recorder: StandIn
+) -> None:
+    """And one whose logprobs are wanted goes token by token beside it."""
+    slow = make(models[0], attention_backend="triton", enforce_eager=True)
+    ((first,), _) = tokens_of(slow, GREEDY)
+    params = [
+        SamplingParams(temperature=0, stop_token_ids=[first[4]], **COMMON),
+        SamplingParams(temperature=0.9, seed=1, max_tokens=7, logprobs=1, ignore_eos=True),
+    ]
+    plain = tokens_of(slow, params)
+    llm = make(models[0], attention_backend="triton", run_ahead=4)
+    assert tokens_of(llm, params) == plain
+    assert len(plain[0][0]) == first.index(first[4]) + 1 < 8
+    assert llm.stats()["num_target_passes"] > llm.stats()["num_steps"]
+
+
+def test_noise_of_another_position_is_noticed_in_tokens_that_are_drawn_ahead(
+    models: tuple[str, str], recorder: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tokens_of(make(models[0], attention_backend="triton", enforce_eager=True), MIXED)
+    monkeypatch.setattr("folospec.worker.chain_graphs.POSITION", 3)  # nothing advances
+    llm = make(models[0], attention_backend="triton", run_ahead=4)
+    assert tokens_of(llm, MIXED) != plain
+
+
+def test_running_ahead_is_refused_where_it_cannot_be(
+    models: tuple[str, str], recorder: StandIn
+) -> None:
+    with pytest.raises(ValueError, match="run_ahead must be None or 1 without CUDA graphs, got 4"):
+        make(models[0], attention_backend="triton", enforce_eager=True, run_ahead=4)
+    with pytest.raises(ValueError, match="None or 1 with speculative"):
+        make(models[0], chain_of(models[1]), attention_backend="triton", run_ahead=4)
+    with pytest.raises(ValueError, match="run_ahead must be None or an integer in 1..32, got 0"):
+        make(models[0], run_ahead=0)
+
+
+def test_eager_steps_have_the_same_tokens_and_record_nothing(
+    models: tuple[str, str], recorder: StandIn
+) -> None:
+    plain = tokens_of(make(models[0], attention_backend="torch", enforce_eager=True), MIXED)
+    options = {"attention_backend": "triton", "enforce_eager": True}
+    llm = make(models[0], chain_of(models[1]), **options)
+    assert tokens_of(llm, MIXED) == plain
+    assert_speculated(llm.stats())
+    assert recorder.num_recorded == 0
+
+
+def test_a_walk_that_believes_every_draft_is_noticed(
+    models: tuple[str, str], recorder: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tokens_of(make(models[0], attention_backend="torch", enforce_eager=True), GREEDY)
+    real = sampling_arrays.read_walks
+
+    def believing(result: Any, walks: Any, num_walks: int | None = None) -> list[Walk]:
+        found = real(result, walks, num_walks)
+        sizes = [tree[3] for tree in _trees(walks)]
+        return [
+            Walk(list(range(size)), walk.token_id, walk.peak)
+            for walk, size in zip(found, sizes, strict=True)
+        ]
+
+    monkeypatch.setattr(sampling_arrays, "read_walks", believing)
+    assert (
+        tokens_of(make(models[0], chain_of(models[1]), attention_backend="triton"), GREEDY) != plain
+    )
+
+
+def _trees(walks: Any) -> list[tuple[int, ...]]:
+    from folospec.kernels.native_sampling import _TREE
+
+    return list(_TREE.iter_unpack(b"".join(walks._trees)))
