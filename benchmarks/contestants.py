@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from folospec import LLM, SamplingParams
 from folospec.models.loader import resolve_model
@@ -189,6 +189,8 @@ class TransformersGenerateBatch(Contestant):
         }
 
     def generate(self, batch: list[list[int]], max_tokens: int) -> Run:
+        from transformers import ContinuousBatchingConfig  # of recent versions only
+
         if self.batch != len(batch):
             self.models.target.destroy_cached_continuous_batching_manager()
             self.batch = len(batch)

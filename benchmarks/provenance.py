@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,16 @@ def provenance(argv: list[str]) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "python": sys.version.split()[0],
-        **{package: version(package) for package in PACKAGES},
+        **{package: installed_version(package) for package in PACKAGES},
     }
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package; None where it is not installed, as folospec in its own folder."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:
