@@ -88,6 +88,20 @@ def generate(
         typer.Option(help="Round weights to int8 or fp8. Other tokens than without it."),
     ] = None,
     device: Device = "auto",
+    attention_backend: Annotated[
+        str, typer.Option(help="auto, or one that `folospec info` lists.")
+    ] = "auto",
+    block_size: Annotated[int, typer.Option(help="Tokens per KV block.")] = 16,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(help="Demand, or waive, logits that do not depend on the batch."),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of a GPU's memory to use for everything.")
+    ] = 0.9,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="No CUDA graphs on a GPU.")
+    ] = False,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Run plain and speculative in turns and show both."),
@@ -151,6 +165,11 @@ def generate(
             "kv_cache_dtype": kv_cache_dtype,
             "quantization": quantization,
             "device": device,
+            "attention_backend": attention_backend,
+            "block_size": block_size,
+            "deterministic": deterministic,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enforce_eager": enforce_eager,
             "trace": trace,
         }
         engine = make_engine(model, warm_cache=not compare, **options)

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from harness import (  # noqa: E402
+    PROMPTS,
     OracleTreeDrafter,
     assert_speculated,
     futures_of,
@@ -31,11 +32,24 @@ pytestmark = [
 ]
 
 
+FEW = (1, 2, 5)
+"""Of the mixed requests: filters, siblings, and constraints. Interpreting takes long."""
+
+
+def few(indices: tuple[int, ...] = FEW) -> dict[str, Any]:
+    params = mixed_params(5)
+    return {
+        "prompts": [PROMPTS[index] for index in indices],
+        "params": [params[index] for index in indices],
+    }
+
+
 def run_on_device(
     monkeypatch: pytest.MonkeyPatch, model: str, **settings: Any
 ) -> tuple[Any, dict[str, int]]:
     """A run whose sampling is interpreted Triton, and how often each of its doors was used."""
-    params, calls = settings.pop("params", None), dict.fromkeys(("walk", "law", "draw"), 0)
+    asked = {name: settings.pop(name) for name in ("prompts", "params")}
+    calls = dict.fromkeys(("walk", "law", "draw"), 0)
 
     def counted(owner: Any, name: str, door: str) -> None:
         plain = getattr(owner, name)
@@ -53,18 +67,18 @@ def run_on_device(
         counted(DeviceSampling, "walk", "walk")
         counted(judge, "_judge_on_device", "law")
         counted(DeviceSampling, "draw", "draw")
-        return run(make_llm(model, dtype="float32", **settings), params=params), calls
+        return run(make_llm(model, dtype="float32", **settings), **asked), calls
 
 
 def run_on_host(model: str, **settings: Any) -> Any:
-    params = settings.pop("params", None)
-    return run(make_llm(model, dtype="float32", **settings), params=params)
+    asked = {name: settings.pop(name) for name in ("prompts", "params")}
+    return run(make_llm(model, dtype="float32", **settings), **asked)
 
 
 def test_plain_tokens_are_the_same(monkeypatch: pytest.MonkeyPatch, models: Any) -> None:
     """Greedy and sampled, filters, penalties, bias, siblings, side by side."""
-    device, calls = run_on_device(monkeypatch, models.target, params=mixed_params(4))
-    assert device.tokens == run_on_host(models.target, params=mixed_params(4)).tokens
+    device, calls = run_on_device(monkeypatch, models.target, **few())
+    assert device.tokens == run_on_host(models.target, **few()).tokens
     assert calls["walk"] > 3
     assert calls["law"] == 0
 
@@ -73,6 +87,7 @@ def test_the_law_that_is_asked_for_is_the_one_that_was_drawn_from(
     monkeypatch: pytest.MonkeyPatch, models: Any
 ) -> None:
     settings = {
+        "prompts": PROMPTS[:2],
         "params": SamplingParams(temperature=0.7, top_k=5, seed=3, logprobs=3, max_tokens=4),
         "logprobs_mode": "processed_logprobs",
     }
@@ -84,12 +99,10 @@ def test_the_law_that_is_asked_for_is_the_one_that_was_drawn_from(
 
 
 def test_tokens_of_trees_are_the_same(monkeypatch: pytest.MonkeyPatch, models: Any) -> None:
-    plain = run_on_host(models.target, params=mixed_params(6))
+    plain = run_on_host(models.target, **few())
     OracleTreeDrafter.futures = futures_of(plain)
     speculative = {"method": "oracle_tree", "num_speculative_tokens": 6}
-    device, calls = run_on_device(
-        monkeypatch, models.target, speculative=speculative, params=mixed_params(6)
-    )
+    device, calls = run_on_device(monkeypatch, models.target, speculative=speculative, **few())
     assert device.tokens == plain.tokens
     assert calls["walk"] > 0
     assert_speculated(device.stats, moved=True)
@@ -100,10 +113,10 @@ def test_every_rule_judges_as_on_the_host(
     monkeypatch: pytest.MonkeyPatch, models: Any, acceptance: str
 ) -> None:
     settings = {
-        "params": mixed_params(5),
+        **few(),
         "speculative": {
             "method": "draft_model",
-            "model": models.draft,
+            "model": models.near,
             "num_speculative_tokens": 3,
             "acceptance": acceptance,
         },
@@ -124,16 +137,18 @@ def test_a_request_without_a_token_ends_alone(
     def nothing_third(output_token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         return torch.full_like(logits, NEG_INF) if len(output_token_ids) == 2 else logits
 
-    params = mixed_params(4)
-    params[4] = SamplingParams(temperature=0, max_tokens=4, logits_processors=[nothing_third])
-    settings = {"params": params, "speculative": {"method": "ngram", "acceptance": acceptance}}
+    asked = few((0, 1, 4))
+    asked["params"][2] = SamplingParams(
+        temperature=0, max_tokens=4, logits_processors=[nothing_third]
+    )
+    settings = {**asked, "speculative": {"method": "ngram", "acceptance": acceptance}}
     device, calls = run_on_device(monkeypatch, models.target, **settings)
     host = run_on_host(models.target, **settings)
     assert device.tokens == host.tokens
-    failed = device.outputs[4].outputs[0]
+    failed = device.outputs[2].outputs[0]
     assert failed.finish_reason == "abort"
     assert len(failed.token_ids) == 2
-    assert failed.stop_reason == host.outputs[4].outputs[0].stop_reason
+    assert failed.stop_reason == host.outputs[2].outputs[0].stop_reason
     assert calls["walk" if acceptance == "coupled" else "law"] > 0
 
 
@@ -144,5 +159,5 @@ def test_another_draw_would_be_seen(monkeypatch: pytest.MonkeyPatch, models: Any
         plain(self, logits.roll(1, -1), *args, **kwargs)
 
     monkeypatch.setattr(DeviceSampling, "run_walks", shifted)
-    device, _ = run_on_device(monkeypatch, models.target, params=mixed_params(2))
-    assert device.tokens != run_on_host(models.target, params=mixed_params(2)).tokens
+    device, _ = run_on_device(monkeypatch, models.target, **few((1,)))
+    assert device.tokens != run_on_host(models.target, **few((1,))).tokens

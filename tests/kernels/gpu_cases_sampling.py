@@ -84,10 +84,10 @@ def cases(
         lukewarm = [p for p in params if p.temperature == 0 or p.temperature > 1e-30]
         yield children(f"children: {name}", device, make, logits, lukewarm, rng)
     yield draws("draws: impossible", device, make, impossible(), PLAIN[:4], rng)
-    for name, sizes_of_trees in (("small", [0, 1, 5]), ("large", [24, 64]), ("bare", [0, 0])):
+    for name, sizes_of_trees in (("small", [0, 1, 5]), ("large", [24, 64, 40]), ("bare", [0, 0])):
         yield walks(f"walks: {name}", device, make, sizes_of_trees, rng)
     for rule in ("rejection", "block"):
-        for vocab in (5, 37):
+        for vocab in (5, 11, 37):
             yield ratio(f"{rule}: {vocab}", device, make, rule, vocab, rng)
 
 
@@ -265,6 +265,9 @@ def walks(
         if number == 0:  # twins have the same rows, as in truth; else their order shows
             logits[row : row + size + 1] = logits[row]
         parents = [rng.randrange(-1, min(node, 4 + node // 2)) for node in range(size)]
+        if number == 0 and size > 9:
+            parents[:3] = [-1, -1, 1]
+            parents[3:] = [max(1, parent) for parent in parents[3:]]
         depths = TokenTree([0] * size, parents).depths
         keys = [noise.key(*stream[:2], stream[2] + depth, Purpose.TARGET) for depth in (0, *depths)]
         rows = logits[row : row + size + 1]
@@ -272,6 +275,8 @@ def walks(
         likely = [int(drawn[parent + 1]) for parent in parents]
         token_ids = [t if rng.random() < 0.7 else rng.randrange(vocab) for t in likely]
         judged = [rng.random() < 0.8 for _ in range(size)]
+        if number == 0 and size > 9:  # and it is the second twin that goes on
+            token_ids[:3], judged[:3] = likely[:3], [True] * 3
         verdict = verify_coupled(TokenTree(token_ids, parents), drawn.tolist(), judged)
         verdicts.append(verdict)
         peaks.append(rows[verdict.path[-1] + 1 if verdict.path else 0].amax())
@@ -312,8 +317,8 @@ def ratio(
         above = probs[row + 1 :][torch.tensor(parents).long()] if size else probs[:0]
         drafts: Any = None
         token_ids = [rng.randrange(vocab) for _ in range(size)]
-        if number % 3 and size:
-            spread = (0.0, 0.4, 2.0)[number % 3]
+        if number % 2 and size:
+            spread = (0.0, 0.4, 2.0, 0.4)[number // 2]
             wild = torch.randn(size, vocab, generator=generator) * spread
             drafts = (above.log() + wild).softmax(-1)
             token_ids = torch.multinomial(drafts, 1, generator=generator)[:, 0].tolist()

@@ -54,12 +54,12 @@ BROKEN = [
     (f"draws: {FLAT}", noise, "* 0, seed)", "* 0, seed & 0xFFFFFFFF)"),
     (f"draws: {FLAT}", noise, "_absorb(state, sample_index)", "_absorb(state, sample_index * 0)"),
     (f"draws: {FLAT}", noise, "_absorb(state, position)", "_absorb(state, position + 1)"),
-    ("rejection: 37", noise, "_absorb(state, purpose)", "_absorb(state, purpose * 0)"),
+    ("rejection", noise, "_absorb(state, purpose)", "_absorb(state, purpose * 0)"),
     (f"draws: {FLAT}", noise, "ids.to(tl.uint32) ^ low", "ids.to(tl.uint32) ^ high"),
     (f"draws: {FLAT}", noise, "^ low) ^ high)", "^ low) ^ low)"),
-    ("rejection: 37", noise, "8 * (row + 1)", "8 * row"),
-    ("block: 5", noise, "ACCEPT = tl.constexpr(2)", "ACCEPT = tl.constexpr(1)"),
-    ("rejection: 37", noise, "RESIDUAL = tl.constexpr(3)", "RESIDUAL = tl.constexpr(1)"),
+    ("rejection", noise, "8 * (row + 1)", "8 * row"),
+    ("block", noise, "ACCEPT = tl.constexpr(2)", "ACCEPT = tl.constexpr(1)"),
+    ("rejection", noise, "RESIDUAL = tl.constexpr(3)", "RESIDUAL = tl.constexpr(1)"),
     (f"draws: {FLAT}", noise, "TARGET = tl.constexpr(0)", "TARGET = tl.constexpr(1)"),
     (f"children: {WIDE}", noise, "v * v * (0.5", "v * (0.5"),
     # The law of a row.
@@ -75,7 +75,7 @@ BROKEN = [
     # Filters.
     ("laws: flat, 32, filtered", filters, "tl.where(logits == 0, 0.0, logits)", "logits"),
     (f"laws: {SHARP}", filters, "raw & 0xFFFFFFFF, 0x7FFFFFFF - raw", "raw & 0xFFFFFFFF, raw"),
-    (f"laws: {EVEN}", filters, "| ids.to(tl.int64)", "| (ids.to(tl.int64) ^ 1)"),
+    ("laws: flat, 32, filtered", filters, "| ids.to(tl.int64)", "| (ids.to(tl.int64) ^ 1)"),
     (f"laws: {SHARP}", filters, "inside.to(tl.int32), 0) >= count", "inside.to(tl.int32), 0) >= 2"),
     (f"laws: {EVEN}", filters, ".to(tl.float64) >= bound", ".to(tl.float64) > bound"),
     ("laws: flat, 32, filtered", filters, ".to(tl.float64) >= bound", ".to(tl.float64) > bound"),
@@ -83,7 +83,12 @@ BROKEN = [
     (f"laws: {SHARP}", filters, "/ (2.0 * vocab)", "* 0.5"),
     (f"laws: {SHARP}", filters, "kept = (keys <= last)", "kept = (keys < last)"),
     (f"laws: {SHARP}", filters, "top_p * total", "total * (1 - top_p)"),
-    (f"laws: {SHARP}", filters, "total = total_of(", "total = 0 * total_of("),
+    (
+        f"laws: {SHARP}",
+        filters,
+        "            total = total_of(",
+        "            total = 0 * total_of(",
+    ),
     (f"draws: {SHARP}", filters, "mask=ids < vocab", "mask=ids <= vocab"),
     (f"laws: {SHARP}", filters, "place < counts[:, None]", "place < counts[:, None] - 1"),
     (f"laws: {SHARP}", filters, "tl.cumsum(keep.to(tl.int32), 0) - 1", "tl.arange(0, PART)"),
@@ -134,26 +139,31 @@ BROKEN = [
     ("walks: small", walk, "(end - 1).to", "end.to"),
     ("walks: large", walk, "row_peaks + first_row + end", "row_peaks + first_row"),
     # The ratio rules.
-    ("rejection: 5", ratio, "(parent == node) & (token >= 0)", "(parent == node)"),
-    ("rejection: 5", ratio, "if (parent == node) & ", "if "),
-    ("rejection: 5", ratio, "kept.to(tl.float64) / drafted", "kept.to(tl.float64) + 0 * drafted"),
-    ("rejection: 5", ratio, "tl.maximum(left - draft, 0.0)", "left"),
-    ("rejection: 5", ratio, "tl.where(draft_row < 0, token, -1)", "-1"),
-    ("rejection: 5", ratio, "tl.where(is_rounding, is_law, 0)", "is_law"),
-    ("rejection: 5", ratio, "excess / mass.to(tl.float32)", "excess * mass.to(tl.float32)"),
-    ("rejection: 5", ratio, "(tl.load(trial) + child + 1) * row_stride", "child * row_stride"),
-    ("block: 5", ratio, "(draft_row + node) * vocab + token", "draft_row * vocab + token"),
-    ("block: 5", ratio, "tl.where(drafted_tokens < 0, prefix", "tl.where(prefix >= size, prefix"),
+    ("rejection", ratio, "(parent == node) & (token >= 0)", "(parent == node)"),
+    ("rejection", ratio, "if (parent == node) & ", "if "),
+    ("rejection", ratio, "kept.to(tl.float64) / drafted", "kept.to(tl.float64) + 0 * drafted"),
+    ("rejection", ratio, "tl.maximum(left - draft, 0.0)", "left"),
+    ("rejection", ratio, "tl.where(draft_row < 0, token, -1)", "-1"),
+    ("rejection", ratio, "tl.where(is_rounding, is_law, 0)", "is_law"),
+    ("rejection", ratio, "excess / mass.to(tl.float32)", "excess * mass.to(tl.float32)"),
+    ("rejection", ratio, "(tl.load(trial) + child + 1) * row_stride", "child * row_stride"),
+    ("block", ratio, "(draft_row + node) * vocab + token", "draft_row * vocab + token"),
+    ("block", ratio, "tl.where(drafted_tokens < 0, prefix", "tl.where(prefix >= size, prefix"),
     (
-        "block: 5",
+        "block",
         ratio,
         "length = tl.where(wins, length, length - 1)",
         "length = length - 1 + 0 * wins",
     ),
-    ("block: 5", ratio, "accept = weight\n", "accept = weight * 0\n"),
-    ("block: 5", ratio, "excess + 1.0 - weight", "excess - weight"),
-    ("block: 5", ratio, "weight * kept / tl.where", "kept / tl.where"),
+    ("block", ratio, "accept = weight\n", "accept = weight * 0\n"),
+    ("block", ratio, "excess + 1.0 - weight", "excess - weight"),
+    ("block", ratio, "weight * kept / tl.where", "kept / tl.where"),
 ]
+
+
+def check_all(cases):
+    for case in cases:
+        case.check()
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: f"{broken[0]}: {broken[2]}")
@@ -162,9 +172,10 @@ def test_a_broken_rule_is_seen(broken, tmp_path):
     users = LAYERS[LAYERS.index(module) + 1 :]
     changed = mutant(module, old, new, tmp_path, users)
     made = room.cases(DEVICE, 0, changed.DeviceSampling)
-    case = next(case for case in made if case.name == name)
+    cases = [case for case in made if case.name.startswith(name)]
+    assert cases
     with pytest.raises((AssertionError, IndexError)):
-        case.check()
+        check_all(cases)
 
 
 def test_a_row_depends_on_itself_alone():
