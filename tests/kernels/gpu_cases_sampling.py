@@ -55,6 +55,9 @@ FILTERED = [
 ]
 EVEN = [SamplingParams(top_p=0.5), SamplingParams(top_k=7)]
 """In a row of 32 equal logits the first of them is met by 16 tokens to the last bit."""
+TWINS = {0: [-1, -1, 1], 2: [-1, -1, 1, 0]}
+"""How some trees begin, all with the tokens that are drawn: the second twin goes on, or both do,
+and the one that comes later has the earlier child."""
 Sampling = Callable[..., DeviceSampling]
 
 
@@ -84,7 +87,12 @@ def cases(
         lukewarm = [p for p in params if p.temperature == 0 or p.temperature > 1e-30]
         yield children(f"children: {name}", device, make, logits, lukewarm, rng)
     yield draws("draws: impossible", device, make, impossible(), PLAIN[:4], rng)
-    for name, sizes_of_trees in (("small", [0, 1, 5]), ("large", [24, 64, 40]), ("bare", [0, 0])):
+    for name, sizes_of_trees in (
+        ("small", [0, 1, 5]),
+        ("twins", [12, 0, 4]),
+        ("large", [24, 64]),
+        ("bare", [0, 0]),
+    ):
         yield walks(f"walks: {name}", device, make, sizes_of_trees, rng)
     for rule in ("rejection", "block"):
         for vocab in (5, 11, 37):
@@ -262,12 +270,12 @@ def walks(
     verdicts, peaks, row = [], [], first
     for number, stream in enumerate(streams(len(tree_sizes), rng)):
         size = tree_sizes[number]
-        if number == 0:  # twins have the same rows, as in truth; else their order shows
+        if number in TWINS:  # which have the same rows, as in truth; elsewhere their order shows
             logits[row : row + size + 1] = logits[row]
         parents = [rng.randrange(-1, min(node, 4 + node // 2)) for node in range(size)]
-        if number == 0 and size > 9:
-            parents[:3] = [-1, -1, 1]
-            parents[3:] = [max(1, parent) for parent in parents[3:]]
+        top = TWINS.get(number, []) if size > 3 else []
+        parents[: len(top)] = top
+        parents[len(top) :] = [max(len(top) - 1, p) for p in parents[len(top) :]]
         depths = TokenTree([0] * size, parents).depths
         keys = [noise.key(*stream[:2], stream[2] + depth, Purpose.TARGET) for depth in (0, *depths)]
         rows = logits[row : row + size + 1]
@@ -275,8 +283,7 @@ def walks(
         likely = [int(drawn[parent + 1]) for parent in parents]
         token_ids = [t if rng.random() < 0.7 else rng.randrange(vocab) for t in likely]
         judged = [rng.random() < 0.8 for _ in range(size)]
-        if number == 0 and size > 9:  # and it is the second twin that goes on
-            token_ids[:3], judged[:3] = likely[:3], [True] * 3
+        token_ids[: len(top)], judged[: len(top)] = likely[: len(top)], [True] * len(top)
         verdict = verify_coupled(TokenTree(token_ids, parents), drawn.tolist(), judged)
         verdicts.append(verdict)
         peaks.append(rows[verdict.path[-1] + 1 if verdict.path else 0].amax())
@@ -304,7 +311,7 @@ def ratio(
 ) -> Case:
     """Proposals with laws and without, siblings, scratch nodes, drafts that cover the target."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
-    tree_sizes = [0, 1, 3, 5, 9, 2, 4, 6, 3]
+    tree_sizes = [0, 1, 3, 5, 9, 2, 4, 6, 3, 8, 4, 9, 1, 6]
     num_rows = 1 + sum(tree_sizes) + len(tree_sizes)
     probs = (torch.randn(num_rows, vocab, generator=generator) * 1.5).softmax(-1)
     trials, verdicts, row = Trials(), [], 1
@@ -318,7 +325,7 @@ def ratio(
         drafts: Any = None
         token_ids = [rng.randrange(vocab) for _ in range(size)]
         if number % 2 and size:
-            spread = (0.0, 0.4, 2.0, 0.4)[number // 2]
+            spread = (0.0, 0.4, 2.0, 0.7)[number // 2 % 4]
             wild = torch.randn(size, vocab, generator=generator) * spread
             drafts = (above.log() + wild).softmax(-1)
             token_ids = torch.multinomial(drafts, 1, generator=generator)[:, 0].tolist()

@@ -133,8 +133,8 @@ BROKEN = [
     # The walk.
     ("walks: small", walk, "nodes + begin + size + row", "nodes + begin + row"),
     ("walks: large", walk, "& (token == next_token)", ""),
-    ("walks: large", walk, "(tl.gather(level, parent, 0) > 0)", "(parent == end)"),
-    ("walks: large", walk, "ancestor == first", "ancestor >= first"),
+    ("walks: twins", walk, "(tl.gather(level, parent, 0) > 0)", "(parent == end)"),
+    ("walks: twins", walk, "ancestor == first", "ancestor >= first"),
     ("walks: small", walk, "first_row = first_node + walk", "first_row = first_node"),
     ("walks: small", walk, "(end - 1).to", "end.to"),
     ("walks: large", walk, "row_peaks + first_row + end", "row_peaks + first_row"),
