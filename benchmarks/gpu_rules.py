@@ -20,7 +20,8 @@ from gpu_jobs import Context, Row
 from gpu_ties import Parting, Referee
 
 from folospec import LLM, SamplingParams
-from folospec.engine.judge import Judgement, judge
+from folospec.engine.judge import judge
+from folospec.engine.judgement import Judgement
 from folospec.engine.target_pass import TargetPass
 from folospec.models.loader import load_tokenizer
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from folospec.core.scheduler import Scheduler
 from folospec.core.sequence import Sequence, SequenceStatus
 from folospec.core.stats import EngineStats
-from folospec.engine.judge import Judgement
+from folospec.engine.judgement import Judgement
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.output_processor import append_token
 from folospec.engine.request import Request

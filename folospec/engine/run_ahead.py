@@ -16,7 +16,7 @@ from folospec.config import EngineConfig
 from folospec.core.scheduler import ScheduledSequence
 from folospec.core.sequence import Sequence
 from folospec.core.token_tree import TokenTree
-from folospec.engine.judge import Judgement
+from folospec.engine.judgement import Judgement
 from folospec.engine.request import Request
 from folospec.kernels.native_sampling import pack_law
 from folospec.spec.draft_runner import ChainLaw, ForwardResult

@@ -11,7 +11,8 @@ from folospec.config import EngineConfig
 from folospec.core.scheduler import ScheduledSequence
 from folospec.core.sequence import Sequence
 from folospec.core.stats import EngineStats
-from folospec.engine.judge import Judgement, find_judgement, judge, pack_walks, take_walks
+from folospec.engine.judge import judge
+from folospec.engine.judgement import Judgement, find_judgement, pack_walks, take_walks
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.request import Request
 from folospec.engine.run_ahead import RunAhead

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from folospec.core.scheduler import SchedulerOutput
     from folospec.core.sequence import Sequence
     from folospec.core.stats import EngineStats
-    from folospec.engine.judge import Judgement
+    from folospec.engine.judgement import Judgement
     from folospec.engine.speculation import Speculation
     from folospec.engine.telling import Observed
     from folospec.spec.proposal import Proposal

@@ -14,7 +14,7 @@ from harness import assert_speculated, make_llm, run
 
 from folospec import SamplingParams
 from folospec.attention.metadata import SuffixMask
-from folospec.engine import commit, judge
+from folospec.engine import commit, judge, judgement
 from folospec.worker import input_batch
 
 DRAFTERS = ["ngram", "near", "far", "self", "top_k", "adaptive", "oracle_tree"]
@@ -176,7 +176,7 @@ class TestControls:
     def test_accepting_a_draft_unseen_is_noticed(
         self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(judge, "verify_coupled", harness.trusting)
+        monkeypatch.setattr(judgement, "verify_coupled", harness.trusting)
         llm = make_llm(models.target, speculative("far", models))
         assert run(llm).tokens != plain.tokens
 

@@ -11,7 +11,7 @@ from fixed_costs import fix_costs, planner_of
 from harness import assert_speculated, make_llm, run
 
 from folospec import SamplingParams, SpeculativeConfig
-from folospec.engine import commit, judge, llm_engine, planning
+from folospec.engine import commit, judgement, llm_engine, planning
 from folospec.engine.trace import StepTrace
 from folospec.spec.plan_terms import REASONS
 
@@ -66,7 +66,7 @@ def test_auto_tokens_equal_plain_tokens_with_measured_costs(count: int, models: 
 def test_control_a_verifier_that_believes_drafts_is_noticed(
     models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge, "verify_coupled", harness.trusting)
+    monkeypatch.setattr(judgement, "verify_coupled", harness.trusting)
     llm = fix_costs(make_llm(models.target, auto(models)))
     assert run(llm).tokens != plain.tokens
 
