@@ -66,8 +66,7 @@ def write_grown(folder: Path, shape: Shape, dtype: str) -> int:
     """
     source = resolve_model(DEMO)
     config = json.loads((source / "config.json").read_text())
-    tensors = read_tensors(source, torch.device("cpu"))
-    demo = {name: weight.float() for name, weight in tensors}
+    demo = {name: weight.float() for name, weight in read_tensors(source)}
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     total = 0

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from folospec.config import EngineConfig
 from folospec.core.kv_cache_manager import KVCacheManager
 from folospec.core.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
@@ -80,7 +82,7 @@ class LLMEngine:
         self.committer = Committer(
             self.scheduler, self.speculation, parts.target.kv, self.engine_stats, self.logprobs
         )
-        self.run_ahead = RunAhead(config, parts.target, self._request)
+        self.run_ahead = RunAhead(config, parts.target, self.speculation.needs, self._request)
         self.target_pass = TargetPass(
             config,
             parts.target,
@@ -106,11 +108,12 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_rows_each=1 + speculation.limit,
             taps=speculation.needs.taps,
-            walks=self.target_pass.walks,
         )
         self.run_ahead.warm_up(config.max_num_seqs)
         for drafter in speculation.drafters:
             drafter.warm_up(config.max_num_seqs)
+        for runner in self.parts.all_runners:
+            runner.close_graphs()
 
     def add_request(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
@@ -159,8 +162,12 @@ class LLMEngine:
         if not self.requests:
             return []
         recorder, begin = self.tracer.begin(), time.perf_counter()
+        if self.parts.device.type == "cuda":  # kernels are launched where the thread is
+            torch.cuda.set_device(self.parts.device)
         self.speculation.plan(self.scheduler.running, self._request)
-        schedule = self._schedule(goes_ahead=recorder is None)
+        # A trace shows every pass.
+        goes_ahead = self.run_ahead.is_on and self.speculation.is_idle and recorder is None
+        schedule = self._schedule(goes_ahead)
         assert schedule.scheduled, "there are requests, and the oldest can always run"
         proposals = self._propose(schedule.scheduled)
         judgements, result = self.target_pass.run(schedule.scheduled, proposals)
@@ -175,7 +182,8 @@ class LLMEngine:
         # Last, when every request is in order: in strict mode a drafter's failure ends the step.
         try:
             self.speculation.observe(observed, result)
-            self.speculation.record_step(time.perf_counter() - begin)
+            spent = time.perf_counter() - begin
+            self.speculation.record_step(spent / self.target_pass.num_passes)
         finally:
             if recorder is not None:
                 self.tracer.finish(recorder)
@@ -240,6 +248,7 @@ class LLMEngine:
             "num_blocks": self.parts.num_blocks,
             "kv_cache_bytes": sum(r.kv.num_bytes for r in self.parts.runners.values() if r.kv),
             "num_free_blocks": self.manager.num_free_blocks,
+            "num_cuda_graphs": sum(r.graphs.num_graphs for r in self.parts.all_runners if r.graphs),
             "drafters": {drafter.name: drafter.stats() for drafter in self.parts.drafters},
             "planner": self.speculation.planner_stats(),
         }
@@ -252,9 +261,9 @@ class LLMEngine:
             return "law"
         return "bit" if self.parts.target.is_deterministic else "path"
 
-    def _schedule(self, *, goes_ahead: bool) -> SchedulerOutput:
+    def _schedule(self, goes_ahead: bool) -> SchedulerOutput:
         reserve = None if self.speculation.is_idle else self._num_draft_slots
-        if goes_ahead and self.run_ahead.is_on:  # a trace shows every pass
+        if goes_ahead:
             reserve = self.run_ahead.num_slots
         output = self.scheduler.schedule(reserve)
         if output.copies:
@@ -275,7 +284,7 @@ class LLMEngine:
         candidates = [
             Candidate(self._request(item.seq), item.seq, item.num_draft_slots)
             for item in scheduled
-            if item.num_draft_slots > 0
+            if item.num_draft_slots > 0 and not self.speculation.is_idle
         ]
         proposals = self.speculation.propose(candidates, scheduled)
         self.speculation.count_undrafted(scheduled, proposals, self._request)

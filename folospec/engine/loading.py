@@ -16,7 +16,7 @@ from folospec.models.views import view_of
 from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
 from folospec.worker import capture
 from folospec.worker.kv_cache import kv_bytes_per_block
-from folospec.worker.memory import kv_budget
+from folospec.worker.memory import graph_bytes, kv_budget
 from folospec.worker.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -36,9 +36,15 @@ class Parts:
     target: ModelRunner
     drafters: list[Drafter]
     runners: dict[str, ModelRunner]
+    views: list[ModelRunner]
+    """Runners of cheaper copies of the target, which read and write its KV."""
     max_model_len: int
     num_blocks: int
     attention_backend: str
+
+    @property
+    def all_runners(self) -> list[ModelRunner]:
+        return [*self.runners.values(), *self.views]
 
 
 def load_parts(config: EngineConfig) -> Parts:
@@ -67,6 +73,7 @@ def load_parts(config: EngineConfig) -> Parts:
         loader.target,
         drafters,
         loader.runners,
+        loader.views,
         loader.max_model_len,
         num_blocks,
         loader.target.model.attention.name,
@@ -88,6 +95,12 @@ class _Loader:
         self.max_model_len = _max_model_len(config, self.target.model.config.max_model_len)
         self.runners = {"target": self.target}
         self.views: list[ModelRunner] = []
+
+    @property
+    def graph_bytes(self) -> int:
+        """What the CUDA graphs of all models may take."""
+        runners = (*self.runners.values(), *self.views)
+        return sum(graph_bytes(r.vocab_size) for r in runners if r.model.captures)
 
     def load_draft_model(self, path: str, owner: str) -> ModelRunner:
         runner = self.runners[owner] = self._load(path)
@@ -180,12 +193,12 @@ def _use_graphs(loader: _Loader) -> None:
     sampling = DeviceSampling()
     for runner in (*loader.runners.values(), *loader.views):
         if runner.model.captures and not runner.row_at_a_time:
-            runner.use_graphs(recorder, sampling)
+            runner.use_graphs(recorder, sampling, verifies=runner is loader.target)
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -193,8 +206,11 @@ def _device(name: str) -> torch.device:
         raise ValueError(
             f"device must be 'auto' or a torch device of this machine, got {name!r}: {error}"
         ) from None
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # where kernels are launched, whatever tensors they are given
+    if device.type == "cuda":  # where kernels are launched, whatever tensors they are given
+        device = torch.device(
+            "cuda", torch.cuda.current_device() if device.index is None else device.index
+        )
+        torch.cuda.set_device(device)
     return device
 
 
@@ -268,7 +284,7 @@ def _num_blocks(config: EngineConfig, loader: _Loader, num_logits: int) -> int:
             utilization=config.gpu_memory_utilization,
             block_size=config.block_size,
             num_logits=num_logits,
-            uses_graphs=not config.enforce_eager,
+            reserve=0 if config.enforce_eager else loader.graph_bytes,
         )
         # What no sequence that runs can need keeps prefixes, and there is an end to their use.
         return max(1, min(2 * most, budget // per_block))

@@ -5,7 +5,8 @@
 
 The tokens are the same: the same kernels draw them with the same noise. They are committed like a
 run of accepted drafts, so that an output may end within it; and their slots are reserved like those
-of drafts, so that they are given up first when blocks are short.
+of drafts, so that they are given up first when blocks are short. Beside drafters it is done in the
+steps for which the planner wants no drafts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from folospec.engine.judgement import Judgement
 from folospec.engine.request import Request
 from folospec.kernels.native_sampling import pack_law
 from folospec.spec.draft_runner import ChainLaw, ForwardResult
+from folospec.spec.drafters.base import Needs
 from folospec.spec.verify import Verdict
 from folospec.worker.model_runner import ModelRunner
 
@@ -30,6 +32,7 @@ class RunAhead:
     """Decides how far a step goes, and goes there.
 
     Args:
+        needs: what the drafters want of every pass.
         request_of: the request of a sequence.
 
     Raises:
@@ -40,15 +43,18 @@ class RunAhead:
         self,
         config: EngineConfig,
         target: ModelRunner,
+        needs: Needs,
         request_of: Callable[[Sequence], Request],
     ) -> None:
         self.target, self._request = target, request_of
-        wanted = config.run_ahead
+        wanted, speculative = config.run_ahead, config.speculative
         obstacle = None
         if target.graphs is None:
-            obstacle = "without CUDA graphs"
-        elif config.speculative is not None:
-            obstacle = "with speculative, whose drafts do the same"
+            obstacle = "where no CUDA graphs run"
+        elif speculative is not None and not speculative.is_adaptive:
+            obstacle = "with drafters that are asked in every step"
+        elif needs.taps or needs.num_top_logits:
+            obstacle = "with a drafter that reads the target's logits or hidden states"
         elif config.logprobs_mode == "processed_logprobs":
             obstacle = "with logprobs_mode='processed_logprobs'"
         if obstacle is not None and wanted not in (None, 1):
@@ -70,8 +76,8 @@ class RunAhead:
 
     def warm_up(self, max_num_seqs: int) -> None:
         """Record what steps will want."""
-        for length in self.lengths:
-            self.target.warm_up_chains(max_num_seqs, length, self.target.vocab_size, as_target=True)
+        if self.is_on:
+            self.target.warm_up_run_ahead(max_num_seqs, self.lengths)
 
     def num_slots(self, seq: Sequence) -> int:
         """How many slots to reserve behind the last token."""

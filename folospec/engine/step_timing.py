@@ -19,13 +19,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import folospec
 from folospec.attention.native_cpu import NativeAttention
 from folospec.config import EngineConfig
 from folospec.engine.loading import Parts
@@ -59,7 +59,7 @@ def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
     """What passes cost here, from the cache or measured now; unknown without a planner."""
     if config.speculative is None or not config.speculative.is_adaptive:
         return UNKNOWN_COSTS
-    for one in parts.runners.values():
+    for one in parts.all_runners:
         one.warm_up(max_rows_each=max(ROW_COUNTS))
     target = _Subject(parts.target, [_facts(config.model)], _ORDER, _SECONDS)
     points = target.points(config, parts.num_blocks)
@@ -113,7 +113,7 @@ class _Subject:
         is_cuda = model.device.type == "cuda"
         has_affinity = hasattr(os, "sched_getaffinity")
         return {
-            "folospec": version("folospec"),
+            "folospec": folospec.__version__,
             "torch": torch.__version__,
             "facts": self.facts,
             "model": [type(model).__name__, str(model.config)],
@@ -151,13 +151,18 @@ def measure(
     longest = min(num_blocks * block_size, runner.model.config.max_model_len)
     table = list(range(-(-longest // block_size)))[:num_blocks]
     points: Points = {}
-    started = time.perf_counter()
+    batches = {}
     for count in counts:
         start = min(_CONTEXT, longest - count)
-        late = time.perf_counter() - started > seconds and len(points) >= _LEAST_COUNTS
-        if start < 0 or late or count > runner.max_num_batched_tokens:
-            continue
-        batch = [Rows([0] * count, start, table, num_logits=count)]
+        if start >= 0 and count <= runner.max_num_batched_tokens:
+            batches[count] = [Rows([0] * count, start, table, num_logits=count)]
+    if runner.model.device.type != "cpu":  # where kernels are compiled for every kind of shape
+        for batch in batches.values():
+            runner.forward(batch)
+    started = time.perf_counter()
+    for count, batch in batches.items():
+        if time.perf_counter() - started > seconds and len(points) >= _LEAST_COUNTS:
+            break
         points[count] = _time(runner, batch, started + seconds)
     return points
 

@@ -43,6 +43,8 @@ class TargetPass:
     ) -> None:
         self.target, self.logprobs, self.stats = target, logprobs, speculation.stats
         self.run_ahead = run_ahead
+        self.num_passes = 1
+        """Of the last step."""
         self.rule, self.taps = speculation.rule, speculation.needs.taps
         self.acceptance = config.speculative.acceptance if config.speculative else "coupled"
         self.shows_law = config.logprobs_mode == "processed_logprobs"
@@ -61,21 +63,21 @@ class TargetPass:
         batch = [self._rows(item, proposals.get(item.seq.seq_id)) for item in scheduled]
         judgements = self._judgements(scheduled, batch, proposals)
         goes_ahead = self.run_ahead.applies(scheduled, judgements)
-        walks, num_passes = None, 1
+        walks, self.num_passes = None, 1
         if self.walks and not goes_ahead and all(_draws_once(j) for j in judgements):
             walks = pack_walks(judgements)
         result = self.target.forward(batch, self.taps, walks)
         if goes_ahead:
-            num_passes += self.run_ahead.go(scheduled, judgements, result)
+            self.num_passes += self.run_ahead.go(scheduled, judgements, result)
         add_time(self.stats, "target_time", begin, [item.seq for item in scheduled])
-        self.stats.num_target_passes += num_passes
+        self.stats.num_target_passes += self.num_passes
         last = 0
         for judgement, rows in zip(judgements, batch, strict=True):
             request, last = judgement.request, last + rows.num_logits
             if request.wants_prompt_logprobs:
                 logits = result.logits[last - rows.num_logits : last]
                 self.logprobs.take_prompt(request, judgement.start, logits)
-            request.group.metrics.num_target_passes += num_passes
+            request.group.metrics.num_target_passes += self.num_passes
             self.stats.num_scheduled_tokens += len(rows.token_ids) + len(judgement.run_ahead or ())
         return judgements, result
 

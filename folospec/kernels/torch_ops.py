@@ -80,8 +80,9 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
             f"scale must have the shape [{len(weight)}], one entry per output channel, got "
             f"{list(scale.shape)}"
         )
-    wide = torch.promote_types(x.dtype, torch.float32)
-    out = functional.linear(x.to(wide), weight.to(wide)) * scale.to(wide)
+    # Any float holds the integers; on a GPU the narrow product is the fast one, and sums widely.
+    wide = x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
+    out = functional.linear(x.to(wide), weight.to(wide)) * scale
     return (out if bias is None else out + bias).to(x.dtype)
 
 

@@ -178,7 +178,7 @@ def fill(
         raise ValueError(f"{folder} lacks the tensor {', '.join(map(repr, sorted(missing)))}")
 
 
-def read_tensors(folder: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Path, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
     """Read the tensors of a checkpoint, each from its mapped file when its turn comes.
 
     A tensor for a GPU goes there as it lies in the file, and is converted there; from the host,
@@ -196,7 +196,8 @@ def read_tensors(folder: Path, device: torch.device) -> Iterator[tuple[str, Tens
         files = ["model.safetensors"]
     else:
         raise ValueError(f"{folder} has no model.safetensors; other weight formats are not read")
-    target = _indexed(device) if device.type == "cuda" else "cpu"
+    place = torch.device(device)
+    target = _indexed(place) if place.type == "cuda" else "cpu"
     for file in files:
         with ExitStack() as stack:
             try:

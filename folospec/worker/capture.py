@@ -13,9 +13,6 @@ from collections.abc import Callable
 
 import torch
 
-_WARM_UPS = 2
-"""Runs before the recording: kernels are compiled and libraries make their handles in them."""
-
 
 class CudaGraphs:
     """Records graphs that share one pool of memory: they never run at the same time.
@@ -30,14 +27,21 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream(device)
 
     def record(self, fn: Callable[[], None]) -> Callable[[], None]:
-        """Run `fn` a few times, record it, and return what replays it."""
+        """Run `fn`, so that kernels are compiled and libraries make their handles; record it, and
+        return what replays it.
+
+        Raises:
+            RuntimeError: something in it cannot be recorded.
+        """
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
-                fn()
+            fn()
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # What other threads do meanwhile is no business of the recording.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             fn()
         return graph.replay
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
 from folospec.attention.metadata import IntArray, pack_tables
@@ -28,7 +27,6 @@ from folospec.kernels.gpu.sampling_arrays import (
     DRAW,
     LAW,
     child_arrays,
-    has_filters,
     read_children,
 )
 from folospec.kernels.native_children import pack_wanted
@@ -53,9 +51,7 @@ class ChainKey(NamedTuple):
     length: int
     """Draws of every chain."""
     vocab_size: int
-    """Of the tokens that may be drawn, which may be more or fewer than the model has."""
-    filters: bool
-    """Some request has top_k, top_p or min_p."""
+    """Of the tokens that may be drawn, the first ones of the model's."""
     is_target: bool
     """Tokens are drawn as verification draws them, without a confidence; else as drafts."""
 
@@ -133,7 +129,7 @@ class ChainGraph:
         device = graphs.device
         fields = chain_fields(key, graphs.shapes.table_width)
         self.buffers = StepBuffers(fields, device, PADDING)
-        self.logits = torch.zeros(key.num_seqs, key.vocab_size, device=device)
+        self.logits = graphs.logits[: key.num_seqs, : key.vocab_size]
         self.result = Result(key.length * _COLUMNS * key.num_seqs, device)
         self._drawn = self.result.device.view(key.length, _COLUMNS, key.num_seqs)
         self._sampling = graphs.sampling
@@ -154,16 +150,15 @@ class ChainGraph:
             metadata = graphs.shapes.metadata(Bucket(key.num_seqs, key.num_seqs), views)
             input_ids = self._drawn[draw, 0].clamp(max=last)
             hidden, _ = graphs.model.forward(input_ids, metadata, graphs.kv.layers)
-            missing = key.vocab_size - graphs.model.config.vocab_size
-            logits = functional.pad(graphs.model.logits(hidden), (0, missing), value=-torch.inf)
+            logits = graphs.model.logits(hidden)[:, : key.vocab_size]
 
     def _draw(self, logits: Tensor, draw: int) -> None:
-        tensors, place, filters = self.buffers.device, self._drawn[draw], self.key.filters
+        tensors, place = self.buffers.device, self._drawn[draw]
         if not self.key.is_target:
-            self._sampling.draw_next(logits, tensors, place, filters=filters, advance=draw)
+            self._sampling.draw_next(logits, tensors, place, advance=draw)
             return
         draws = tensors["draws"].view(-1, DRAW) + self._advance[draw]
-        tokens, _ = self._sampling.draw_tokens(logits, tensors["laws"], draws, filters=filters)
+        tokens, _ = self._sampling.draw_tokens(logits, tensors["laws"], draws)
         place[0].copy_(tokens.clamp(min=0))
         place[1].copy_(tokens >= 0)
 
@@ -179,7 +174,7 @@ class ChainGraph:
         arrays = step_arrays(starts, block_table, laws, key, block_size)
         has_room = self.buffers.fill(arrays)
         assert has_room, "block tables are no longer than max_model_len"
-        self.logits[: len(laws)].copy_(logits)
+        self.logits[: len(laws)].copy_(logits[:, : key.vocab_size])
         self._replay()
         self.result.send()
         drawn = DrawnChains([], [])
@@ -199,14 +194,19 @@ class ChainGraphs:
     def __init__(self, graphs: StepGraphs) -> None:
         self._step_graphs = graphs
         self._graphs: dict[ChainKey, ChainGraph] = {}
+        self._lengths: list[int] = []
 
     def warm_up(
-        self, max_num_seqs: int, length: int, vocab_size: int, is_target: bool = False
+        self, max_num_seqs: int, lengths: Sequence[int], vocab_size: int, is_target: bool = False
     ) -> None:
-        """Record what up to so many chains of this length will want, with a progress bar."""
+        """Record what up to so many chains of these lengths will want, with a progress bar; one of
+        another length runs in the graph of the next longer."""
         sizes = [bucket.num_seqs for bucket in buckets(max_num_seqs, 1)]
-        for size in tqdm(sizes, desc=f"recording chains of {length}", leave=False):
-            self._graph(ChainKey(size, length, vocab_size, False, is_target))
+        self._lengths = sorted({*self._lengths, *lengths})
+        width = min(vocab_size, self._step_graphs.model.config.vocab_size)
+        keys = [ChainKey(n, length, width, is_target) for length in lengths for n in sizes]
+        for key in tqdm(keys, desc="recording chains", leave=False):
+            self._graph(key)
 
     def run(
         self,
@@ -218,17 +218,22 @@ class ChainGraphs:
     ) -> DrawnChains | None:
         """See `DraftRunner.draw_chains`, and `ChainKey.is_target`."""
         num_seqs = next((size for size in NUM_SEQS if size >= len(laws)), None)
-        length = max(law.length for law in laws)
-        if num_seqs is None or length > MAX_LENGTH:
+        longest = max(law.length for law in laws)
+        if num_seqs is None or longest > MAX_LENGTH:
+            return None
+        length = next((length for length in self._lengths if length >= longest), longest)
+        width = min(logits.shape[1], self._step_graphs.model.config.vocab_size)
+        graph = self._graph(ChainKey(num_seqs, length, width, is_target))
+        if graph is None:
             return None
         ends = np.array(starts) + [law.length - 1 for law in laws]
         check_room(ends, block_tables, self._step_graphs.shapes.block_size)
-        packed = np.frombuffer(b"".join(law.packed for law in laws), np.int64)
-        key = ChainKey(num_seqs, length, logits.shape[1], has_filters(packed), is_target)
-        graph = self._graph(key)
         return graph.replay(logits, np.array(starts), pack_tables(block_tables), laws)
 
-    def _graph(self, key: ChainKey) -> ChainGraph:
-        if key not in self._graphs:
-            self._graphs[key] = ChainGraph(key, self._step_graphs)
-        return self._graphs[key]
+    def _graph(self, key: ChainKey) -> ChainGraph | None:
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._step_graphs.recorded(lambda: ChainGraph(key, self._step_graphs))
+            if graph is not None:
+                self._graphs[key] = graph
+        return graph

@@ -1,7 +1,7 @@
 """The passes of one runner as CUDA graphs: model, logits, draws and the walk of every tree.
 
-    host    pack rows and laws | one copy | replay |  prepare  | wait, read tokens and paths
-    device                     '-> buffers -> model -> logits -> draws -> walk -> one copy back
+    host    pack rows and laws | one copy | replay |                            wait | tokens, paths
+    device                     '-> buffers -> model -> logits -> draws -> walks -> one copy back
 
 A graph has fixed shapes: that of its bucket. A step fills the first places of its buffers, and the
 rest is padding: rows that write nowhere, see nothing, and are read by nobody.
@@ -10,9 +10,9 @@ rest is padding: rows that write nowhere, see nothing, and are read by nobody.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ NO_SLOT = -1
 """Instead of a slot: the row's keys and values are written nowhere."""
 
 
+Graph = TypeVar("Graph")
+
+
 class Recorder(Protocol):
     """What records graphs: `capture.CudaGraphs`."""
 
@@ -53,10 +56,6 @@ class GraphKey(NamedTuple):
 
     bucket: Bucket
     taps: tuple[int, ...]
-    walks: bool
-    """It draws and verifies too."""
-    filters: bool = False
-    """Some request has top_k, top_p or min_p."""
 
 
 class GraphShapes:
@@ -137,7 +136,7 @@ class PassGraph:
         bucket, device = key.bucket, graphs.device
         fields = dict(graphs.shapes.fields(bucket))
         self.result: Result | None = None
-        if key.walks:
+        if graphs.verifies:
             sizes = sampling_arrays.sizes(bucket.num_seqs, bucket.num_rows)
             walk_fields = {name: (dtype, (size,)) for name, (dtype, size) in sizes.items()}
             fields = walk_fields | fields  # the block table stays the last
@@ -157,14 +156,15 @@ class PassGraph:
         logits.copy_(graphs.model.logits(hidden))
         self.taps = tapped
         if self.result is not None:
-            graphs.sampling.run_walks(logits, tensors, self.result.device, filters=self.key.filters)
+            most = max_rows_each(self.key.bucket) - 1
+            graphs.sampling.run_walks(logits, tensors, self.result.device, max_nodes=most)
 
-    def replay(
-        self, inputs: InputBatch, walks: Walks | None, walk_arrays: Mapping[str, NDArray[np.int64]]
-    ) -> ForwardResult | None:
+    def replay(self, inputs: InputBatch, walks: Walks | None) -> ForwardResult | None:
         """Run the step; None if its trees are too large, and nothing was run."""
         graphs, num_rows = self.graphs, inputs.metadata.num_tokens
-        arrays = graphs.shapes.arrays(self.key.bucket, inputs) | dict(walk_arrays)
+        arrays = graphs.shapes.arrays(self.key.bucket, inputs)
+        if graphs.verifies:
+            arrays |= sampling_arrays.arrays_of(walks or Walks())
         if not self.buffers.fill(arrays):
             return None
         self._replay()
@@ -191,57 +191,77 @@ class StepGraphs:
         kv: of the runner.
         recorder: what records.
         sampling: draws and verifies on the device.
+        verifies: the graphs do so: those of a target.
     """
 
     def __init__(
-        self, model: Decoder, kv: KVCache, recorder: Recorder, sampling: DeviceSampling
+        self,
+        model: Decoder,
+        kv: KVCache,
+        recorder: Recorder,
+        sampling: DeviceSampling,
+        verifies: bool,
     ) -> None:
         self.model, self.kv, self.recorder, self.sampling = model, kv, recorder, sampling
+        self.verifies = verifies
         self.device = kv.layers[0].key.device
         self.shapes = GraphShapes(model, kv)
         self.logits = torch.zeros(
             MAX_ROWS, model.config.vocab_size, dtype=torch.float32, device=self.device
         )
         """Of whichever graph ran last: each would keep as much memory of its own."""
+        self.is_closed = False
+        """Whether nothing is recorded any more: a recording takes as long as many steps."""
+        self.num_graphs = 0
+        """Those of chains among them."""
         self._graphs: dict[GraphKey, PassGraph] = {}
-
-    @property
-    def num_graphs(self) -> int:
-        return len(self._graphs)
 
     def run(
         self, batch: Sequence[Rows], taps: tuple[int, ...], walks: Walks | None
     ) -> ForwardResult | None:
-        """Run a step; None if it fits no bucket, and nothing was run. The result holds until the
-        next pass.
+        """Run a step; None if there is no graph for it, and nothing was run. The result holds until
+        the next pass.
 
         Args:
-            walks: what is to be drawn and verified; only of steps in which every row has logits.
+            walks: what is to be drawn and verified, one for each sequence.
         """
         bucket = bucket_of(len(batch), sum(rows.num_run for rows in batch))
-        if bucket is None:
+        if bucket is None or max(len(r.token_ids) for r in batch) > max_rows_each(bucket):
+            return None
+        if self.verifies and any(rows.num_logits < rows.num_run for rows in batch):
+            return None  # of a prompt few rows want logits, and a graph computes all
+        graph = self._graph(GraphKey(bucket, taps))
+        if graph is None:
             return None
         inputs = make_batch(batch, self.kv.block_size, _CPU)
-        if walks is not None and (inputs.logits_indices is not None or len(walks) != len(batch)):
-            walks = None
-        walk_arrays = {} if walks is None else sampling_arrays.arrays_of(walks)
-        filters = walks is not None and sampling_arrays.has_filters(walk_arrays["laws"])
-        graph = self._graph(GraphKey(bucket, taps, walks is not None, filters))
-        return graph.replay(inputs, walks, walk_arrays)
+        return graph.replay(inputs, walks if self.verifies else None)
 
-    def warm_up(
-        self, max_num_seqs: int, rows_each: int, taps: tuple[int, ...], walks: bool
-    ) -> None:
+    def warm_up(self, max_num_seqs: int, rows_each: int, taps: tuple[int, ...]) -> None:
         """Record what steps with up to so many sequences will want, with a progress bar."""
         wanted = list(buckets(max_num_seqs, rows_each))
         for bucket in tqdm(wanted, desc="recording CUDA graphs", leave=False):
-            self._graph(GraphKey(bucket, taps, walks))
+            self._graph(GraphKey(bucket, taps))
 
-    def _graph(self, key: GraphKey) -> PassGraph:
+    def _graph(self, key: GraphKey) -> PassGraph | None:
         graph = self._graphs.get(key)
         if graph is None:
-            logger.debug("recording a CUDA graph for %s", key)
-            graph = self._graphs[key] = PassGraph(key, self)
+            graph = self.recorded(lambda: PassGraph(key, self))
+            if graph is not None:
+                self._graphs[key] = graph
+        return graph
+
+    def recorded(self, make: Callable[[], Graph]) -> Graph | None:
+        """What `make` records; None where nothing is recorded any more, or a recording fails: then
+        it is the last one."""
+        if self.is_closed:
+            return None
+        try:
+            graph = make()
+        except RuntimeError as error:
+            self.is_closed = True
+            logger.warning("steps go on without further CUDA graphs, a recording failed: %s", error)
+            return None
+        self.num_graphs += 1
         return graph
 
 

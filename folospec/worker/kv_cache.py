@@ -44,6 +44,7 @@ class KVCache:
             for h, d in kv_shapes
         ]
         self._tensors = [tensor for layer in self.layers for tensor in layer]
+        self._moves_on_device = device.type == "cuda" and launch.runs_on(device)
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +68,7 @@ class KVCache:
         if device.type == "cpu" and (library := native.load()) is not None:
             library.move(self._tensors, source_slots, target_slots)
             return
-        if device.type == "cuda" and launch.runs_on(device):
+        if self._moves_on_device:
             from folospec.kernels.gpu.kv import move_slots
 
             move_slots(self._tensors, source_slots, target_slots)

@@ -35,7 +35,7 @@ def kv_budget(
     utilization: float,
     block_size: int,
     num_logits: int,
-    uses_graphs: bool,
+    reserve: int,
 ) -> int:
     """Bytes that the KV of all runners may take together.
 
@@ -44,17 +44,16 @@ def kv_budget(
         utilization: share of the card's memory for everything.
         block_size: tokens per block.
         num_logits: most rows of a step that want logits.
-        uses_graphs: whether there will be CUDA graphs.
+        reserve: bytes to keep free, see `graph_bytes`.
 
     Raises:
         ValueError: nothing is left.
     """
-    used = reserve = 0
+    used = 0
     for runner in runners:  # steps of several models do not run at the same time
         torch.cuda.reset_peak_memory_stats(device)
         kv_bytes = run_largest_step(runner, device, block_size, num_logits)
         used = max(used, torch.cuda.max_memory_allocated(device) - kv_bytes)
-        reserve += graph_bytes(runner.vocab_size) if uses_graphs else 0
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
@@ -76,9 +75,9 @@ def kv_budget(
 
 def graph_bytes(vocab_size: int) -> int:
     """What is kept free for the graphs of a model: what they hold is known only when they are
-    recorded, and that is after the pool is made. Of logits there are those of the largest bucket in
-    float32, the model's own in half of that, and what filters keep of `FILTERED_ROWS` rows."""
-    return GRAPH_BYTES + vocab_size * (6 * MAX_ROWS + 8 * FILTERED_ROWS)
+    recorded, and that is after the pool is made. Of logits there are those of the largest bucket,
+    twice in float32 and once in the model's type, and what filters keep of `FILTERED_ROWS` rows."""
+    return GRAPH_BYTES + vocab_size * (10 * MAX_ROWS + 8 * FILTERED_ROWS)
 
 
 FILTERED_ROWS = 128
@@ -108,7 +107,7 @@ def run_largest_step(
         batch.append(Rows([0] * length, 0, table, num_logits=wanted))
         first += blocks
     logits = runner.forward(batch).logits
-    process(logits, [SamplingRow(_SAMPLED)] * len(logits))
+    process(logits, [SamplingRow(_SAMPLED, is_draft=True)] * len(logits))
     num_bytes = runner.kv.num_bytes
     runner.kv = None
     return num_bytes

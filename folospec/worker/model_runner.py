@@ -4,6 +4,7 @@ class, each with its own KV."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ from folospec.spec.draft_runner import (
     RowChains,
     Rows,
 )
-from folospec.worker.chain_graphs import ChainGraphs
+from folospec.worker.chain_graphs import MAX_LENGTH, ChainGraphs
 from folospec.worker.graphs import Recorder, StepGraphs
 from folospec.worker.input_batch import make_batch, make_single
 from folospec.worker.kv_cache import KVCache
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from folospec.kernels.gpu.sampling import DeviceSampling
 
 
+_CHAIN_LENGTHS = (1, 2, 4, 8, 16)
+"""Of drafts that are shorter than the longest, as a planner wants them."""
 _CATCH_UP_ROWS = 2
 """Of a draft model, after a step in which all drafts were accepted: the last one, and the root."""
 
@@ -83,30 +86,31 @@ class ModelRunner:
             device=device,
         )
 
-    def use_graphs(self, recorder: Recorder, sampling: DeviceSampling) -> None:
+    def use_graphs(self, recorder: Recorder, sampling: DeviceSampling, *, verifies: bool) -> None:
         """Run passes as CUDA graphs from now on, where they fit; the KV must be there.
 
         Args:
-            sampling: draws and verifies in the same graph.
+            sampling: draws in the same graphs.
+            verifies: and verifies in them, as is done with a target.
         """
         assert self.kv is not None
         assert isinstance(self.model, Decoder)
-        self.graphs = StepGraphs(self.model, self.kv, recorder, sampling)
+        self.graphs = StepGraphs(self.model, self.kv, recorder, sampling, verifies)
         self.chain_graphs = ChainGraphs(self.graphs)
 
     @torch.inference_mode()
     def warm_up(
-        self,
-        *,
-        max_num_seqs: int = 1,
-        max_rows_each: int = 1,
-        taps: tuple[int, ...] = (),
-        walks: bool = False,
+        self, *, max_num_seqs: int = 1, max_rows_each: int = 1, taps: tuple[int, ...] = ()
     ) -> None:
         """Record the CUDA graphs of steps with up to so many sequences, and so many rows of each; a
-        runner without graphs has nothing to do. `taps` and `walks` are as in `forward`."""
+        runner without graphs has nothing to do. `taps` are as in `forward`."""
         if self.graphs is not None:
-            self.graphs.warm_up(max_num_seqs, max_rows_each, taps, walks)
+            self.graphs.warm_up(max_num_seqs, max_rows_each, taps)
+
+    def close_graphs(self) -> None:
+        """Record no more: steps that no graph was recorded for are launched kernel by kernel."""
+        if self.graphs is not None:
+            self.graphs.is_closed = True
 
     @torch.inference_mode()
     def forward(
@@ -159,14 +163,18 @@ class ModelRunner:
         return drawn
 
     @torch.inference_mode()
-    def warm_up_chains(
-        self, max_num_seqs: int, length: int, vocab_size: int, *, as_target: bool = False
-    ) -> None:
+    def warm_up_chains(self, max_num_seqs: int, length: int, vocab_size: int) -> None:
         """See `DraftRunner.warm_up_chains`."""
+        if self.chain_graphs is not None and length <= MAX_LENGTH:
+            self.warm_up(max_num_seqs=max_num_seqs, max_rows_each=_CATCH_UP_ROWS)
+            halves = [*takewhile(lambda shorter: shorter < length, _CHAIN_LENGTHS), length]
+            self.chain_graphs.warm_up(max_num_seqs, halves, vocab_size)
+
+    @torch.inference_mode()
+    def warm_up_run_ahead(self, max_num_seqs: int, lengths: Sequence[int]) -> None:
+        """Record the chains that a target decodes by itself, see `draw_chains`."""
         if self.chain_graphs is not None:
-            if not as_target:
-                self.warm_up(max_num_seqs=max_num_seqs, max_rows_each=_CATCH_UP_ROWS)
-            self.chain_graphs.warm_up(max_num_seqs, length, vocab_size, as_target)
+            self.chain_graphs.warm_up(max_num_seqs, lengths, self.vocab_size, is_target=True)
 
     def _parts(self, batch: list[Rows]) -> Iterator[list[Rows]]:
         """Split a batch into passes within the token budget. Only chains are cut; a tree is never

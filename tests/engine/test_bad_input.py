@@ -82,7 +82,7 @@ BAD_OPTIONS = [
     ({"enforce_eager": 1}, "enforce_eager must be True or False"),
     ({"run_ahead": 33}, "run_ahead must be None or an integer in 1..32"),
     ({"run_ahead": True}, "run_ahead must be None or an integer in 1..32"),
-    ({"run_ahead": 2}, "run_ahead must be None or 1 without CUDA graphs, got 2"),
+    ({"run_ahead": 2}, "run_ahead must be None or 1 where no CUDA graphs run, got 2"),
     ({"tokenizer": 3}, "tokenizer must be"),
     ({"seed": True}, "seed must be"),
     ({"model": None}, "model must be"),

@@ -4,7 +4,10 @@ tokens are those of plain decoding in torch, whatever is recorded and whoever dr
 from __future__ import annotations
 
 import sys
+import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +20,9 @@ from graph_stand_in import StandIn
 from harness import assert_speculated, perturbed_copy
 
 from folospec import LLM, SamplingParams
+from folospec.engine import llm_engine
+from folospec.engine.planning import Planning
+from folospec.engine.speculation import Speculation
 from folospec.kernels.gpu import launch, sampling_arrays
 from folospec.kernels.native_sampling import Walk
 from folospec.worker import capture
@@ -68,8 +74,9 @@ def tokens_of(llm: LLM, params: list[SamplingParams]) -> list[list[list[int]]]:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setattr(capture, "recorder", lambda device: stand_in)
-    monkeypatch.setattr(ModelRunner, "warm_up", lambda self, **_: None)
-    monkeypatch.setattr(ModelRunner, "warm_up_chains", lambda self, *_, **__: None)
+    # Recorded when wanted, which the interpreter takes seconds for, and not all beforehand.
+    for name in ("warm_up", "warm_up_chains", "warm_up_run_ahead", "close_graphs"):
+        monkeypatch.setattr(ModelRunner, name, lambda self, *_, **__: None)
     return stand_in
 
 
@@ -141,6 +148,29 @@ def test_an_output_may_end_among_tokens_that_are_drawn_ahead(
     assert llm.stats()["num_target_passes"] > llm.stats()["num_steps"]
 
 
+def test_where_the_planner_wants_no_drafts_tokens_are_drawn_ahead(
+    models: tuple[str, str], recorder: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tokens_of(make(models[0], attention_backend="triton", enforce_eager=True), MIXED)
+    monkeypatch.setattr(Planning, "is_idle", True)
+    recorded: list[float] = []
+    record = Speculation.record_step
+    monkeypatch.setattr(
+        Speculation, "record_step", lambda self, s: (recorded.append(s), record(self, s))
+    )
+    speculative = {"method": "suffix", "adaptive": True}
+    llm = make(models[0], speculative, attention_backend="triton", run_ahead=4)
+    ticks = count()  # by whose clock every step takes as long
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=time.monotonic)
+    monkeypatch.setattr(llm_engine, "time", clock)
+    assert tokens_of(llm, MIXED) == plain
+    stats = llm.stats()
+    assert stats["num_target_passes"] > stats["num_steps"] == len(recorded)
+    assert stats["num_draft_tokens"] == 0
+    # What the planner is told is the time of a pass.
+    assert min(recorded) == max(recorded) / 4
+
+
 def test_noise_of_another_position_is_noticed_in_tokens_that_are_drawn_ahead(
     models: tuple[str, str], recorder: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,12 +183,34 @@ def test_noise_of_another_position_is_noticed_in_tokens_that_are_drawn_ahead(
 def test_running_ahead_is_refused_where_it_cannot_be(
     models: tuple[str, str], recorder: StandIn
 ) -> None:
-    with pytest.raises(ValueError, match="run_ahead must be None or 1 without CUDA graphs, got 4"):
+    with pytest.raises(
+        ValueError, match="run_ahead must be None or 1 where no CUDA graphs run, got 4"
+    ):
         make(models[0], attention_backend="triton", enforce_eager=True, run_ahead=4)
-    with pytest.raises(ValueError, match="None or 1 with speculative"):
+    with pytest.raises(ValueError, match="None or 1 with drafters that are asked in every step"):
         make(models[0], chain_of(models[1]), attention_backend="triton", run_ahead=4)
     with pytest.raises(ValueError, match="run_ahead must be None or an integer in 1..32, got 0"):
         make(models[0], run_ahead=0)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "options"),
+    [(0, {"run_ahead": 2}), (1, {"run_ahead": None})],
+    ids=["plain", "drafts"],
+)
+def test_after_the_warm_up_nothing_is_recorded(
+    models: tuple[str, str], monkeypatch: pytest.MonkeyPatch, drafts: int, options: dict[str, Any]
+) -> None:
+    """Not for filters, not for the last tokens of an output, not for a prompt."""
+    recorder = StandIn()
+    monkeypatch.setattr(capture, "recorder", lambda device: recorder)
+    speculative = {**chain_of(models[1]), "num_speculative_tokens": 1} if drafts else None
+    llm = make(models[0], speculative, attention_backend="triton", max_num_seqs=1, **options)
+    num_recorded = recorder.num_recorded
+    assert num_recorded == llm.stats()["num_cuda_graphs"] > 1
+    tokens_of(llm, [SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=5)] * 2)
+    assert recorder.num_recorded == num_recorded
+    assert recorder.num_replayed > 4
 
 
 def test_eager_steps_have_the_same_tokens_and_record_nothing(

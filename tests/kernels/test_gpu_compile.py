@@ -17,11 +17,13 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("capability", "how"), [(80, ["once"]), (90, [])], ids=["kernels-8.0", "variants-9.0"]
+)
 @pytest.mark.parametrize("module", MODULES)
-def test_every_launch_compiles_and_fits(module, capability):
+def test_every_launch_compiles_and_fits(module, capability, how):
     done = subprocess.run(
-        [sys.executable, str(HERE / "gpu_compile.py"), module, str(capability)],
+        [sys.executable, str(HERE / "gpu_compile.py"), module, str(capability), *how],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0"},

@@ -27,7 +27,7 @@ HOST_READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_pinned", "masked_select")
 
 
-class CannotBeRecorded(RuntimeError):
+class CannotBeRecorded(AssertionError):
     """A card would refuse it too."""
 
 

@@ -48,7 +48,7 @@ def make_runner(checkpoint, records=True):
     ]
     logits = runner.forward(prompts).logits.clone()
     if records:
-        runner.use_graphs(StandIn(), DeviceSampling(part=32))
+        runner.use_graphs(StandIn(), DeviceSampling(part=32), verifies=False)
     return runner, logits
 
 
@@ -137,6 +137,6 @@ def test_what_no_graph_is_made_for_is_left_to_the_caller(checkpoint):
     runner, logits = make_runner(checkpoint, records=False)
     laws = [law_of(GREEDY, start, 2) for start in STARTS]
     assert runner.draw_chains(logits, STARTS, TABLES, laws) is None
-    runner.use_graphs(StandIn(), DeviceSampling(part=32))
+    runner.use_graphs(StandIn(), DeviceSampling(part=32), verifies=False)
     long = [law_of(GREEDY, start, chain_graphs.MAX_LENGTH + 1) for start in STARTS]
     assert runner.draw_chains(logits, STARTS, TABLES, long) is None

@@ -35,14 +35,14 @@ def checkpoint(tmp_path_factory):
     return save_gpu_llama(tmp_path_factory.mktemp("model"))
 
 
-def make_runner(checkpoint, *, deterministic=False, records=True):
+def make_runner(checkpoint, *, deterministic=False, records=True, verifies=False):
     model = load_model(
         checkpoint, dtype="float32", attention=TritonAttention(deterministic), max_model_len=24
     )
     runner = ModelRunner(model, max_num_batched_tokens=64)
     runner.make_kv(NUM_BLOCKS, BLOCK_SIZE, torch.device("cpu"))
     if records:
-        runner.use_graphs(StandIn(), DeviceSampling(part=32))
+        runner.use_graphs(StandIn(), DeviceSampling(part=32), verifies=verifies)
     return runner
 
 
@@ -158,7 +158,8 @@ def believe(step, tokens):
 
 @pytest.mark.parametrize("filters", [(0.0, 0, 1.0, 0.0), (0.9, 0, 1.0, 0.0), (0.9, 5, 0.8, 0.01)])
 def test_a_replayed_pass_draws_and_verifies(checkpoint, filters):
-    replaying, launching = make_runner(checkpoint), make_runner(checkpoint, records=False)
+    replaying = make_runner(checkpoint, verifies=True)
+    launching = make_runner(checkpoint, records=False)
     rng = random.Random(5)
     laws = [pack_law(seed, 0, pack_filters(*filters)) for seed in (7, 8)]
     prompts = [rows_of(rng, 0, 0, 5), rows_of(rng, 1, 0, 3)]
@@ -181,14 +182,54 @@ def test_a_replayed_pass_draws_and_verifies(checkpoint, filters):
     assert replaying.graphs.recorder.num_replayed == 4
 
 
-def test_a_step_in_which_not_every_row_has_logits_leaves_the_walk_to_the_caller(checkpoint):
-    runner = make_runner(checkpoint)
-    rng = random.Random(6)
-    step = [rows_of(rng, 0, 0, 4, None, 1)]
+def test_of_a_prompt_not_all_logits_are_computed(checkpoint):
+    """A graph would compute all: so a target launches it, and leaves the walk to the caller."""
+    step = [rows_of(random.Random(6), 0, 0, 4, None, 1)]
     law = pack_law(1, 0, pack_filters(0.0, 0, 1.0, 0.0))
     walks = Walks()
     walks.add(law, 0, 4)
-    assert runner.forward(step, (), walks).walked is None
+    runner, draft = make_runner(checkpoint, verifies=True), make_runner(checkpoint)
+    result = runner.forward(step, (), walks)
+    assert result.walked is None
+    assert runner.graphs.num_graphs == 0
+    check_same(draft.forward(step), result)
+    assert draft.graphs.num_graphs == 1, "a draft model catches up by a row or two"
+
+
+def test_steps_without_walks_and_with_them_share_a_graph(checkpoint):
+    runner, rng = make_runner(checkpoint, verifies=True), random.Random(8)
+    law = pack_law(1, 0, pack_filters(0.0, 0, 1.0, 0.0))
+    first, second = [rows_of(rng, 0, 0, 1)], [rows_of(rng, 0, 1, 1)]
+    walks = walks_of(first, [law])
+    found = runner.forward(first, (), walks).walked()
+    assert found[0].token_id >= 0
+    assert runner.forward(second).walked is None
+    assert runner.graphs.num_graphs == 1
+
+
+def test_nothing_is_recorded_once_the_graphs_are_closed(checkpoint):
+    runner, rng = make_runner(checkpoint), random.Random(9)
+    runner.forward([rows_of(rng, 0, 0, 1)])
+    runner.close_graphs()
+    runner.forward([rows_of(rng, 0, 1, 1)])
+    runner.forward([rows_of(rng, 0, 2, 3)])
+    assert (runner.graphs.num_graphs, runner.graphs.recorder.num_replayed) == (1, 2)
+
+
+def test_a_recording_that_fails_is_the_last_and_said(checkpoint, caplog):
+    runner, launching = make_runner(checkpoint), make_runner(checkpoint, records=False)
+    tries = []
+
+    def failing(fn):
+        tries.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    runner.graphs.recorder.record = failing
+    rng = random.Random(10)
+    for step in ([rows_of(rng, 0, 0, 2)], [rows_of(rng, 0, 2, 1)]):
+        check_same(runner.forward(step), launching.forward(step))
+    assert tries == [1]
+    assert "a recording failed: operation not permitted" in caplog.text
 
 
 def test_warming_up_leaves_nothing_to_record(checkpoint):

@@ -60,7 +60,7 @@ def budget(monkeypatch: pytest.MonkeyPatch, runners: list[ModelRunner], **option
         return kv_bytes
 
     monkeypatch.setattr(memory, "run_largest_step", measured)
-    settings = {"utilization": 0.5, "block_size": 16, "num_logits": 4, "uses_graphs": False}
+    settings = {"utilization": 0.5, "block_size": 16, "num_logits": 4, "reserve": 0}
     return memory.kv_budget(runners, torch.device("cpu"), **{**settings, **options})  # type: ignore[arg-type]
 
 
@@ -72,7 +72,7 @@ def test_others_weights_and_the_largest_step_of_any_model_are_taken_off(monkeypa
 def test_graphs_get_their_share(monkeypatch, runners):
     share = memory.graph_bytes(VOCAB_SIZE)
     assert share > memory.GRAPH_BYTES
-    assert budget(monkeypatch, runners, uses_graphs=True) == 22 * GIB - 2 * share
+    assert budget(monkeypatch, runners, reserve=share) == 22 * GIB - share
 
 
 def test_a_share_that_leaves_nothing_is_refused_with_all_figures(monkeypatch, runners):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from folospec.kernels.gpu.filters import id_of_key, load_keys, logit_of_key, order_key
+from folospec.kernels.gpu.filters import id_of_key, load_keys, logit_of_key
 from folospec.kernels.gpu.law import (
     MOST,
     NEG_INF,
@@ -46,7 +46,7 @@ def _noise_key(law, draw, advance):
     return key, position >= 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["advance"])
 def scan_kernel(
     logits, row_stride, vocab, laws, draws, advance, peaks, firsts, roughs, sums, num_parts,
     PART: tl.constexpr, CHILDREN: tl.constexpr,
@@ -91,14 +91,18 @@ def scan_kernel(
 @triton.jit
 def weigh_kernel(
     logits, row_stride, vocab, laws, draws, peaks, totals, num_parts,
-    PART: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, CHILDREN: tl.constexpr,
 ):  # fmt: skip
-    """Write the sum of the weights of every part, int64 [draws, parts], before any filter."""
+    """Write the sum of the weights of every part, int64 [draws, parts], before any filter. CHILDREN
+    have a use for it only where there are filters."""
     draw, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = tl.load(draws + 4 * draw)
     if index < 0:
         return
-    temperature = temperature_of(laws + 6 * index, False)
+    law = laws + 6 * index
+    if CHILDREN & (has_filters(law, vocab) == 0):
+        return
+    temperature = temperature_of(law, False)
     peak = peak_of(peaks + draw * num_parts, num_parts, PARTS)
     if (temperature == 0) | (is_finite(peak) == 0):
         return
@@ -109,7 +113,7 @@ def weigh_kernel(
     tl.store(totals + draw * num_parts + part, tl.sum(weights, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["advance"])
 def draw_kernel(
     logits, row_stride, vocab, laws, draws, advance, peaks, firsts, roughs, totals, candidates,
     counts, lasts, kept_totals, tokens, row_peaks, num_parts,
@@ -132,7 +136,7 @@ def draw_kernel(
         return
     temperature = temperature_of(law, False)
     if temperature == 0:
-        token = _first_of_row(peaks + parts, firsts + parts, peak, num_parts, PARTS)
+        token = first_of_row(peaks + parts, firsts + parts, peak, num_parts, PARTS)
     else:
         key, has_noise = _noise_key(law, draw, advance)
         if FILTERS & has_filters(law, vocab):
@@ -151,7 +155,7 @@ def draw_kernel(
     tl.store(tokens + number, token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["advance"])
 def child_kernel(
     logits, row_stride, vocab, laws, draws, advance, peaks, roughs, sums, candidates, counts,
     lasts, kept_totals, result, num_draws, num_parts,
@@ -203,7 +207,7 @@ def child_kernel(
 
 
 @triton.jit
-def _first_of_row(peaks, firsts, peak, num_parts, PARTS: tl.constexpr):
+def first_of_row(peaks, firsts, peak, num_parts, PARTS: tl.constexpr):
     """The lowest id of the largest logit."""
     part = tl.arange(0, PARTS)
     found = tl.load(peaks + part, mask=part < num_parts, other=NEG_INF)
@@ -293,43 +297,3 @@ def better(token, best, score, ids):
     first = tl.min(tl.where(score == top, ids, MOST))
     wins = (top > best) | ((top == best) & (first < token))
     return tl.where(wins, first, token), tl.where(wins, top, best)
-
-
-@triton.jit
-def write_kernel(
-    logits, row_stride, vocab, laws, draws, peaks, firsts, totals, lasts, kept_totals, out,
-    row_peaks, num_parts,
-    PART: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ID_BITS: tl.constexpr,
-    FILTERS: tl.constexpr,
-):  # fmt: skip
-    """Write the log-probabilities that `draw_kernel` draws from, float32 [draws, vocab], -inf where
-    a token is impossible, and the largest logit of every row, float32."""
-    number, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    draw = draws + 4 * number
-    law = laws + 6 * tl.load(draw)
-    parts = number * num_parts
-    peak = peak_of(peaks + parts, num_parts, PARTS)
-    if part == 0:
-        tl.store(row_peaks + number, peak)
-    ids = part * PART + tl.arange(0, PART)
-    inside = ids < vocab
-    temperature = temperature_of(law, False)
-    value = tl.full([PART], NEG_INF, tl.float32)
-    if is_finite(peak):
-        if temperature == 0:
-            first = _first_of_row(peaks + parts, firsts + parts, peak, num_parts, PARTS)
-            value = tl.where(ids == first, 0.0, value)
-        else:
-            row = logits + tl.load(draw + 1) * row_stride
-            x = tl.load(row + ids, mask=inside, other=NEG_INF)
-            scaled = scale_down(x, peak, temperature)
-            total = total_of(totals + parts, num_parts, PARTS)
-            kept = inside
-            if FILTERS & has_filters(law, vocab):
-                total = tl.load(kept_totals + number)
-                top_p, floor, top_k = filters_of(law)
-                in_order = order_key(x, ids, ID_BITS) <= tl.load(lasts + number)
-                kept = in_order & (scaled >= floor)
-            log_prob = (scaled - log_of_weight(total, BITS)).to(tl.float32)
-            value = tl.where(kept, log_prob, NEG_INF)
-    tl.store(out + number * vocab + ids, value, mask=inside)

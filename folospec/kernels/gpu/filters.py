@@ -67,14 +67,16 @@ def narrow_kernel(
     PART: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ID_BITS: tl.constexpr,
 ):  # fmt: skip
     """Write the order keys of a part that filters may keep to `candidates` [draws, parts, PART],
-    and how many there are to `counts` [draws, parts]."""
+    and how many there are to `counts` [draws, parts]. Rows without filters are left alone."""
     draw, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = tl.load(draws + 4 * draw)
     if index < 0:
         return
     law = laws + 6 * index
+    if has_filters(law, vocab) == 0:
+        return
     peak = peak_of(peaks + draw * num_parts, num_parts, PARTS)
-    if (has_filters(law, vocab) & is_finite(peak)) == 0:
+    if is_finite(peak) == 0:
         return
     ids = part * PART + tl.arange(0, PART)
     row = logits + tl.load(draws + 4 * draw + 1) * row_stride
@@ -127,8 +129,10 @@ def select_kernel(
     if index < 0:
         return
     law = laws + 6 * index
+    if has_filters(law, vocab) == 0:
+        return
     peak = peak_of(peaks + draw * num_parts, num_parts, PARTS)
-    if (has_filters(law, vocab) & is_finite(peak)) == 0:
+    if is_finite(peak) == 0:
         return
     part = tl.arange(0, PARTS)
     number = tl.load(counts + draw * num_parts + part, mask=part < num_parts, other=0)

@@ -6,6 +6,7 @@ that is how they are tested on a machine without a GPU.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -17,6 +18,23 @@ import torch
 OLDEST_CAPABILITY = (8, 0)
 """Compute capability of the oldest cards that the kernels are built for: bfloat16 products."""
 
+OLDEST_TRITON = (3, 6)
+"""The oldest Triton that the kernels were compiled with."""
+
+
+def _version(package: str) -> tuple[int, ...] | None:
+    """The first two numbers of an installed package's version; None if it comes under another
+    name, as nightly builds do."""
+    try:
+        parts = importlib.metadata.version(package).split(".")
+        return int(parts[0]), int(parts[1])
+    except (importlib.metadata.PackageNotFoundError, ValueError, IndexError):
+        return None
+
+
+def _dotted(numbers: Sequence[int]) -> str:
+    return ".".join(map(str, numbers))
+
 
 def is_interpreted() -> bool:
     """Whether kernels are interpreted, which works on the CPU too."""
@@ -27,14 +45,16 @@ def why_not() -> str | None:
     """Say why Triton kernels cannot run here; None if they can. Does not import triton."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if (version := _version("triton")) is not None and version < OLDEST_TRITON:
+        return f"triton must be at least {_dotted(OLDEST_TRITON)}, got {_dotted(version)}"
     if is_interpreted():
         return None
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CAPABILITY:
-        wanted, found = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))
-        return f"compute capability must be at least {wanted}, got {found}"
+        wanted = _dotted(OLDEST_CAPABILITY)
+        return f"compute capability must be at least {wanted}, got {_dotted(capability)}"
     return None
 
 

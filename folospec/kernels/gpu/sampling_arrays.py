@@ -23,8 +23,8 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 def sizes(num_walks: int, num_nodes: int) -> dict[str, tuple[torch.dtype, int]]:
     """The type and length of the tensors of `run_walks` for so many walks and nodes of all trees.
 
-    Where there are fewer, "draws" is to be -1 beyond what there is, and the others 0: then a row
-    that nobody asked for costs next to nothing, and its token is -1.
+    Where there are fewer, "draws" is to be -1 beyond what there is, and the others 0: then the
+    logits of a row that nobody asked for are not read, and its token is -1.
     """
     lengths = {
         "laws": LAW * num_walks,
