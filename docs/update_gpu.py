@@ -18,6 +18,7 @@ from gpu_report import Sheet, sheets  # noqa: E402
 from page_sections import fill, read_rows  # noqa: E402
 
 PAGE = DOCS / "gpu.md"
+CHANGES = {True: " with uncommitted changes", False: "", None: ", with or without changes"}
 
 Row = dict[str, Any]
 
@@ -38,7 +39,7 @@ def section(rows: Sequence[Row]) -> str:
 
 def _setting(source: Row) -> str:
     """Hardware, versions, commit and command: what a figure has to name."""
-    changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
+    changed = CHANGES[source["git_uncommitted_changes"]]
     return (
         f"{source['gpu']}, compute capability {source['compute_capability']}, driver "
         f"{source['driver']}, CUDA {source['cuda']}, torch {source['torch']}, triton "

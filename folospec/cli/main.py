@@ -102,6 +102,12 @@ def generate(
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="No CUDA graphs on a GPU.")
     ] = False,
+    run_ahead: Annotated[
+        int | None, typer.Option(help="Tokens that a GPU decodes before they are shown.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and output. Default: the model's.")
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Run plain and speculative in turns and show both."),
@@ -170,6 +176,8 @@ def generate(
             "deterministic": deterministic,
             "gpu_memory_utilization": gpu_memory_utilization,
             "enforce_eager": enforce_eager,
+            "run_ahead": run_ahead,
+            "max_model_len": max_model_len,
             "trace": trace,
         }
         engine = make_engine(model, warm_cache=not compare, **options)

@@ -21,7 +21,8 @@ import triton
 from torch import Tensor
 
 from folospec.kernels.gpu import launch
-from folospec.kernels.gpu.draw import child_kernel, draw_kernel, write_kernel
+from folospec.kernels.gpu.draw import child_kernel, draw_kernel
+from folospec.kernels.gpu.log_probs import write_kernel
 from folospec.kernels.gpu.ratio import block_kernel, rejection_kernel
 from folospec.kernels.gpu.row_passes import NUM_WARPS, RowPasses
 from folospec.kernels.gpu.sampling_arrays import (
@@ -38,25 +39,9 @@ from folospec.kernels.gpu.sampling_arrays import (
     read_trials,
     read_walks,
     result_size,
-    sizes,
 )
 from folospec.kernels.gpu.walk import walk_kernel
 from folospec.kernels.native_sampling import Walk, Walks
-
-__all__ = [
-    "DeviceSampling",
-    "Trials",
-    "arrays_of",
-    "child_arrays",
-    "has_filters",
-    "read_children",
-    "read_trials",
-    "read_walks",
-    "result_size",
-    "sizes",
-]
-
-_ALL_CONSTANTS = "PART PARTS TILE BITS ID_BITS"
 
 
 class DeviceSampling:
@@ -70,7 +55,7 @@ class DeviceSampling:
     """
 
     def __init__(self, part: int | None = None, filtered_rows: int = 128) -> None:
-        self._part, self._filtered_rows = part, filtered_rows
+        self._part, self._num_rows = part, filtered_rows
 
     @staticmethod
     def takes(logits: Tensor) -> bool:
@@ -137,6 +122,18 @@ class DeviceSampling:
         tokens, row_peaks = self.draw_tokens(
             logits, tensors["laws"], tensors["draws"], filters=filters
         )
+        self.walk_trees(tensors, tokens, row_peaks, result, max_nodes=max_nodes)
+
+    def walk_trees(
+        self,
+        tensors: dict[str, Tensor],
+        tokens: Tensor,
+        row_peaks: Tensor,
+        result: Tensor,
+        *,
+        max_nodes: int | None = None,
+    ) -> None:
+        """The second half of `run_walks`, of what `draw_tokens` gave for all rows."""
         num_walks = tensors["trees"].numel() // TREE
         if max_nodes is None:
             max_nodes = tensors["nodes"].numel() // 2
@@ -161,22 +158,13 @@ class DeviceSampling:
         Returns:
             int64 [num_draws], -1 where no token is possible; and the largest logits, float32.
         """
-        passes = RowPasses(logits, laws, draws, self._part_of(logits))
-        peaks, firsts, roughs, _ = passes.scan(0, children=False)
-        totals = passes.weigh(peaks)
+        passes = RowPasses(logits, laws, draws, self._part, filters=filters)
         tokens = torch.empty(passes.num_draws, dtype=torch.int64, device=logits.device)
         row_peaks = torch.empty_like(tokens, dtype=torch.float32)
-        chunks = passes.filter(peaks, totals, on=filters, chunk=self._filtered_rows)
-        for rows, kept in chunks:
-            launch.launch(
-                draw_kernel,
-                (len(tokens[rows]),),
-                *(*passes.inputs, passes.draws[rows], 0),
-                *(peaks[rows], firsts[rows], roughs[rows], totals[rows], *kept),
-                *(tokens[rows], row_peaks[rows], passes.num_parts),
-                FILTERS=filters,
-                **passes.constants(_ALL_CONSTANTS),
-            )
+        for rows, drawn, peaks, firsts, roughs, _, totals, kept in passes.chunks(self._num_rows):
+            found = (drawn, 0, peaks, firsts, roughs, totals, *kept)
+            out = (tokens[rows], row_peaks[rows])
+            passes.launch(draw_kernel, (len(drawn),), *found, *out)
         return tokens, row_peaks
 
     # ---- children of draft nodes ---------------------------------------------------------------
@@ -218,20 +206,15 @@ class DeviceSampling:
             filters: whether any law has some; False is faster.
             advance: added to the positions: those of a later token of the same chains.
         """
-        passes = RowPasses(logits, tensors["laws"], tensors["draws"], self._part_of(logits))
-        peaks, _, roughs, sums = passes.scan(advance, children=True)
-        totals = passes.weigh(peaks) if filters else sums
-        chunks = passes.filter(peaks, totals, on=filters, chunk=self._filtered_rows)
-        for rows, kept in chunks:
-            launch.launch(
-                child_kernel,
-                (len(peaks[rows]),),
-                *(*passes.inputs, passes.draws[rows], advance),
-                *(peaks[rows], roughs[rows], sums[rows], *kept),
-                *(result[:, rows], result.stride(0), passes.num_parts),
-                FILTERS=filters,
-                **passes.constants(_ALL_CONSTANTS),
-            )
+        passes = RowPasses(
+            *(logits, tensors["laws"], tensors["draws"], self._part),
+            filters=filters,
+            children=True,
+            advance=advance,
+        )
+        for rows, drawn, peaks, _, roughs, sums, _, kept in passes.chunks(self._num_rows):
+            found = (drawn, advance, peaks, roughs, sums, *kept)
+            passes.launch(child_kernel, (len(drawn),), *found, result[:, rows], result.stride(0))
 
     # ---- laws, and the rules that judge by them ------------------------------------------------
 
@@ -259,22 +242,14 @@ class DeviceSampling:
         table = np.zeros((count, DRAW), np.int64)
         table[:, 0], table[:, 1] = law_of, np.arange(count)
         arrays = {"laws": np.frombuffer(b"".join(laws), np.int64), "draws": table.ravel()}
-        filters, tensors = has_filters(arrays["laws"]), on_device(arrays, logits.device)
-        passes = RowPasses(logits, tensors["laws"], tensors["draws"], self._part_of(logits))
-        peaks, firsts, _, _ = passes.scan(0, children=False)
-        totals = passes.weigh(peaks)
+        tensors = on_device(arrays, logits.device)
+        passes = RowPasses(logits, **tensors, part=self._part, filters=has_filters(arrays["laws"]))
         row_peaks = torch.empty(count, dtype=torch.float32, device=logits.device)
         out = torch.empty((count, vocab), dtype=torch.float32, device=logits.device)
-        chunks = passes.filter(peaks, totals, on=filters, chunk=self._filtered_rows)
-        for rows, kept in chunks:
-            launch.launch(
-                write_kernel,
-                (len(out[rows]), passes.num_parts),
-                *(*passes.inputs, passes.draws[rows], peaks[rows], firsts[rows], totals[rows]),
-                *(kept.lasts, kept.totals, out[rows], row_peaks[rows], passes.num_parts),
-                FILTERS=filters,
-                **passes.constants("PART PARTS BITS ID_BITS"),
-            )
+        for rows, drawn, peaks, firsts, _, _, totals, kept in passes.chunks(self._num_rows):
+            found = (drawn, peaks, firsts, totals, kept.lasts, kept.totals)
+            grid = (len(drawn), passes.num_parts)
+            passes.launch(write_kernel, grid, *found, out[rows], row_peaks[rows])
         return out, row_peaks
 
     def verify_ratio(self, rule: str, target_probs: Tensor, trials: Trials) -> list[Judged]:
@@ -340,12 +315,6 @@ class DeviceSampling:
             *(tensors["trials"], tensors["nodes"], scratch, result, num_trials),
             **constants,
         )
-
-    def _part_of(self, logits: Tensor) -> int:
-        """About 32 parts, as far as they are of a good size: a row keeps many processors busy."""
-        if self._part is not None:
-            return self._part
-        return min(4096, max(256, triton.next_power_of_2(triton.cdiv(logits.shape[1], 32))))
 
 
 @lru_cache(maxsize=1)
