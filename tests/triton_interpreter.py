@@ -1,11 +1,13 @@
 """Mends Triton's interpreter where it computes other numbers than a card.
 
 It keeps bfloat16 as the integers of its bits, multiplies them as such in `tl.dot`, and cuts float32
-off where a card rounds to the nearest.
+off where a card rounds to the nearest. And it replaces the whole language whenever a kernel calls a
+function, for which once in a launch is enough.
 """
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -25,6 +27,27 @@ def mend() -> None:
     InterpreterBuilder.is_mended = True
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
+    _replace_once()
+
+
+def _replace_once() -> None:
+    """Functions see the language as `tl`, or as `tl.core`, which are replaced one by one."""
+    function, launch = interpreter.InterpretedFunction, interpreter.GridExecutor.__call__
+    replaced: set[bool] = set()
+
+    def call(self, *args, **kwargs):
+        is_core = tl.core in (self.fn.__globals__.get(name) for name in ("tl", "core"))
+        if is_core not in replaced:
+            interpreter._patch_lang(self.fn)
+            replaced.add(is_core)
+        return self.rewrite()(*args, **kwargs)
+
+    def call_kernel(self, *args, **kwargs):
+        replaced.clear()
+        launch(self, *args, **kwargs)
+
+    function.__call__ = call
+    interpreter.GridExecutor.__call__ = call_kernel
 
 
 def _widen(handle):

@@ -203,8 +203,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]  # torch may add all that it has kernels for
         raise ValueError(
-            f"device must be 'auto' or a torch device of this machine, got {name!r}: {error}"
+            f"device must be 'auto' or a torch device of this machine, got {name!r}: {reason}"
         ) from None
     if device.type == "cuda":  # where kernels are launched, whatever tensors they are given
         device = torch.device(

@@ -17,7 +17,7 @@ NUM_SEQS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 FACTORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Rows for each sequence of a bucket, on average."""
 MAX_ROWS = 512
-"""Larger steps are launched kernel by kernel: their products take long enough to hide it."""
+"""Larger steps are launched kernel by kernel."""
 
 
 MAX_ROWS_EACH = 64

@@ -34,7 +34,8 @@ def row(kind: str, **entries: Any) -> dict[str, Any]:
 
 
 def step(**entries: Any) -> dict[str, Any]:
-    shape = {"model": "grown 1.2b", "shape": "batch", "rows": 1, "context": 512}
+    shape = {"model": "grown 1.2b", "shape": "plain", "rows": 1, "context": 512}
+    shape["run_ahead"] = 8
     times = {"ms": 1.234, "limit_ms": 1.0, "share_of_limit": 0.81, "share_of_read": 0.81}
     return row("step", **shape, **times, ratio_to_first=1.0, deterministic=None, **entries)
 
@@ -52,7 +53,7 @@ def page() -> str:
 def test_times_verdicts_and_their_source_are_on_the_page(updated: Any, page: str) -> None:
     end = row("end", end="short of time", seconds=50.0)
     found = updated(page, [step(), end])
-    assert "| grown 1.2b | batch | 1 | 512 | 1.23 | 1 | 1 | 0.81 | - |" in found
+    assert "| grown 1.2b | plain | 1 | 512 | 8 | 1.23 | 1 | 1 | 0.81 | - |" in found
     assert "share of the bandwidth limit | at least 0.8 | 0.81 | met |" in found
     assert "| kernels: failed checks | at most 0 | - | not measured |" in found
     assert "Some GPU, compute capability 9.0, driver 600.1, CUDA 13.0" in found
@@ -60,6 +61,12 @@ def test_times_verdicts_and_their_source_are_on_the_page(updated: Any, page: str
     assert "Not complete: steps grown." in found
     assert "No run of the check on a GPU" not in found
     assert updated(found, [step()]).count("### Steps") == 1
+
+
+def test_whether_the_commit_was_changed_is_said_or_not_known(updated: Any, page: str) -> None:
+    for changes, words in ((True, "with uncommitted changes, 2026"), (None, "changes not known, 2026")):
+        source = {**PROVENANCE, "git_uncommitted_changes": changes}
+        assert f"commit 0123456789 {words}" in updated(page, [{**step(), "provenance": source}])
 
 
 def test_rows_of_a_cpu_are_refused(updated: Any, page: str) -> None:

@@ -11,8 +11,9 @@ import pytest
 from harness import make_llm
 
 from folospec.engine import step_timing
-from folospec.engine.step_timing import read_points, write_points
+from folospec.engine.step_timing import in_buckets, read_points, write_points
 from folospec.kernels.build import BuildError
+from folospec.spec.step_cost import CostCurve
 
 KEY = {"model": "m", "threads": 2}
 POINTS = {1: 0.001, 8: 0.002}
@@ -123,3 +124,10 @@ def test_what_changes_the_figures_has_figures_of_its_own(
     make_llm(models.target, "auto", dtype="bfloat16")
     make_llm(models.target, "auto", dtype="bfloat16", max_num_seqs=8, **change)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_pass_that_runs_as_a_graph_costs_what_its_bucket_costs() -> None:
+    points = in_buckets({1: 1.0, 2: 1.1, 4: 1.5, 8: 3.0})
+    curve = CostCurve(points)
+    assert [curve.at(rows) for rows in range(1, 9)] == [1.0, 1.1, 1.5, 1.5, 3.0, 3.0, 3.0, 3.0]
+    assert CostCurve({1: 1.0, 2: 1.1, 4: 1.5, 8: 3.0}).at(5) < 3.0, "elsewhere it is in between"

@@ -98,7 +98,7 @@ class RowPasses:
         shape, device = (self.num_draws, self.num_parts), self.logits.device
         peaks, roughs, sums = torch.empty((3, *shape), dtype=torch.float32, device=device)
         firsts = torch.empty(shape, dtype=torch.int32, device=device)
-        found = peaks, firsts, roughs, sums
+        found = (peaks, firsts, roughs, sums)
         self.launch(scan_kernel, shape, self.draws, self.advance, *found)
         totals = torch.empty(shape, dtype=torch.int64, device=device)
         if self.filters or not self.children:
@@ -107,8 +107,8 @@ class RowPasses:
         step = filtered_rows if self.filters else max(self.num_draws, 1)
         for begin in range(0, self.num_draws, step):
             rows = slice(begin, min(begin + step, self.num_draws))
-            of_rows = (tensor[rows] for tensor in (self.draws, *found, totals))
-            chunk = Chunk(rows, *of_rows, kept)
+            known = (self.draws[rows], peaks[rows], firsts[rows], roughs[rows], sums[rows])
+            chunk = Chunk(rows, *known, totals[rows], kept)
             if self.filters:
                 self._filter(chunk)
             yield chunk

@@ -29,14 +29,12 @@ from folospec.kernels.gpu.sampling_arrays import (
     DRAW,
     TREE,
     TRIAL,
-    Judged,
     Trials,
     arrays_of,
     child_arrays,
     has_filters,
     on_device,
     read_children,
-    read_trials,
     read_walks,
     result_size,
 )
@@ -243,7 +241,10 @@ class DeviceSampling:
         table[:, 0], table[:, 1] = law_of, np.arange(count)
         arrays = {"laws": np.frombuffer(b"".join(laws), np.int64), "draws": table.ravel()}
         tensors = on_device(arrays, logits.device)
-        passes = RowPasses(logits, **tensors, part=self._part, filters=has_filters(arrays["laws"]))
+        passes = RowPasses(
+            *(logits, tensors["laws"], tensors["draws"], self._part),
+            filters=has_filters(arrays["laws"]),
+        )
         row_peaks = torch.empty(count, dtype=torch.float32, device=logits.device)
         out = torch.empty((count, vocab), dtype=torch.float32, device=logits.device)
         for rows, drawn, peaks, firsts, _, _, totals, kept in passes.chunks(self._num_rows):
@@ -252,18 +253,8 @@ class DeviceSampling:
             passes.launch(write_kernel, grid, *found, out[rows], row_peaks[rows])
         return out, row_peaks
 
-    def verify_ratio(self, rule: str, target_probs: Tensor, trials: Trials) -> list[Judged]:
-        """Judge all sequences by "rejection" or "block", with one host read. The verdicts are
-        those of `spec.verify` with `KeyedCoins`, as far as float32 sums agree.
-
-        Args:
-            target_probs: float32 [*, vocab_size], the rows' distributions.
-            trials: the sequences.
-        """
-        return read_trials(self.start_ratio(rule, target_probs, trials).cpu(), trials)
-
     def start_ratio(self, rule: str, target_probs: Tensor, trials: Trials) -> Tensor:
-        """`verify_ratio` with the result, for `read_trials`, left on the device."""
+        """`run_ratio` for these sequences; the result, for `read_trials`, is left on the device."""
         tensors = on_device(trials.arrays(), target_probs.device)
         size = result_size(len(trials), trials.num_nodes)
         result = torch.empty(size, dtype=torch.int64, device=target_probs.device)
@@ -281,7 +272,8 @@ class DeviceSampling:
         *,
         max_nodes: int,
     ) -> None:
-        """Judge all sequences. Nothing is read on the host.
+        """Judge all sequences. Nothing is read on the host. The verdicts are those of `spec.verify`
+        with `KeyedCoins`, as far as float32 sums agree.
 
         Args:
             rule: "rejection", or "block", which judges chains.

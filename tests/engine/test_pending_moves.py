@@ -1,0 +1,61 @@
+"""The moves of a step are made at once: no sequence's touch those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from harness import OracleTreeDrafter, assert_speculated, futures_of, make_llm, run
+
+from folospec.worker.kv_cache import KVCache, PendingMoves
+
+
+class Watch:
+    """Looks at every step's moves before they are made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_steps = 0
+        self._touched: list[set[tuple[int, int]]] = []
+        add, make = PendingMoves.add, PendingMoves.make
+
+        def watched_add(
+            moves: PendingMoves, kv: KVCache, sources: Sequence[int], targets: Sequence[int]
+        ) -> None:
+            self._touched.append({(id(kv), slot) for slot in (*sources, *targets)})
+            add(moves, kv, sources, targets)
+
+        def watched_make(moves: PendingMoves) -> None:
+            self.check()
+            make(moves)
+
+        monkeypatch.setattr(PendingMoves, "add", watched_add)
+        monkeypatch.setattr(PendingMoves, "make", watched_make)
+
+    def check(self) -> None:
+        self.num_steps += len(self._touched) > 1
+        assert sum(map(len, self._touched)) == len(set().union(*self._touched))
+        self._touched.clear()
+
+
+def test_sequences_never_touch_the_rows_of_each_other(
+    monkeypatch: pytest.MonkeyPatch, models: Any
+) -> None:
+    OracleTreeDrafter.futures = futures_of(run(make_llm(models.target)))
+    watch = Watch(monkeypatch)
+    speculative = {"method": "oracle_tree", "num_speculative_tokens": 12}
+    result = run(make_llm(models.target, speculative=speculative))
+    assert_speculated(result.stats, moved=True)
+    assert watch.num_steps > 3, "several sequences moved rows in one step"
+
+
+def test_moves_that_touch_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    Watch(monkeypatch)
+    cpu = torch.device("cpu")
+    kv = KVCache([(1, 4)], num_blocks=4, block_size=4, dtype=torch.float32, device=cpu)
+    moves = PendingMoves()
+    moves.add(kv, [5], [2])
+    moves.add(kv, [7], [5])
+    with pytest.raises(AssertionError):
+        moves.make()
