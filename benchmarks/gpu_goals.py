@@ -107,7 +107,7 @@ GOALS = (
         f"{MODEL}, plain, batch 1: share of the bandwidth limit",
         0.80,
         True,
-        _step("share_of_read", model=MODEL, shape="batch", rows=1, context=512),
+        _step("share_of_read", model=MODEL, shape="plain", context=512),
     ),
     Goal(
         f"{MODEL}: a step with 16 rows over one with 1 row",
@@ -123,12 +123,12 @@ GOALS = (
     ),
     *(
         Goal(
-            f"{model}, batch {batch}: plain over the fastest way of transformers",
+            f"{model}, batch {batch}: plain over the fastest way of transformers{without}",
             2.0,
             True,
             _over_transformers(model, batch),
         )
-        for model in (MODEL, "8b")
+        for model, without in ((MODEL, ""), ("8b", " (no draft model)"))
         for batch in (1, 8, 64)
     ),
 )

@@ -26,7 +26,8 @@ from typing import Any
 Row = dict[str, Any]
 
 START_SECONDS = 60.0
-"""What a process may take beyond its job's seconds: imports, and the unit that it is at."""
+"""What a process may take beyond its job's seconds, if the whole check has the time: imports, and
+the unit that it is at."""
 THREADS = "2"
 """Of torch on the host, for each of the jobs that run side by side."""
 TAIL_CHARACTERS = 2000
@@ -90,15 +91,23 @@ def rows_of(job: Job, context: Context) -> Iterator[Row]:
     begin, failed, lost = time.monotonic(), False, False
     try:
         module, _, function = job.entry.rpartition(".")
-        for row in getattr(importlib.import_module(module), function)(context, **job.arguments):
-            lost |= "resume" in row
-            yield {**known, **row}
+        with importlib.import_module("gpu_engines").watched() as engines:
+            for row in getattr(importlib.import_module(module), function)(context, **job.arguments):
+                lost |= "resume" in row
+                yield {**known, **row}
+                yield from ({**known, **engine} for engine in _taken(engines))
+            yield from ({**known, **engine} for engine in _taken(engines))
     except Exception as error:  # whatever it is, the other jobs go on
         failed = True
         yield {**known, **failure(error)}
     end = "short of time" if context.budget.was_short else COMPLETE
     end = "failed" if failed else "device lost" if lost else end
     yield {**known, "kind": "end", "end": end, "seconds": time.monotonic() - begin}
+
+
+def _taken(rows: list[Row]) -> list[Row]:
+    taken, rows[:] = rows[:], []
+    return taken
 
 
 def failure(error: BaseException) -> Row:
@@ -128,17 +137,18 @@ def guarded(rows: Iterable[Row], **known: Any) -> Iterator[Row]:
 
 
 def run_in_process(
-    job: Job, context: Context, command: list[str], emit: Callable[[Row], None]
+    job: Job, context: Context, command: list[str], emit: Callable[[Row], None], last: float
 ) -> None:
-    """Run a job by a command that ends with this job's arguments; give its rows to `emit`.
+    """Run a job by a command that ends with this job's arguments; give its rows to `emit`. At
+    `last`, a time of the monotonic clock, it is ended whatever it is at.
 
     A job whose device is lost says so by a row with "resume", and is started again behind the unit
     that broke it, while there is time.
     """
     resume = 0
     while True:
-        seconds = context.budget.seconds_left
-        rows, end = _run_once(job, seconds, [*command, "--resume", str(resume)], context, emit)
+        resumed = [*command, "--resume", str(resume)]
+        rows, end = _run_once(job, resumed, context, emit, last)
         lost = next((row for row in reversed(rows) if "resume" in row), None)
         if end is not None:
             emit({"section": job.section, "part": job.part, **end})
@@ -148,9 +158,10 @@ def run_in_process(
 
 
 def _run_once(
-    job: Job, seconds: float, command: list[str], context: Context, emit: Callable[[Row], None]
+    job: Job, command: list[str], context: Context, emit: Callable[[Row], None], last: float
 ) -> tuple[list[Row], Row | None]:
     """One process: its rows, and a row of failure if it did not end by itself."""
+    seconds = context.budget.seconds_left
     log = context.folder / f"{job.section}-{job.part}.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -166,7 +177,8 @@ def _run_once(
             hung.set()
             process.kill()
 
-        watch = threading.Timer(seconds + START_SECONDS, end)
+        allowed = min(seconds + START_SECONDS, last - time.monotonic())
+        watch = threading.Timer(max(allowed, 0.0), end)
         watch.start()
         rows = []
         assert process.stdout is not None

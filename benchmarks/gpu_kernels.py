@@ -22,7 +22,8 @@ CASES = ROOT / "tests" / "kernels"
 def check(context: Context, folder: str, module: str, seeds: int) -> Iterator[Row]:
     """Run the cases of a module, those of the first seed first; a row for each.
 
-    After an error that costs the process its device, the row has "resume": the number of cases that
+    The first case that there was no time for is named in a row, and the job is not complete. After
+    an error that costs the process its device, the row has "resume": the number of cases that
     a new process can leave out.
     """
     if not context.on_gpu:
@@ -38,6 +39,7 @@ def check(context: Context, folder: str, module: str, seeds: int) -> Iterator[Ro
             if done <= context.resume:
                 continue
             if not context.budget.allows():
+                yield {"kind": "not begun", "case": case.name, "seed": seed}
                 return
             row = {"kind": "kernel", "case": case.name, "seed": seed, **_run(case)}
             if row.pop("lost", False):

@@ -35,7 +35,7 @@ SEED = 11
 NUM_PROMPTS = 8
 SAMPLINGS = ("greedy", "sampled")
 MAX_TOKENS, QUICK_TOKENS = 40, 12
-TIGHT = {"num_blocks": 22, "max_num_batched_tokens": 64}
+TIGHT = {"num_blocks": 18, "max_num_batched_tokens": 64}
 COUNTS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "num_moved_rows")
 EVENTS = ("num_preemptions", "prefix_cache_hits")
 
@@ -163,7 +163,7 @@ def make_engine(
         deterministic=deterministic,
         skip_tokenizer_init=True,
         strict_drafters=True,
-        max_num_seqs=NUM_PROMPTS + 2,
+        max_num_seqs=NUM_PROMPTS,
         **work.options,
         **options,
     )
@@ -177,7 +177,7 @@ def generate(engine: LLM, work: Work, sampling: str) -> tuple[Tokens, Row]:
     )
     after = engine.stats()
     counts: Row = {name: after[name] - before[name] for name in (*COUNTS, *EVENTS)}
-    counts["promise"] = after["lossless"]
+    counts |= {"promise": after["lossless"], "num_cuda_graphs": after["num_cuda_graphs"]}
     return [[c.token_ids for c in output.outputs] for output in outputs], counts
 
 
@@ -218,6 +218,8 @@ def proof(rows: list[Row], model: str) -> Row:
         lacking.append("num_preemptions" if model == "tiny" else "prefix_cache_hits")
     if rows[0]["deterministic"] and rows[0]["promise"] != "bit":
         lacking.append("the promise of bits")
+    if rows[0]["mode"] == "graphs" and not rows[0]["num_cuda_graphs"]:
+        lacking.append("CUDA graphs")
     return {**total, "lacking": lacking, "passed": not lacking}
 
 

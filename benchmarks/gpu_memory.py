@@ -1,4 +1,5 @@
-"""Memory that an engine takes at most, beside what it was told that it may take."""
+"""Memory that an engine takes at most, beside what it was told that it may take; and weights in 8
+bits: their bytes, and the time of a step, beside the model's own type."""
 
 from __future__ import annotations
 
@@ -6,30 +7,62 @@ from collections.abc import Iterator
 
 import torch
 from gpu_checkpoints import DEMO, DEMO_DRAFT, grown, grown_name, random_prompts
-from gpu_device import synchronize
-from gpu_jobs import Context, Row
+from gpu_device import measure_machine, synchronize
+from gpu_jobs import Context, Row, guarded
+from gpu_steps import Bench
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from folospec import LLM, SamplingParams
+from folospec.models.decoder import Decoder
 
-SHARES = (0.3, 0.6)
+PLAIN_SHARE, DRAFT_SHARE = 0.3, 0.6
 HOST_BYTES = 8 << 20
-BATCH, PROMPT_TOKENS, NEW_TOKENS = 64, 256, 16
+BATCH, PROMPT_TOKENS, NEW_TOKENS = 32, 256, 16
 QUICK_BATCH, QUICK_PROMPT_TOKENS = 2, 20
 SLACK = 0.02
 """Share of the card that the allocator may round up to."""
 
 
 def check(context: Context) -> Iterator[Row]:
-    """A row for every share of the card's memory that is asked for, with and without a drafter."""
+    """A row without a drafter and one with, for two shares of the card's memory; then weights."""
     path, name = (DEMO, "demo") if context.quick else (grown(context), grown_name(context))
     draft = {"method": "draft_model", "model": DEMO_DRAFT, "num_speculative_tokens": 5}
-    for share in SHARES if context.on_gpu else (None,):
-        for speculative in (None, draft):
-            if not context.budget.allows():
-                return
-            row = _measure(context, path, share, speculative)
-            drafter = speculative and speculative["method"]
-            yield {"kind": "memory", "model": name, "drafter": drafter, **row}
+    for share, speculative in ((PLAIN_SHARE, None), (DRAFT_SHARE, draft)):
+        if not context.budget.allows():
+            return
+        row = _measure(context, path, share if context.on_gpu else None, speculative)
+        drafter = speculative and speculative["method"]
+        yield {"kind": "memory", "model": name, "drafter": drafter, **row}
+    bench = Bench.of(context, name, path, measure_machine(context.device, context.quick))
+    for quantization in (None, "int8"):
+        if not context.budget.allows():
+            return
+        known = {"kind": "weights", "model": name, "quantization": quantization}
+        for row in guarded(_weights(bench, quantization, 20 if context.quick else 512), **known):
+            yield {**known, **row}
+
+
+def _weights(bench: Bench, quantization: str | None, length: int) -> Iterator[Row]:
+    """Bytes of the layers' matrices, and the time of a step; or why there is none."""
+    try:
+        engine = bench.engine(1, length, quantization=quantization)
+    except ValueError as error:  # torchao is not there
+        yield {"skipped": str(error)}
+        return
+    model = engine.engine.parts.target.model
+    assert isinstance(model, Decoder)
+    matrices = [(layer.qkv, layer.output, layer.gate_up, layer.down) for layer in model.layers]
+    num_bytes = sum(_num_bytes(matrix) for layer in matrices for matrix in layer)
+    yield {"weight_bytes": num_bytes, "ms": bench.measure(engine, "batch", 1, length)["ms"]}
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Those of the tensors that it consists of: torchao's has values and scales."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_num_bytes(getattr(tensor, name)) for name in names)
+    return tensor.nbytes
 
 
 def _measure(context: Context, path: str, share: float | None, speculative: Row | None) -> Row:

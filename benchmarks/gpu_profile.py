@@ -17,14 +17,15 @@ NAME_CHARACTERS = 80
 
 
 def profiled(llm: LLM, prompt: list[int], drafts: int | None, device: str) -> dict[str, Any]:
-    """A row about steps of one sequence, with so many drafts.
+    """A row about steps of one sequence, with so many drafts or as far ahead as the engine goes.
 
     Profiling is of use, but no check: where it fails the row says why.
     """
     engine, row = llm.engine, {"kind": "profile", "steps": STEPS, "kernels": []}
+    row["run_ahead"] = engine.run_ahead.length
     params = SamplingParams(
         temperature=0.0,
-        max_tokens=4 * STEPS + (drafts or 0),
+        max_tokens=2 * STEPS * engine.run_ahead.length + (drafts or 0),
         ignore_eos=True,
         num_speculative_tokens=drafts,
     )

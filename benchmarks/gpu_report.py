@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_goals import GOALS, find
+from gpu_goals import CHECKS, GOALS, find
+from gpu_jobs import COMPLETE, Job
 
 Row = dict[str, Any]
 
@@ -24,6 +25,7 @@ def sheets(rows: Sequence[Row]) -> list[Sheet]:
     """A table for every part that has rows; the verdicts come last."""
     made = [
         _kernels(rows),
+        _not_begun(rows),
         _lossless(rows),
         _bits(rows),
         _rules(rows),
@@ -32,7 +34,10 @@ def sheets(rows: Sequence[Row]) -> list[Sheet]:
         _backends(rows),
         _linears(rows),
         _throughput(rows),
+        _notes(rows),
         _memory(rows),
+        _weights(rows),
+        _engines(rows),
         _profiles(rows),
         _ends(rows),
         _failures(rows),
@@ -54,6 +59,20 @@ def failed(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.get("passed") is False]
 
 
+def unproven(rows: Sequence[Row], sections: Iterable[str], jobs: Sequence[Job]) -> list[str]:
+    """The sections of checks without a job, and their jobs that did not come to their end or
+    checked nothing."""
+    asked = [section for section in CHECKS if section in sections]
+    found = [section for section in asked if section not in {job.section for job in jobs}]
+    for job in jobs:
+        own = find(rows, section=job.section, part=job.part)
+        ends = [row["end"] for row in find(own, kind="end")]
+        is_proven = ends[-1:] == [COMPLETE] and any("passed" in row for row in own)
+        if job.section in asked and not is_proven:
+            found.append(job.name)
+    return found
+
+
 def number(value: Any) -> str:
     """A cell: figures with three digits that count, "-" for what is not there."""
     if value is None:
@@ -62,7 +81,7 @@ def number(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _cells(row: Row, names: Sequence[str]) -> tuple[str, ...]:
@@ -100,6 +119,11 @@ def _kernels(rows: Sequence[Row]) -> Sheet:
         )
     header = ("kernels", "checks", "seeds", "failed", "largest error", "failed cases")
     return Sheet("Kernels against their oracles", header, lines)
+
+
+def _not_begun(rows: Sequence[Row]) -> Sheet:
+    columns = {"kernels": "part", "first case without time": "case", "seed": "seed"}
+    return _listed("Kernels not checked to the end", find(rows, kind="not begun"), columns)
 
 
 def _lossless(rows: Sequence[Row]) -> Sheet:
@@ -151,7 +175,8 @@ def _ceilings(rows: Sequence[Row]) -> Sheet:
     return _listed("What the device can do", find(rows, kind="ceilings"), columns)
 
 
-STEP = {"model": "model", "shape": "shape", "rows": "rows", "context": "context", "ms": "ms"}
+STEP = {"model": "model", "shape": "shape", "rows": "rows", "context": "context"}
+STEP |= {"run ahead": "run_ahead", "ms": "ms"}
 SHARES = {"of the first": "ratio_to_first", "limit ms": "limit_ms", "share": "share_of_limit"}
 
 
@@ -186,6 +211,22 @@ def _memory(rows: Sequence[Row]) -> Sheet:
     columns |= {"asked bytes": "asked_bytes", "taken": "taken_bytes", "KV": "kv_bytes"}
     columns |= {"peak allocated": "peak_allocated_bytes", "peak reserved": "peak_reserved_bytes"}
     return _listed("Memory", find(rows, kind="memory"), {**columns, "passed": "passed"})
+
+
+def _notes(rows: Sequence[Row]) -> Sheet:
+    return _listed("Notes", find(rows, kind="note"), {"model": "model", "": "note"})
+
+
+def _weights(rows: Sequence[Row]) -> Sheet:
+    columns = {"model": "model", "quantization": "quantization", "bytes of layers": "weight_bytes"}
+    columns |= {"ms a step": "ms", "": "skipped"}
+    return _listed("Weights in 8 bits", find(rows, kind="weights"), columns)
+
+
+def _engines(rows: Sequence[Row]) -> Sheet:
+    columns = {"section": "section", "part": "part", "model": "model", "drafters": "drafters"}
+    columns |= {"sequences": "max_num_seqs", "graphs": "num_graphs", "s": "warm_up_seconds"}
+    return _listed("Warm-up of engines with CUDA graphs", find(rows, kind="engine"), columns)
 
 
 def _profiles(rows: Sequence[Row]) -> Sheet:

@@ -140,7 +140,12 @@ def check_cpu(context: Context) -> Iterator[Row]:
     found = []
     for device, attention in (("cpu", "torch"), (context.device, "auto")):
         engine = LLM(
-            DEMO, device=device, dtype="float32", attention_backend=attention, num_blocks=128
+            DEMO,
+            device=device,
+            dtype="float32",
+            attention_backend=attention,
+            num_blocks=128,
+            max_num_seqs=NUM_PROMPTS,
         )
         outputs = engine.generate(_asked(prompts), params, use_tqdm=False)
         found.append([output.outputs[0].token_ids for output in outputs])

@@ -1,10 +1,12 @@
 """What a step costs on the device: by its rows, by the batch, by the attention backend, and with
 every sum in one order.
 
+    plain   one sequence, as who asks for nothing gets it: a step may have several tokens
     chain   one sequence, its last token and drafts behind it: 1 to 64 rows
     batch   as many sequences, each with its last token: 1 to 128 rows
 
-A time is the whole step as its caller sees it, tokens in hand. The limit beside it is that of the
+A time is the whole step as its caller sees it, tokens in hand; of plain decoding it is that of a
+token. Chains and batches are single steps, `run_ahead=1`. The limit beside it is that of the
 bytes the step must read, over the copy bandwidth measured in the same process just before.
 """
 
@@ -16,17 +18,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from gpu_checkpoints import DEMO, grown, grown_name, name_8b, random_prompts, vocab_size_8b
-from gpu_device import ceilings, measure_machine, median_seconds, synchronize
+from gpu_device import ceilings, measure_machine, synchronize
 from gpu_drafters import chains
 from gpu_jobs import Context, Row, guarded
-from gpu_kernels import interpret
+from gpu_linears import linears
 from gpu_profile import profiled
 from limits import Machine, Work
 from step_cost import limit_of, timed_steps
 
 from folospec import LLM, SamplingParams
+from folospec.engine.run_ahead import DEFAULT
 from folospec.models.loader import resolve_model
 
 DTYPE = "bfloat16"
@@ -42,10 +44,6 @@ BLOCK_SIZES = {"triton": 16, "flash_attn": 256, "xformers": 256, "torch": 16}
 """Of the attention backends; the libraries take large blocks only."""
 HOST_BLOCK_SIZES = {"native": 16, "torch": 16, "flash_attn": 256}
 """The same where there is no GPU. Interpreted, triton would take minutes."""
-LINEARS = {"1.2b qkv": (3072, 2048), "1.2b down": (2048, 8192), "8b gate and up": (28672, 4096)}
-LINEAR_ROWS = (1, 4, 16, 64, 256)
-ROTATED_BYTES = 256 << 20
-"""Weights that are used in turn, so that no call finds its own in the cache."""
 
 
 class StepTimer:
@@ -81,7 +79,9 @@ class Bench:
         return cls(model, path, vocab, machine, work, context.device, steps)
 
     def engine(self, most_rows: int, tokens: int, speculative: Any = None, **options: Any) -> LLM:
-        """An engine for so many sequences, or for one with so many rows, and so many tokens."""
+        """An engine for so many sequences, or for one with so many rows, and so many tokens. It
+        comes back for every token unless `run_ahead` is given."""
+        options.setdefault("run_ahead", 1)
         block_size = options.setdefault("block_size", BLOCK_SIZE)
         return LLM(
             self.path,
@@ -122,9 +122,42 @@ class Bench:
             "shape": shape,
             "rows": rows,
             "context": context,
+            "run_ahead": engine.engine.run_ahead.length,
             "steps": len(steps),
             "ms": milliseconds,
             **limit_of(self.machine, self.work, lengths, rows // sequences, DTYPE, times),
+        }
+
+    def measure_plain(self, engine: LLM, context: int) -> Row:
+        """The time of a token of one sequence, of however many a step has, and its limit."""
+        core, known = engine.engine, {"kind": "step", "model": self.model, "dtype": DTYPE}
+        ahead = core.run_ahead.length
+        params = SamplingParams(
+            temperature=0.0, max_tokens=plain_tokens(self.num_steps, ahead), ignore_eos=True
+        )
+        [prompt] = random_prompts(self.vocab_size, 1, [context])
+        request = core.add_request({"prompt_token_ids": prompt}, params)
+        [seq] = core.requests[request].group.sequences
+        while seq.num_output_tokens <= 1:  # the prompt, and a step to warm up
+            core.step(finished_only=True)
+        synchronize(self.device)
+        before, begin = core.stats()["num_output_tokens"], time.perf_counter()
+        for _ in range(self.num_steps):
+            core.step(finished_only=True)
+        seconds = time.perf_counter() - begin
+        tokens = core.stats()["num_output_tokens"] - before
+        if request not in core.requests:
+            raise RuntimeError("the request ended before its steps did")
+        core.abort(request)
+        times = {"total_ms": 1e3 * seconds / tokens}
+        shape = {"shape": "plain", "rows": 1, "context": context, "run_ahead": ahead}
+        return {
+            **known,
+            **shape,
+            "steps": self.num_steps,
+            "tokens": tokens,
+            "ms": times["total_ms"],
+            **limit_of(self.machine, self.work, [context + tokens // 2], 1, DTYPE, times),
         }
 
     def series(
@@ -141,10 +174,12 @@ class Bench:
 
 
 def check_rows(context: Context) -> Iterator[Row]:
-    """The grown model: rows, batches, contexts; then the same, one order of sums."""
+    """The grown model: plain, rows, batches, contexts; then some of them, one order of sums."""
     machine = measure_machine(context.device, context.quick)
     yield ceilings(machine)
     bench = Bench.of(context, grown_name(context), grown(context), machine)
+    for row in guarded(_plain(context, bench), shape="plain"):
+        yield {**row, "deterministic": None}
     fast: dict[tuple[str, int, int], float] = {}
     for deterministic in (None, True):
         known = {"deterministic": deterministic}
@@ -154,6 +189,22 @@ def check_rows(context: Context) -> Iterator[Row]:
                     key = row["shape"], row["rows"], row["context"]
                     row["over_fast"] = row["ms"] / fast.setdefault(key, row["ms"])
                 yield {**row, **known}
+
+
+def _plain(context: Context, bench: Bench) -> Iterator[Row]:
+    """Plain decoding as it is without any option, and where its time goes."""
+    length = 20 if context.quick else SHORT
+    engine = bench.engine(1, length + plain_tokens(bench.num_steps, DEFAULT), run_ahead=None)
+    yield bench.measure_plain(engine, length)
+    if context.budget.allows():
+        [prompt] = random_prompts(bench.vocab_size, 1, [length])
+        found = profiled(engine, prompt, None, context.device)
+        yield {**found, "model": bench.model, "shape": "plain", "rows": 1, "context": length}
+
+
+def plain_tokens(num_steps: int, ahead: int) -> int:
+    """Tokens of so many steps, and of those before them, with room for one more."""
+    return (num_steps + 3) * ahead
 
 
 def _shape(context: Context, bench: Bench, shape: str, deterministic: bool | None) -> Iterator[Row]:
@@ -175,11 +226,10 @@ def _shape(context: Context, bench: Bench, shape: str, deterministic: bool | Non
         return
     at_long = all_rows if shape == "chain" else [n for n in LONG_BATCHES if n <= most]
     yield from bench.series(context, engine, shape, at_long, long)
-    if context.budget.allows(1.0 if context.quick else 5.0):
-        rows = min(16, most) if shape == "chain" else 1
+    if shape == "chain" and context.budget.allows(1.0 if context.quick else 5.0):
+        rows = min(16, most)
         [prompt] = random_prompts(bench.vocab_size, 1, [short])
-        drafts = rows - 1 if shape == "chain" else None
-        found = profiled(engine, prompt, drafts, context.device)
+        found = profiled(engine, prompt, rows - 1, context.device)
         yield {**found, "model": bench.model, "shape": shape, "rows": rows, "context": short}
 
 
@@ -215,53 +265,3 @@ def _backend(
     for shape, llm, all_rows in (("batch", engine, (1, size)), ("chain", chain, (most,))):
         for row in bench.series(context, llm, shape, all_rows, length):
             yield {**row, "kind": "backend"}
-
-
-def linears(context: Context, machine: Machine) -> Iterator[Row]:
-    """The linear of the deterministic mode, whose sums have one order, beside torch's."""
-    if not context.on_gpu:
-        interpret()
-    from folospec.kernels.gpu.linear import linear
-
-    shapes = {"small": (40, 48)} if context.quick else LINEARS
-    for name, (columns, size) in shapes.items():
-        num_bytes = 2 * columns * size
-        copies = 2 if context.quick else max(2, ROTATED_BYTES // num_bytes)
-        weights = [
-            torch.randn(columns, size, dtype=torch.bfloat16, device=context.device)
-            for _ in range(copies)
-        ]
-        for rows in (1, 4) if context.quick else LINEAR_ROWS:
-            if not context.budget.allows():
-                return
-            x = torch.randn(rows, size, dtype=torch.bfloat16, device=context.device)
-            calls = 3 if context.quick else 2 * copies + 11
-            own, torchs = (
-                median_seconds(_in_turn(op, x, weights), context.device, calls)
-                for op in (linear, torch.nn.functional.linear)
-            )
-            least = num_bytes / machine.bytes_per_second
-            yield {
-                "kind": "linear",
-                "weight": name,
-                "columns": columns,
-                "inner": size,
-                "rows": rows,
-                "own_ms": 1e3 * own,
-                "torch_ms": 1e3 * torchs,
-                "own_over_torch": own / torchs,
-                "limit_ms": 1e3 * least,
-                "share_of_limit": least / own,
-            }
-
-
-def _in_turn(op: Any, x: torch.Tensor, weights: list[torch.Tensor]) -> Any:
-    """A call of `op` that takes the next weight every time."""
-    place = 0
-
-    def call() -> None:
-        nonlocal place
-        place = (place + 1) % len(weights)
-        op(x, weights[place])
-
-    return call

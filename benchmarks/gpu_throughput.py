@@ -272,8 +272,10 @@ def _load_pair(context: Context, path: str) -> Loaded:
 
 def _make_8b(context: Context) -> Field:
     path = write_8b_config(context.folder / "8b", context.quick)
-    note = "random weights; after every token comes the next, so a lookup finds nothing"
-    notes: list[Row] = [{"kind": "note", "model": "8b", "note": note}]
+    note = "random weights. There is no draft model of it: assistant_model of transformers is not "
+    note += "among its ways, and the fastest is that of the others. After every token comes the "
+    note += "next, so prompt lookup finds nothing."
+    notes: list[Row] = [{"kind": "note", "model": name_8b(context), "note": note}]
     with without_files(path, context.device):
         own = _own(context, path, None, notes)
     make = partial(transformers_8b, path, context.device)

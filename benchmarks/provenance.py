@@ -18,17 +18,19 @@ PACKAGES = ("folospec", "torch", "transformers", "tokenizers", "safetensors", "n
 
 
 def provenance(argv: list[str]) -> dict[str, Any]:
-    """Return the facts of this process and machine as JSON types.
+    """Return the facts of this process and machine as JSON types. Where there is no git to ask, the
+    commit and whether it was changed are None.
 
     Args:
         argv: the script and its arguments, as they were given.
     """
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     script = os.path.relpath(argv[0], ROOT) if Path(argv[0]).is_absolute() else argv[0]
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", script, *argv[1:]]),
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_uncommitted_changes": None if changes is None else bool(changes),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "torch_threads": torch.get_num_threads(),

@@ -18,7 +18,7 @@ from gpu_report import Sheet, sheets  # noqa: E402
 from page_sections import fill, read_rows  # noqa: E402
 
 PAGE = DOCS / "gpu.md"
-CHANGES = {True: " with uncommitted changes", False: "", None: ", with or without changes"}
+CHANGES = {True: " with uncommitted changes", False: "", None: " changes not known"}
 
 Row = dict[str, Any]
 

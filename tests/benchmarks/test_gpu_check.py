@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ class TestKernels:
         assert "AssertionError" in rows[1]["traceback"]
         assert end["end"] == "complete"
 
+    def test_the_first_case_that_there_is_no_time_for_is_named(
+        self, fake_cases: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        allowed = iter([True, True, False])
+        monkeypatch.setattr(Budget, "allows", lambda self, _=0.0: next(allowed))
+        rows = list(rows_of(kernel_job(fake_cases, 1), context_of(fake_cases)))
+        assert [row["case"] for row in rows if row["kind"] == "kernel"] == ["right", "wrong"]
+        assert [row["case"] for row in rows if row["kind"] == "not begun"] == ["unwritten"]
+
     def test_a_lost_device_says_where_to_go_on(self, fake_cases: Path) -> None:
         job = kernel_job(fake_cases, 2)
         *_, broken, end = rows_of(job, context_of(fake_cases))
@@ -151,10 +161,13 @@ class TestJobs:
         script.write_text(CHILD)
         return [sys.executable, str(script)]
 
-    def run(self, part: str, folder: Path, command: list[str], seconds: float) -> list[Any]:
+    def run(
+        self, part: str, folder: Path, command: list[str], seconds: float, last: float = 60.0
+    ) -> list[Any]:
         rows: list[Any] = []
         job = Job("kernels", part, seconds, "none.at_all")
-        run_in_process(job, context_of(folder, seconds), command, rows.append)
+        end = time.monotonic() + last
+        run_in_process(job, context_of(folder, seconds), command, rows.append, end)
         return rows
 
     def test_a_job_goes_on_behind_what_broke_it(self, tmp_path: Path, command: Any) -> None:
@@ -175,6 +188,14 @@ class TestJobs:
         assert [row["passed"] for row in rows] == [True, False]
         assert rows[1]["error"] == "the process was ended, over its time"
 
+    def test_a_process_that_hangs_is_ended_with_the_whole_check(
+        self, tmp_path: Path, command: Any
+    ) -> None:
+        begin = time.monotonic()
+        rows = self.run("hanging", tmp_path, command, 30.0, last=1.5)
+        assert time.monotonic() - begin < 10
+        assert rows[-1]["error"] == "the process was ended, over its time"
+
     def test_a_job_without_time_says_so(self, scratch: Path) -> None:
         job = next(job for job in planned(SECTIONS, quick=True) if job.section == "memory")
         [end] = rows_of(job, context_of(scratch, seconds=0.0))
@@ -182,17 +203,19 @@ class TestJobs:
 
     def test_what_there_is_no_time_for_is_not_begun(self, tmp_path: Path) -> None:
         out = tmp_path / "rows.jsonl"
-        options = ["--device", "cpu", "--quick", "--only", "bits", "--minutes", "0.01"]
-        assert gpu_check.main([*options, "--out", str(out)]) == 0
-        [row] = [json.loads(line) for line in out.read_text().splitlines()]
-        assert row["end"] == "not begun, out of time"
+        options = ["--device", "cpu", "--quick", "--minutes", "0.01", "--out", str(out)]
+        for section, code in (("bits", 1), ("memory", 0)):
+            assert gpu_check.main([*options, "--only", section]) == code
+            [row] = [json.loads(line) for line in out.read_text().splitlines()]
+            assert row["end"] == "not begun, out of time"
 
     def test_a_section_runs_in_a_process_of_its_own(self, tmp_path: Path) -> None:
         out = tmp_path / "rows.jsonl"
         options = ["--device", "cpu", "--quick", "--only", "memory", "--out", str(out)]
         assert gpu_check.main(options) == 0
         rows = [json.loads(line) for line in out.read_text().splitlines()]
-        assert [row["kind"] for row in rows] == ["memory", "memory", "end"]
+        assert [row["kind"] for row in rows] == [*["memory"] * 2, *["weights"] * 2, "end"]
+        assert "skipped" in rows[3] or rows[3]["weight_bytes"] < 0.6 * rows[2]["weight_bytes"]
         assert rows[0]["kv_bytes"] <= rows[0]["asked_bytes"]
         assert rows[0]["provenance"]["device"] == "cpu"
 
@@ -230,9 +253,10 @@ class TestLossless:
 
     def test_a_run_without_accepted_drafts_proves_nothing(self) -> None:
         counts = dict.fromkeys((*gpu_lossless.COUNTS, *gpu_lossless.EVENTS), 3)
-        known = {"drafter": "ngram", "deterministic": True, "promise": "bit"}
-        lacking = gpu_lossless.proof([{**counts, **known, "num_accepted_tokens": 0}], "demo")
-        assert lacking["lacking"] == ["num_accepted_tokens"]
+        known = {"drafter": "ngram", "deterministic": True, "promise": "bit", "mode": "graphs"}
+        known |= {"num_accepted_tokens": 0, "num_cuda_graphs": 0}
+        lacking = gpu_lossless.proof([{**counts, **known}], "demo")
+        assert lacking["lacking"] == ["num_accepted_tokens", "CUDA graphs"]
         assert not lacking["passed"]
 
 
@@ -320,9 +344,10 @@ class TestTimings:
         found = run_job("steps:grown", scratch)
         rows = [row for row in found if row["kind"] == "step"]
         profiles = [row for row in found if row["kind"] == "profile"]
-        assert [row["shape"] for row in profiles] == ["chain", "batch"]
+        assert [row["shape"] for row in profiles] == ["plain", "chain"]
         assert all(row["wall_ms"] > 0 and row["kernels"] for row in profiles)
         fast = [(row["shape"], row["rows"]) for row in rows if not row.get("deterministic")]
+        assert fast[0] == ("plain", 1)
         assert {("chain", 1), ("chain", 4), ("batch", 1), ("batch", 2)} <= set(fast)
         assert any(row["deterministic"] for row in rows if "deterministic" in row)
         assert all(row["ms"] > 0 and row["limit_ms"] > 0 for row in rows)
@@ -381,13 +406,14 @@ class TestTimings:
 class TestReport:
     def rows(self, share: float) -> list[dict[str, Any]]:
         known = {"section": "steps", "part": "grown", "model": gpu_goals.MODEL}
-        step = {**known, "kind": "step", "shape": "batch", "rows": 1, "context": 512}
+        step = {**known, "kind": "step", "shape": "plain", "rows": 1, "context": 512}
         kernel = {"section": "kernels", "part": "x", "kind": "kernel", "case": "c", "seed": 0}
         end = {"section": "kernels", "part": "x", "kind": "end", "end": "complete", "seconds": 1.0}
         times = {"ms": 1.0, "share_of_read": share, "share_of_limit": share}
         return [
             {**step, **times, "deterministic": True, "share_of_read": 0.01},
-            {**step, **times, "deterministic": None},
+            {**step, **times, "shape": "batch", "share_of_read": 0.02, "run_ahead": 1},
+            {**step, **times, "deterministic": None, "run_ahead": 8},
             {**kernel, "passed": True, "error_norm": 1e-3},
             end,
         ]
@@ -409,6 +435,20 @@ class TestReport:
         assert self.verdict(rows, "kernels") == (0, "incomplete")
         rows[-2]["passed"] = False
         assert self.verdict(rows, "kernels") == (1, "missed")
+
+    def test_what_did_not_come_to_its_end_is_not_proven(self) -> None:
+        job = Job("kernels", "x", 1.0, "none.at_all")
+
+        def unproven(rows: list[dict[str, Any]], *jobs: Job) -> list[str]:
+            return gpu_report.unproven(rows, ["kernels", "steps"], jobs)
+
+        rows = self.rows(0.9)
+        *_, check, end = rows
+        assert unproven(rows, job) == []
+        assert unproven(rows) == ["kernels"]
+        for lacking in ([], [end], [check], [check, {**end, "end": "short of time"}]):
+            assert unproven(lacking, job) == ["kernels:x"]
+        assert gpu_report.unproven([], ["steps"], [job]) == []
 
     def test_the_fastest_way_of_transformers_counts(self) -> None:
         cell = {"kind": "throughput", "model": "8b", "batch": 8, "prompts": 8}

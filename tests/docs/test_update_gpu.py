@@ -64,7 +64,8 @@ def test_times_verdicts_and_their_source_are_on_the_page(updated: Any, page: str
 
 
 def test_whether_the_commit_was_changed_is_said_or_not_known(updated: Any, page: str) -> None:
-    for changes, words in ((True, "with uncommitted changes, 2026"), (None, "changes not known, 2026")):
+    told = {True: "with uncommitted changes, 2026", None: "changes not known, 2026"}
+    for changes, words in told.items():
         source = {**PROVENANCE, "git_uncommitted_changes": changes}
         assert f"commit 0123456789 {words}" in updated(page, [{**step(), "provenance": source}])
 

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from folospec.attention.paged import PagedBackend
 from folospec.attention.torch_reference import TorchAttention
 from folospec.attention.triton_paged import TritonAttention
+from folospec.kernels.gpu import launch
 from folospec.models import gpu_decoder
 from folospec.models.base import Model
 from folospec.models.decoder import Decoder
@@ -28,6 +29,9 @@ from folospec.models.views import view_of
 from folospec.spec.draft_runner import Rows
 from folospec.worker.model_runner import ModelRunner
 
+pytestmark = pytest.mark.skipif(
+    not launch.is_interpreted(), reason="the interpreter is for machines without a GPU"
+)
 SHAPE = {
     "vocab_size": 101,
     "hidden_size": 48,

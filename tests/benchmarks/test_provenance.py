@@ -1,0 +1,31 @@
+"""What is not known of a run is not claimed."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import provenance
+import pytest
+
+
+def test_where_there_is_no_git_nothing_is_said_of_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    found = provenance.provenance(["script.py"])
+    assert found["git_commit"] is found["git_uncommitted_changes"] is None
+
+
+@pytest.mark.parametrize(("text", "changed"), [("one", False), ("other", True)])
+def test_changes_of_tracked_files_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, changed: bool
+) -> None:
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    tracked = tmp_path / "tracked"
+    tracked.write_text("one")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init"], ["add", "tracked"], [*author, "commit", "-m", "first"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
+    tracked.write_text(text)
+    assert provenance.provenance(["script.py"])["git_uncommitted_changes"] is changed
