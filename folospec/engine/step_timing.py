@@ -19,13 +19,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import folospec
 from folospec.attention.native_cpu import NativeAttention
 from folospec.config import EngineConfig
 from folospec.engine.loading import Parts
@@ -113,7 +113,7 @@ class _Subject:
         is_cuda = model.device.type == "cuda"
         has_affinity = hasattr(os, "sched_getaffinity")
         return {
-            "folospec": folospec.__version__,
+            "folospec": _own_version(),
             "torch": torch.__version__,
             "facts": self.facts,
             "model": [type(model).__name__, str(model.config)],
@@ -191,6 +191,14 @@ def _kernels(model: Model) -> str:
         return "torch"
     library = native.load()
     return Path(library.library._name).name if library is not None else "torch"
+
+
+def _own_version() -> str | None:
+    """None where folospec is run from its sources."""
+    try:
+        return version("folospec")
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

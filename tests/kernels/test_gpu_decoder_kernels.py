@@ -11,9 +11,14 @@ import gpu_cases_decoder
 import torch
 from gpu_mutants import mutant
 
-from folospec.kernels.gpu import kv, kv_kernels, linear, rows
+from folospec.kernels.gpu import kv, kv_kernels, launch, linear, rows
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.skipif(
+        not launch.is_interpreted(), reason="the interpreter is for machines without a GPU"
+    ),
+]
 CASES = list(gpu_cases_decoder.cases(torch.device("cpu")))
 FEW_ROWS = (1, 2, 7, 16, 33)
 

@@ -8,180 +8,257 @@ import torch
 
 pytest.importorskip("triton")
 
-import gpu_cases_sampling as room  # noqa: E402
+import gpu_cases_sampling  # noqa: E402
+import gpu_cases_verification  # noqa: E402
 from gpu_mutants import mutant  # noqa: E402
 
 from folospec.kernels.gpu import (  # noqa: E402
     draw,
     filters,
+    launch,
     law,
+    log_probs,
     noise,
     ratio,
     row_passes,
     sampling,
     walk,
 )
-from folospec.kernels.gpu.sampling import DeviceSampling, Trials  # noqa: E402
+from folospec.kernels.gpu.sampling import DeviceSampling  # noqa: E402
+from folospec.kernels.gpu.sampling_arrays import (  # noqa: E402
+    Trials,
+    child_arrays,
+    on_device,
+)
+from folospec.kernels.native_children import pack_wanted  # noqa: E402
 from folospec.kernels.native_sampling import Walks, pack_filters, pack_law  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = {case.name: case for case in room.cases(DEVICE)}
-LAYERS = [noise, law, filters, draw, walk, ratio, row_passes, sampling]
+ROOMS = (gpu_cases_sampling, gpu_cases_verification)
+ROOM_OF = {name: room for room in ROOMS for name in room.BUILDS}
+LAYERS = [noise, law, filters, draw, log_probs, walk, ratio, row_passes, sampling]
 """Each behind those it imports."""
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid|divide):RuntimeWarning")
 
 
-@pytest.mark.parametrize("name", CASES)
+def case_of(name, made=DeviceSampling):
+    return ROOM_OF[name].case(name, DEVICE, 0, made)
+
+
+@pytest.mark.parametrize("name", ROOM_OF)
 def test_it_is_the_oracle(name):
-    CASES[name].check()
+    case_of(name).check()
 
 
-FLAT, WIDE, HOLES = (f"{kind}, plain" for kind in ("flat, 40", "wide, 61", "holes, 33"))
-SHARP, EVEN = "wide, 40, filtered", "ties, 37, filtered"
+FEW = "children: few, 13, plain"
+EVEN = "laws: flat, 32, filtered"
+MIXED = "laws: wide, 23, mixed"
+ONE = "laws: one, 1, mixed"
+IMPOSSIBLE = "draws: impossible"
+PATHS = "paths: 88"
+REJECTION = "rejection: 5"
+BLOCK = "block: 5"
 BROKEN = [
     # The hash and its key.
-    (f"draws: {FLAT}", noise, "0xBF58476D1CE4E5B9", "0xBF58476D1CE4E5B7"),
-    (f"draws: {FLAT}", noise, "0x94D049BB133111EB", "0x94D049BB133111E9"),
-    (f"draws: {FLAT}", noise, "0x9E3779B97F4A7C15", "0x9E3779B97F4A7C13"),
-    (f"draws: {FLAT}", noise, "x >> 30", "x >> 29"),
-    (f"draws: {FLAT}", noise, "x >> 27", "x >> 26"),
-    (f"draws: {FLAT}", noise, "x >> 31", "x >> 32"),
-    (f"draws: {FLAT}", noise, "0x2C1B3C6D", "0x2C1B3C6F"),
-    (f"draws: {FLAT}", noise, "0x297A2D39", "0x297A2D3B"),
-    (f"draws: {FLAT}", noise, "(x ^ (x >> 15)) *", "(x ^ (x >> 14)) *"),
-    (f"draws: {FLAT}", noise, "x >> 12", "x >> 13"),
-    (f"draws: {FLAT}", noise, "return x ^ (x >> 15)", "return x ^ (x >> 17)"),
-    (f"draws: {FLAT}", noise, "* 0, seed)", "* 0, seed & 0xFFFFFFFF)"),
-    (f"draws: {FLAT}", noise, "_absorb(state, sample_index)", "_absorb(state, sample_index * 0)"),
-    (f"draws: {FLAT}", noise, "_absorb(state, position)", "_absorb(state, position + 1)"),
-    ("rejection", noise, "_absorb(state, purpose)", "_absorb(state, purpose * 0)"),
-    (f"draws: {FLAT}", noise, "ids.to(tl.uint32) ^ low", "ids.to(tl.uint32) ^ high"),
-    (f"draws: {FLAT}", noise, "^ low) ^ high)", "^ low) ^ low)"),
-    ("rejection", noise, "8 * (row + 1)", "8 * row"),
-    ("block", noise, "ACCEPT = tl.constexpr(2)", "ACCEPT = tl.constexpr(1)"),
-    ("rejection", noise, "RESIDUAL = tl.constexpr(3)", "RESIDUAL = tl.constexpr(1)"),
-    (f"draws: {FLAT}", noise, "TARGET = tl.constexpr(0)", "TARGET = tl.constexpr(1)"),
-    (f"children: {WIDE}", noise, "v * v * (0.5", "v * (0.5"),
+    (FEW, noise, "0xBF58476D1CE4E5B9", "0xBF58476D1CE4E5B7"),
+    (FEW, noise, "0x94D049BB133111EB", "0x94D049BB133111E9"),
+    (FEW, noise, "0x9E3779B97F4A7C15", "0x9E3779B97F4A7C13"),
+    (FEW, noise, "x >> 30", "x >> 29"),
+    (FEW, noise, "x >> 27", "x >> 26"),
+    (FEW, noise, "x >> 31", "x >> 32"),
+    (FEW, noise, "0x2C1B3C6D", "0x2C1B3C6F"),
+    (FEW, noise, "0x297A2D39", "0x297A2D3B"),
+    (FEW, noise, "(x ^ (x >> 15)) *", "(x ^ (x >> 14)) *"),
+    (FEW, noise, "x >> 12", "x >> 13"),
+    (FEW, noise, "return x ^ (x >> 15)", "return x ^ (x >> 17)"),
+    (FEW, noise, "* 0, seed)", "* 0, seed & 0xFFFFFFFF)"),
+    (FEW, noise, "_absorb(state, sample_index)", "_absorb(state, sample_index * 0)"),
+    (FEW, noise, "_absorb(state, position)", "_absorb(state, position + 1)"),
+    (REJECTION, noise, "_absorb(state, purpose)", "_absorb(state, purpose * 0)"),
+    (FEW, noise, "ids.to(tl.uint32) ^ low", "ids.to(tl.uint32) ^ high"),
+    (FEW, noise, "^ low) ^ high)", "^ low) ^ low)"),
+    (REJECTION, noise, "8 * (row + 1)", "8 * row"),
+    (BLOCK, noise, "ACCEPT = tl.constexpr(2)", "ACCEPT = tl.constexpr(1)"),
+    (REJECTION, noise, "RESIDUAL = tl.constexpr(3)", "RESIDUAL = tl.constexpr(1)"),
+    (FEW, noise, "TARGET = tl.constexpr(0)", "TARGET = tl.constexpr(1)"),
+    (FEW, noise, "v * v * (0.5", "v * (0.5"),
     # The law of a row.
-    (f"laws: {SHARP}", law, "tl.load(law + 3)", "tl.load(law + 4)"),
-    (f"laws: {SHARP}", law, "tl.load(law + 4)", "tl.load(law + 3)"),
-    (f"laws: {EVEN}", law, "(top_k < vocab))", "(top_k < 7))"),
-    (f"children: {SHARP}", law, "tl.float64, bitcast=True) > 0)", "tl.float64, bitcast=True) < 9)"),
-    (f"laws: {WIDE}", law, "- peak.to(tl.float64)) / t", "- peak.to(tl.float64)) * t"),
-    (f"laws: {WIDE}", law, "mask=part < num_parts, other=0)", "mask=part < 1, other=0)"),
-    ("draws: impossible", law, 'tl.where(is_nan, float("nan"), peak)', "peak"),
-    ("draws: impossible", law, ' & (x < float("inf"))', ""),
-    (f"laws: {WIDE}", law, "0.5**BITS", "0.5 ** (BITS - 1)"),
+    (FEW, law, "tl.load(law + 3)", "tl.load(law + 4)"),
+    (FEW, law, "tl.load(law + 4)", "tl.load(law + 3)"),
+    (EVEN, law, "(top_k < vocab))", "(top_k < 7))"),
+    (
+        "children: ties, 37, filtered",
+        law,
+        "tl.float64, bitcast=True) > 0)",
+        "tl.float64, bitcast=True) < 9)",
+    ),
+    ("children: holes, 33, plain", law, "- peak.to(tl.float64)) / t", "- peak.to(tl.float64)) * t"),
+    (EVEN, law, "mask=part < num_parts, other=0)", "mask=part < 1, other=0)"),
+    (IMPOSSIBLE, law, 'tl.where(is_nan, float("nan"), peak)', "peak"),
+    (IMPOSSIBLE, law, ' & (x < float("inf"))', ""),
+    ("laws: few, 13, plain", law, "0.5**BITS", "0.5 ** (BITS - 1)"),
     # Filters.
-    ("laws: flat, 32, filtered", filters, "tl.where(logits == 0, 0.0, logits)", "logits"),
-    (f"laws: {SHARP}", filters, "raw & 0xFFFFFFFF, 0x7FFFFFFF - raw", "raw & 0xFFFFFFFF, raw"),
-    ("laws: flat, 32, filtered", filters, "| ids.to(tl.int64)", "| (ids.to(tl.int64) ^ 1)"),
-    (f"laws: {SHARP}", filters, "inside.to(tl.int32), 0) >= count", "inside.to(tl.int32), 0) >= 2"),
-    (f"laws: {EVEN}", filters, ".to(tl.float64) >= bound", ".to(tl.float64) > bound"),
-    ("laws: flat, 32, filtered", filters, ".to(tl.float64) >= bound", ".to(tl.float64) > bound"),
-    (f"laws: {SHARP}", filters, ">= least) & (scaled >= floor)", ">= least) & (scaled > floor)"),
-    (f"laws: {SHARP}", filters, "/ (2.0 * vocab)", "* 0.5"),
-    (f"laws: {SHARP}", filters, "kept = (keys <= last)", "kept = (keys < last)"),
-    (f"laws: {SHARP}", filters, "top_p * total", "total * (1 - top_p)"),
+    (EVEN, filters, "tl.where(logits == 0, 0.0, logits)", "logits"),
+    (EVEN, filters, "raw & 0xFFFFFFFF, 0x7FFFFFFF - raw", "raw & 0xFFFFFFFF, raw"),
+    ("children: one, 1, mixed", filters, "| ids.to(tl.int64)", "| (ids.to(tl.int64) ^ 1)"),
+    (EVEN, filters, "inside.to(tl.int32), 0) >= count", "inside.to(tl.int32), 0) >= 2"),
+    ("laws: ties, 37, filtered", filters, ".to(tl.float64) >= bound", ".to(tl.float64) > bound"),
+    (EVEN, filters, ".to(tl.float64) >= bound", ".to(tl.float64) > bound"),
     (
-        f"laws: {SHARP}",
+        "draws: ties, 37, filtered",
         filters,
-        "            total = total_of(",
-        "            total = 0 * total_of(",
+        ">= least) & (scaled >= floor)",
+        ">= least) & (scaled > floor)",
     ),
-    (f"draws: {SHARP}", filters, "mask=ids < vocab", "mask=ids <= vocab"),
-    (f"laws: {SHARP}", filters, "place < counts[:, None]", "place < counts[:, None] - 1"),
-    (f"laws: {SHARP}", filters, "tl.cumsum(keep.to(tl.int32), 0) - 1", "tl.arange(0, PART)"),
+    (EVEN, filters, "/ (2.0 * vocab)", "* 0.5"),
+    (ONE, filters, "kept = (keys <= last)", "kept = (keys < last)"),
+    (MIXED, filters, "top_p * total", "total * (1 - top_p)"),
+    (ONE, filters, "            total = total_of(", "            total = 0 * total_of("),
+    (MIXED, filters, "mask=ids < vocab", "mask=ids <= vocab"),
+    (ONE, filters, "place < counts[:, None]", "place < counts[:, None] - 1"),
+    (MIXED, filters, "tl.cumsum(keep.to(tl.int32), 0) - 1", "tl.cumsum(keep.to(tl.int32), 0) // 2"),
     # The race.
-    (f"draws: {WIDE}", draw, "other=NEG_INF)\n    is_nan", "other=9.0)\n    is_nan"),
-    ("draws: impossible", draw, 'tl.where(is_nan, float("nan"), peak))', "peak)"),
+    ("laws: few, 13, plain", draw, "other=NEG_INF)\n    is_nan", "other=9.0)\n    is_nan"),
+    (IMPOSSIBLE, draw, 'tl.where(is_nan, float("nan"), peak))', "peak)"),
+    ("laws: ties, 45, plain", draw, "tl.min(tl.where(x == peak, ids", "tl.min(tl.where(x > 9, ids"),
     (
-        "draws: ties, 45, plain",
-        draw,
-        "tl.min(tl.where(x == peak, ids",
-        "tl.min(tl.where(x > 9, ids",
-    ),
-    (
-        "draws: ties, 45, plain",
+        "laws: ties, 45, plain",
         draw,
         "tl.min(tl.where((found == peak)",
         "tl.max(tl.where((found == peak)",
     ),
-    (f"children: {WIDE}", draw, "bounds = rough + scale_down(", "bounds = rough + 0 * scale_down("),
-    ("children: ties, 45, plain", draw, "(first < token)", "(first > token)"),
-    (f"draws: {WIDE}", draw, "ids = at * PART +", "ids = 0 * at +"),
-    (f"laws: {WIDE}", draw, "out + number * vocab + ids", "out + number * vocab + (ids ^ 1)"),
     (
-        f"draws: {SHARP}",
+        "children: ties, 45, plain",
+        draw,
+        "bounds = rough + scale_down(",
+        "bounds = rough + 0 * scale_down(",
+    ),
+    ("children: ties, 45, plain", draw, "(first < token)", "(first > token)"),
+    ("children: ties, 45, plain", draw, "ids = at * PART +", "ids = 0 * at +"),
+    (
+        MIXED,
+        log_probs,
+        "out + number * vocab + ids",
+        "out + number * vocab + vocab - 1 - ids",
+    ),
+    (
+        "children: one, 1, mixed",
         draw,
         "token, best = better(token, best, score, id_of_key(keys, ID_BITS))",
         "token, best = better(token, best, score, keys)",
     ),
     (
-        f"draws: {SHARP}",
+        "children: one, 1, mixed",
         draw,
         "kept = (keys <= last) & (scaled >= floor)",
         "kept = scaled >= floor",
     ),
-    (f"laws: {SHARP}", draw, "kept = in_order & (scaled >= floor)", "kept = in_order"),
     (
-        f"children: {WIDE}",
-        draw,
-        "tl.load(law + 1), position + advance",
-        "tl.load(law + 1), position",
+        "laws: wide, 40, filtered",
+        log_probs,
+        "kept = in_order & (scaled >= floor)",
+        "kept = in_order",
     ),
+    (FEW, draw, "tl.load(law + 1), position + advance", "tl.load(law + 1), position"),
     # The walk.
-    ("walks: small", walk, "nodes + begin + size + row", "nodes + begin + row"),
-    ("walks: large", walk, "& (token == next_token)", ""),
-    ("walks: twins", walk, "(tl.gather(level, parent, 0) > 0)", "(parent == end)"),
-    ("walks: twins", walk, "ancestor == first", "ancestor >= first"),
-    ("walks: small", walk, "first_row = first_node + walk", "first_row = first_node"),
-    ("walks: small", walk, "(end - 1).to", "end.to"),
-    ("walks: large", walk, "row_peaks + first_row + end", "row_peaks + first_row"),
+    (PATHS, walk, "nodes + begin + size + row", "nodes + begin + row"),
+    (PATHS, walk, "& (token == next_token)", ""),
+    (PATHS, walk, "(tl.gather(level, parent, 0) > 0)", "(parent == end)"),
+    ("paths: 512", walk, "ancestor == first", "ancestor >= first"),
+    (PATHS, walk, "first_row = first_node + walk", "first_row = first_node"),
+    (PATHS, walk, "(end - 1).to", "end.to"),
+    (PATHS, walk, "row_peaks + first_row + end", "row_peaks + first_row"),
     # The ratio rules.
-    ("rejection", ratio, "(parent == node) & (token >= 0)", "(parent == node)"),
-    ("rejection", ratio, "if (parent == node) & ", "if "),
-    ("rejection", ratio, "kept.to(tl.float64) / drafted", "kept.to(tl.float64) + 0 * drafted"),
-    ("rejection", ratio, "tl.maximum(left - draft, 0.0)", "left"),
-    ("rejection", ratio, "tl.where(draft_row < 0, token, -1)", "-1"),
-    ("rejection", ratio, "tl.where(is_rounding, is_law, 0)", "is_law"),
-    ("rejection", ratio, "excess / mass.to(tl.float32)", "excess * mass.to(tl.float32)"),
-    ("rejection", ratio, "(tl.load(trial) + child + 1) * row_stride", "child * row_stride"),
-    ("block", ratio, "(draft_row + node) * vocab + token", "draft_row * vocab + token"),
-    ("block", ratio, "tl.where(drafted_tokens < 0, prefix", "tl.where(prefix >= size, prefix"),
+    (REJECTION, ratio, "(parent == node) & (token >= 0)", "(parent == node)"),
+    (REJECTION, ratio, "if (parent == node) & ", "if "),
+    (REJECTION, ratio, "kept.to(tl.float64) / drafted", "kept.to(tl.float64) + 0 * drafted"),
+    (REJECTION, ratio, "tl.maximum(left - draft, 0.0)", "left"),
+    (REJECTION, ratio, "tl.where(draft_row < 0, token, -1)", "-1"),
+    (REJECTION, ratio, "tl.where(is_rounding, is_law, 0)", "is_law"),
+    ("rejection: 37", ratio, "excess / mass.to(tl.float32)", "excess * mass.to(tl.float32)"),
+    (REJECTION, ratio, "(tl.load(trial) + child + 1) * row_stride", "child * row_stride"),
+    (BLOCK, ratio, "(draft_row + node) * vocab + token", "draft_row * vocab + token"),
+    (BLOCK, ratio, "tl.where(drafted_tokens < 0, prefix", "tl.where(prefix >= size, prefix"),
     (
-        "block",
+        "block: 11",
         ratio,
         "length = tl.where(wins, length, length - 1)",
         "length = length - 1 + 0 * wins",
     ),
-    ("block", ratio, "accept = weight\n", "accept = weight * 0\n"),
-    ("block", ratio, "excess + 1.0 - weight", "excess - weight"),
-    ("block", ratio, "weight * kept / tl.where", "kept / tl.where"),
+    ("block: 11", ratio, "accept = weight\n", "accept = weight * 0\n"),
+    (BLOCK, ratio, "excess + 1.0 - weight", "excess - weight"),
+    (BLOCK, ratio, "weight * kept / tl.where", "kept / tl.where"),
 ]
-
-
-def check_all(cases):
-    for case in cases:
-        case.check()
+"""The smallest case that shows it, and what is broken."""
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: f"{broken[0]}: {broken[2]}")
 def test_a_broken_rule_is_seen(broken, tmp_path):
     name, module, old, new = broken
-    users = LAYERS[LAYERS.index(module) + 1 :]
-    changed = mutant(module, old, new, tmp_path, users)
-    made = room.cases(DEVICE, 0, changed.DeviceSampling)
-    cases = [case for case in made if case.name.startswith(name)]
-    assert cases
+    changed = mutant(module, old, new, tmp_path, LAYERS[LAYERS.index(module) + 1 :])
+    case = case_of(name, changed.DeviceSampling)
     with pytest.raises((AssertionError, IndexError)):
-        check_all(cases)
+        case.check()
+
+
+NOT_WRITTEN = -54321
+
+
+def scratch_of(sampling, monkeypatch, children):
+    """Draw two rows without filters and two with some, into memory that says what was written.
+
+    Returns:
+        What was drawn; and for the scratch of every kernel that has to do with filters alone, in
+        which rows it was written.
+    """
+    law_of = [0, 1, 0, 2]
+    laws = [pack_law(5, 0, pack_filters(0.8, k, p, 0.0)) for k, p in ((0, 1.0), (9, 1.0), (0, 0.7))]
+    rows, written = gpu_cases_sampling.Rows("wide", 40, law_of), {}
+    logits = gpu_cases_sampling.logits_of(rows, random.Random(4)).to(DEVICE)
+    outputs = {"narrow_kernel": slice(-3, -1), "select_kernel": slice(-3, -1)}
+    outputs |= {"weigh_kernel": slice(-2, -1)} if children else {}
+    real = launch.launch
+
+    def watched(kernel, grid, *args, **options):
+        out = args[outputs.get(kernel.__name__, slice(0))]
+        for tensor in out:
+            tensor.fill_(NOT_WRITTEN)
+        real(kernel, grid, *args, **options)
+        for place, tensor in enumerate(out):
+            touched = tensor.reshape(len(tensor), -1) != NOT_WRITTEN
+            written[kernel.__name__, place] = touched.any(1).tolist()
+
+    wanted = [pack_wanted(law, 7, 1, 1.0) for law in law_of]
+    tensors = on_device(child_arrays(laws, wanted), DEVICE)
+    made = sampling(part=64)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "launch", watched)
+        if children:
+            result = torch.empty((3, 4), dtype=torch.int64, device=DEVICE)
+            made.draw_next(logits, tensors, result)
+            return result[0, ::2].tolist(), written
+        tokens, _ = made.draw_tokens(logits, tensors["laws"], tensors["draws"])
+    return tokens[::2].tolist(), written
+
+
+@pytest.mark.parametrize("children", [False, True])
+def test_rows_without_filters_leave_their_kernels_alone(children, monkeypatch, tmp_path):
+    """Though the kernels are launched: nothing is written for them, and poison is not read."""
+    with_filters = [False, True, False, True]
+    tokens, written = scratch_of(DeviceSampling, monkeypatch, children)
+    assert len(written) == (5 if children else 4)
+    assert all(rows == with_filters for rows in written.values())
+    everywhere = mutant(law, "return some & (", "return (some | True) & (", tmp_path, LAYERS[2:])
+    same, more = scratch_of(everywhere.DeviceSampling, monkeypatch, children)
+    assert same == tokens
+    assert all(all(rows) for rows in more.values())
 
 
 def test_a_row_depends_on_itself_alone():
     """Among others, in another place of the step and cut in other parts, bit by bit."""
     rng = random.Random(3)
-    logits = room.logits_of("wide", 5, 40, rng).to(DEVICE)
+    rows = gpu_cases_sampling.Rows("wide", 40, [None] * 5)
+    logits = gpu_cases_sampling.logits_of(rows, rng).to(DEVICE)
     laws = [pack_law(0, 0, pack_filters(0.8, k, p, 0.0)) for k, p in ((0, 1.0), (9, 0.8))]
     whole, _ = DeviceSampling(part=16).start_log_probs(logits, laws, [0, 1, 0, 1, 1])
     for row, law_id in ((3, 1), (2, 0)):
@@ -203,11 +280,11 @@ def test_laws_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="one child can be drawn"):
         sampled.draw(probs, [], [], most=2)
     with pytest.raises(ValueError, match="rule must be 'rejection' or 'block', got 'coupled'"):
-        sampled.verify_ratio("coupled", probs, Trials())
+        sampled.start_ratio("coupled", probs, Trials())
     trials = Trials()
     trials.add((1, 0, 0), 0, [1], [-1], torch.full((1, 3), 1 / 3))
     with pytest.raises(ValueError, match="cover the target's 4 tokens, got 3"):
-        sampled.verify_ratio("rejection", probs, trials)
+        sampled.start_ratio("rejection", probs, trials)
 
 
 def test_interpreted_kernels_take_rows_only_if_asked_to(monkeypatch):

@@ -53,7 +53,7 @@ class DeviceSampling:
     """
 
     def __init__(self, part: int | None = None, filtered_rows: int = 128) -> None:
-        self._part, self._num_rows = part, filtered_rows
+        self._part, self._filtered_rows = part, filtered_rows
 
     @staticmethod
     def takes(logits: Tensor) -> bool:
@@ -159,7 +159,9 @@ class DeviceSampling:
         passes = RowPasses(logits, laws, draws, self._part, filters=filters)
         tokens = torch.empty(passes.num_draws, dtype=torch.int64, device=logits.device)
         row_peaks = torch.empty_like(tokens, dtype=torch.float32)
-        for rows, drawn, peaks, firsts, roughs, _, totals, kept in passes.chunks(self._num_rows):
+        for rows, drawn, peaks, firsts, roughs, _, totals, kept in passes.chunks(
+            self._filtered_rows
+        ):
             found = (drawn, 0, peaks, firsts, roughs, totals, *kept)
             out = (tokens[rows], row_peaks[rows])
             passes.launch(draw_kernel, (len(drawn),), *found, *out)
@@ -210,7 +212,7 @@ class DeviceSampling:
             children=True,
             advance=advance,
         )
-        for rows, drawn, peaks, _, roughs, sums, _, kept in passes.chunks(self._num_rows):
+        for rows, drawn, peaks, _, roughs, sums, _, kept in passes.chunks(self._filtered_rows):
             found = (drawn, advance, peaks, roughs, sums, *kept)
             passes.launch(child_kernel, (len(drawn),), *found, result[:, rows], result.stride(0))
 
@@ -247,7 +249,7 @@ class DeviceSampling:
         )
         row_peaks = torch.empty(count, dtype=torch.float32, device=logits.device)
         out = torch.empty((count, vocab), dtype=torch.float32, device=logits.device)
-        for rows, drawn, peaks, firsts, _, _, totals, kept in passes.chunks(self._num_rows):
+        for rows, drawn, peaks, firsts, _, _, totals, kept in passes.chunks(self._filtered_rows):
             found = (drawn, peaks, firsts, totals, kept.lasts, kept.totals)
             grid = (len(drawn), passes.num_parts)
             passes.launch(write_kernel, grid, *found, out[rows], row_peaks[rows])

@@ -192,7 +192,10 @@ def read_trials(result: Tensor, trials: Trials) -> list[Judged]:
 
 def on_device(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:
     """The arrays as tensors, in one copy."""
-    whole = torch.from_numpy(np.concatenate(list(arrays.values()))).to(device)
+    packed = torch.from_numpy(np.concatenate(list(arrays.values())))
+    if device.type == "cuda":  # from pinned memory, lest the host wait for what runs before
+        packed = packed.pin_memory()
+    whole = packed.to(device, non_blocking=True)
     parts = whole.split([len(array) for array in arrays.values()])
     return dict(zip(arrays, parts, strict=True))
 
