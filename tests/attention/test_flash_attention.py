@@ -1,5 +1,5 @@
 import inspect
-import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -7,19 +7,15 @@ import pytest
 import torch
 import two_part_steps
 from flash_attn_stand_in import SIGNATURES, FlashAttn
+from paged_backends import flash_attn_backend
 from paged_libraries import parameters
 from two_part_steps import (
     ROUGH,
-    STEPS,
     agrees,
-    chain_elsewhere,
     end_of_chains,
     error,
-    installed,
     make_step,
     metadata_of,
-    on,
-    random_kinds,
     run,
 )
 
@@ -39,48 +35,12 @@ def library():
 
 @pytest.fixture
 def make(monkeypatch):
-    """Make the backend over a stand-in; `kernel` True: with the kernel for trees itself."""
-    from folospec.kernels.gpu import attention
-
-    def made(library, *, kernel=False):
-        monkeypatch.setitem(sys.modules, "flash_attn", library.module())
-        if not kernel:
-            monkeypatch.setattr(attention, "attend_suffix", two_part_steps.attend_suffix)
-        return FlashAttention()
-
-    return made
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_every_row_sees_what_it_should(make, library, name):
-    agrees(make(library), make_step(name, BLOCK_SIZE), BLOCK_SIZE)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_whatever_comes_is_seen(make, library, seed):
-    agrees(make(library), random_kinds(seed, BLOCK_SIZE), BLOCK_SIZE)
-
-
-@pytest.mark.parametrize("heads", [(4, 4), (8, 1), (6, 3)])
-def test_heads_find_theirs(make, library, heads):
-    agrees(make(library), make_step("mixed", BLOCK_SIZE, heads), BLOCK_SIZE)
+    return partial(flash_attn_backend, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["decode", "chains", "trees", "mixed"])
 def test_scores_are_capped_in_both_parts(make, library, name):
     agrees(make(library), make_step(name, BLOCK_SIZE), BLOCK_SIZE, softcap=1.5)
-
-
-def test_a_query_may_be_part_of_a_wider_tensor(make, library):
-    for name in ("mixed", "chains of one length"):
-        step = make_step(name, BLOCK_SIZE)
-        wide = torch.cat([step.query, torch.full_like(step.query, torch.nan)], dim=1)
-        step.query = wide[:, : step.query.shape[1]]
-        agrees(make(library), step, BLOCK_SIZE)
-
-
-def test_bfloat16_is_taken(make, library):
-    agrees(make(library), make_step("mixed", BLOCK_SIZE, dtype=torch.bfloat16), BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("name", ["decode", "chains", "prompts"])
@@ -96,10 +56,6 @@ def test_a_trees_window_is_left_to_the_kernel_that_knows_depths(make, library):
     library.calls.clear()
     agrees(backend, make_step("trees", BLOCK_SIZE), BLOCK_SIZE, window=6)
     assert library.calls == []
-
-
-def test_the_kernel_for_trees_does_what_its_stand_in_does(make, library):
-    agrees(make(library, kernel=True), make_step("mixed", BLOCK_SIZE), BLOCK_SIZE, softcap=2.0)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +74,6 @@ def test_the_kernel_for_trees_does_what_its_stand_in_does(make, library):
 def test_a_step_of_chains_is_one_call_and_trees_are_one_more(make, library, name, calls):
     run(make(library), make_step(name, BLOCK_SIZE), BLOCK_SIZE)
     assert library.calls == calls
-
-
-def test_a_chain_that_lies_elsewhere_is_seen_where_it_lies(make, library):
-    agrees(make(library), chain_elsewhere(BLOCK_SIZE), BLOCK_SIZE)
 
 
 def test_a_step_is_described_once_for_all_layers(make, library, monkeypatch):
@@ -159,11 +111,6 @@ def test_the_end_of_a_chain_sees_its_beginning(make, library):
 
 
 # What must not go unseen.
-
-
-def test_a_chain_that_is_taken_to_lie_in_order_is_caught(make, library, monkeypatch):
-    monkeypatch.setattr(two_parts, "lies_in_order", lambda metadata: metadata.context_lens >= 0)
-    assert error(make(library), chain_elsewhere(BLOCK_SIZE), BLOCK_SIZE) > ROUGH
 
 
 def test_a_causal_mask_from_the_top_left_is_caught(make):
@@ -282,11 +229,3 @@ def test_the_recorded_signature_is_the_installed_librarys(name):
     assert {n: there[n].default for n in wanted if n != "cache_leftpad"} == {
         n: p.default for n, p in wanted.items() if n != "cache_leftpad"
     }
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("masks", [{}, {"softcap": 1.5}, {"window": 6}])
-@pytest.mark.parametrize("name", STEPS)
-def test_the_library_itself_does_what_its_stand_in_does(name, masks):
-    backend = installed("flash_attn")
-    agrees(backend, on("cuda", make_step(name, BLOCK_SIZE)), BLOCK_SIZE, **masks)

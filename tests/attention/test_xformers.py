@@ -1,23 +1,18 @@
 import inspect
-import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
 import torch
-import two_part_steps
+from paged_backends import xformers_backend
 from paged_libraries import parameters
 from two_part_steps import (
     ROUGH,
-    STEPS,
     agrees,
-    chain_elsewhere,
     end_of_chains,
     error,
-    installed,
     make_step,
-    on,
-    random_kinds,
     run,
 )
 from xformers_stand_in import SIGNATURES, Xformers, bias_class
@@ -38,45 +33,7 @@ def library():
 
 @pytest.fixture
 def make(monkeypatch):
-    """Make the backend over a stand-in; `kernel` True: with the kernel for trees itself."""
-    from folospec.kernels.gpu import attention
-
-    def made(library, *, kernel=False):
-        monkeypatch.setattr(xformers, "_has_block_pointers", lambda: True)
-        for path, module in library.modules().items():
-            monkeypatch.setitem(sys.modules, path, module)
-        if not kernel:
-            monkeypatch.setattr(attention, "attend_suffix", two_part_steps.attend_suffix)
-        return XformersAttention()
-
-    return made
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_every_row_sees_what_it_should(make, library, name):
-    agrees(make(library), make_step(name, BLOCK_SIZE), BLOCK_SIZE)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_whatever_comes_is_seen(make, library, seed):
-    agrees(make(library), random_kinds(seed, BLOCK_SIZE), BLOCK_SIZE)
-
-
-@pytest.mark.parametrize("heads", [(4, 4), (8, 1), (6, 3)])
-def test_heads_find_theirs(make, library, heads):
-    agrees(make(library), make_step("mixed", BLOCK_SIZE, heads), BLOCK_SIZE)
-
-
-def test_a_query_may_be_part_of_a_wider_tensor(make, library):
-    for name in ("mixed", "chains of one length"):
-        step = make_step(name, BLOCK_SIZE)
-        wide = torch.cat([step.query, torch.full_like(step.query, torch.nan)], dim=1)
-        step.query = wide[:, : step.query.shape[1]]
-        agrees(make(library), step, BLOCK_SIZE)
-
-
-def test_bfloat16_is_taken(make, library):
-    agrees(make(library), make_step("mixed", BLOCK_SIZE, dtype=torch.bfloat16), BLOCK_SIZE)
+    return partial(xformers_backend, monkeypatch)
 
 
 @pytest.mark.parametrize("masks", [{"softcap": 1.5}, {"window": 6}, {"window": 9, "softcap": 2.0}])
@@ -84,10 +41,6 @@ def test_caps_and_windows_are_left_to_the_kernel_that_knows_them(make, library, 
     step = make_step("mixed the other way", BLOCK_SIZE)
     agrees(make(library, kernel=True), step, BLOCK_SIZE, **masks)
     assert library.calls == []
-
-
-def test_the_kernel_for_trees_does_what_its_stand_in_does(make, library):
-    agrees(make(library, kernel=True), make_step("mixed", BLOCK_SIZE), BLOCK_SIZE)
 
 
 @pytest.mark.parametrize(
@@ -117,21 +70,12 @@ def test_the_most_frequent_length_is_the_one(make, library):
     assert not backend._joinable(lengths, lengths == 20).any()
 
 
-def test_a_chain_that_lies_elsewhere_is_seen_where_it_lies(make, library):
-    agrees(make(library), chain_elsewhere(BLOCK_SIZE), BLOCK_SIZE)
-
-
 def test_the_end_of_a_chain_sees_its_beginning(make, library):
     agrees(make(library), end_of_chains(BLOCK_SIZE), BLOCK_SIZE)
     assert library.calls == ["forward"]
 
 
 # What must not go unseen.
-
-
-def test_a_chain_that_is_taken_to_lie_in_order_is_caught(make, library, monkeypatch):
-    monkeypatch.setattr(two_parts, "lies_in_order", lambda metadata: metadata.context_lens >= 0)
-    assert error(make(library), chain_elsewhere(BLOCK_SIZE), BLOCK_SIZE) > ROUGH
 
 
 def test_a_causal_mask_from_the_top_left_is_caught(make):
@@ -241,11 +185,3 @@ def test_the_recorded_signatures_are_the_installed_librarys():
     ):
         there = inspect.unwrap(getattr(masks, kind).from_seqlens)
         assert parameters(there) == SIGNATURES["from_seqlens"]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("masks", [{}, {"softcap": 1.5}, {"window": 6}])
-@pytest.mark.parametrize("name", STEPS)
-def test_the_library_itself_does_what_its_stand_in_does(name, masks):
-    backend = installed("xformers")
-    agrees(backend, on("cuda", make_step(name, BLOCK_SIZE)), BLOCK_SIZE, **masks)
