@@ -66,7 +66,7 @@ class Telling:
         has_proposals = any(seen.proposal is not None for seen in observed)
         if not (has_proposals or self.needs.taps or self.needs.num_top_logits):
             return
-        top_token_ids = [self._top_token_ids(seen, result) for seen in observed]
+        top_token_ids = self._top_token_ids(observed, result)
         for drafter in self._drafters:
             needs = drafter.needs
             told = [
@@ -91,13 +91,15 @@ class Telling:
                 self._asking.count_error(seen.request)
                 self._asking.guard(drafter, drafter.drop, seen.seq.seq_id)
 
-    def _top_token_ids(self, seen: Observed, result: ForwardResult) -> Tensor | None:
-        """The likeliest tokens after the judged rows, as many as the most demanding drafter
-        needs."""
-        if not self.needs.num_top_logits or not len(seen.judged_rows):
-            return None
-        rows = result.logits[seen.judged_rows.start : seen.judged_rows.stop]
-        return rows.topk(min(self.needs.num_top_logits, rows.shape[1])).indices
+    def _top_token_ids(self, observed: Seq[Observed], result: ForwardResult) -> Seq[Tensor | None]:
+        """The likeliest tokens after the judged rows of each, as many as the most demanding drafter
+        needs; on the host, in one copy."""
+        if not self.needs.num_top_logits:
+            return [None] * len(observed)
+        count = min(self.needs.num_top_logits, result.logits.shape[1])
+        top = result.logits.topk(count).indices.cpu()
+        judged = (seen.judged_rows for seen in observed)
+        return [top[rows.start : rows.stop] if len(rows) else None for rows in judged]
 
 
 def _outcome(
