@@ -170,7 +170,7 @@ class LLMEngine:
         schedule = self._schedule(goes_ahead)
         assert schedule.scheduled, "there are requests, and the oldest can always run"
         proposals = self._propose(schedule.scheduled)
-        judgements, result = self.target_pass.run(schedule.scheduled, proposals)
+        judgements, result = self.target_pass.run(schedule.scheduled, proposals, goes_ahead)
         if recorder is not None:
             recorder.add_forward(schedule, judgements)
         shown = self.target_pass.judge(judgements, result)

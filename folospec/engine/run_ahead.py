@@ -88,15 +88,11 @@ class RunAhead:
 
     def applies(self, scheduled: list[ScheduledSequence], judgements: list[Judgement]) -> bool:
         """Whether nothing but logits and noise decides, for sequences that all decode."""
-        return (
-            self.is_on
-            and any(item.num_draft_slots > 0 for item in scheduled)
-            and all(
-                item.samples
-                and item.num_tokens == judgement.num_draws == 1
-                and not judgement.request.is_constrained
-                for item, judgement in zip(scheduled, judgements, strict=True)
-            )
+        return any(item.num_draft_slots > 0 for item in scheduled) and all(
+            item.samples
+            and item.num_tokens == judgement.num_draws == 1
+            and not judgement.request.is_constrained
+            for item, judgement in zip(scheduled, judgements, strict=True)
         )
 
     def go(

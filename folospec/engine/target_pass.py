@@ -56,13 +56,21 @@ class TargetPass:
         return self.target.graphs is not None and self.rule.shares_noise and not self.shows_law
 
     def run(
-        self, scheduled: list[ScheduledSequence], proposals: dict[str, Proposal]
+        self,
+        scheduled: list[ScheduledSequence],
+        proposals: dict[str, Proposal],
+        goes_ahead: bool = False,
     ) -> tuple[list[Judgement], ForwardResult]:
-        """Run the target over all rows; say which rows are whose."""
+        """Run the target over all rows; say which rows are whose.
+
+        Args:
+            goes_ahead: nothing was drafted, and the slots behind the last tokens are for running
+                ahead, where that is possible.
+        """
         begin = time.perf_counter()
         batch = [self._rows(item, proposals.get(item.seq.seq_id)) for item in scheduled]
         judgements = self._judgements(scheduled, batch, proposals)
-        goes_ahead = self.run_ahead.applies(scheduled, judgements)
+        goes_ahead = goes_ahead and self.run_ahead.applies(scheduled, judgements)
         walks, self.num_passes = None, 1
         if self.walks and not goes_ahead and all(_draws_once(j) for j in judgements):
             walks = pack_walks(judgements)

@@ -171,6 +171,25 @@ def test_where_the_planner_wants_no_drafts_tokens_are_drawn_ahead(
     assert min(recorded) == max(recorded) / 4
 
 
+@pytest.mark.parametrize("params", [GREEDY, MIXED], ids=["greedy", "mixed"])
+def test_steps_with_drafts_and_steps_that_run_ahead_take_turns(
+    models: tuple[str, str],
+    recorder: StandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    params: list[SamplingParams],
+) -> None:
+    """The slots behind a last token are for the one or the other, never for both."""
+    plain = tokens_of(make(models[0], attention_backend="triton", enforce_eager=True), params)
+    by_turns = property(lambda self: self.stats.num_steps % 3 == 2)
+    monkeypatch.setattr(Speculation, "is_idle", by_turns)
+    llm = make(models[0], chain_of(models[1]), attention_backend="triton")
+    llm.engine.run_ahead.length = 2
+    assert tokens_of(llm, params) == plain
+    stats = llm.stats()
+    assert_speculated(stats)
+    assert stats["num_target_passes"] > stats["num_steps"]
+
+
 def test_noise_of_another_position_is_noticed_in_tokens_that_are_drawn_ahead(
     models: tuple[str, str], recorder: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
