@@ -216,7 +216,8 @@ def test_keys_alone_decide_about_bits(dtype, window):
 
 @pytest.mark.usefixtures("short_parts")
 def test_where_bits_do_not_count_keys_are_summed_in_other_orders(monkeypatch):
-    monkeypatch.setattr(launch, "num_processors", lambda device: 8)
+    # With two processors the keys of one sequence are cut into parts, those of a batch are not.
+    monkeypatch.setattr(launch, "num_processors", lambda device: 2)
     found = in_every_way(Text(torch.float32), TritonAttention())
     assert any(not torch.equal(out, found["decode"]) for out in found.values())
     assert all(torch.allclose(out, found["decode"], atol=1e-5) for out in found.values())
