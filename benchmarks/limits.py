@@ -10,7 +10,7 @@ prompts, run at once, plus that of every step after them, one token per request 
 speculation, which takes fewer steps, it is the limit of the same run without it.
 
 Bandwidth and peak are the best of several tries: of reading an array much larger than the caches,
-and of a product of two large matrices.
+and of products of square matrices, which grow while a product is quick.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from folospec.kernels import native
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 ARRAY_BYTES = 512 << 20
-MATRIX_SIZE = 2048
+MATRIX_SIZES = (256, 512, 1024, 2048)
+QUICK_SECONDS = 0.02
+"""A product that takes longer is large enough to show the peak."""
 TRIES = 12
 
 
@@ -144,9 +146,19 @@ def read_bandwidth() -> float:
 
 
 def peak(dtype: torch.dtype) -> float:
-    """Operations per second of torch's product of two square matrices."""
-    left, right = (torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype) for _ in range(2))
-    return 2 * MATRIX_SIZE**3 / _best(lambda: left @ right)
+    """Operations per second of torch's product of two square matrices, of the best size."""
+    best = 0.0
+    for size in MATRIX_SIZES:
+        left, right = (_random_matrix(size, dtype) for _ in range(2))
+        seconds = _best(lambda left=left, right=right: left @ right)
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > QUICK_SECONDS:
+            break
+    return best
+
+
+def _random_matrix(size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(size, size).to(dtype)
 
 
 def _best(call: Callable[[], Any]) -> float:

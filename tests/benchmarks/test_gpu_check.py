@@ -183,18 +183,48 @@ class TestJobs:
     def test_a_process_that_hangs_is_ended(
         self, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(gpu_jobs, "START_SECONDS", 0.5)
-        rows = self.run("hanging", tmp_path, command, 1.0)
+        timers = self.stopped_timers(monkeypatch)
+        rows: list[Any] = []
+
+        def emit(row: Any) -> None:
+            rows.append(row)
+            timers[-1].function()  # its time is over once it has said something
+
+        job = Job("kernels", "hanging", 30.0, "none.at_all")
+        run_in_process(job, context_of(tmp_path, 30.0), command, emit, time.monotonic() + 600)
         assert [row["passed"] for row in rows] == [True, False]
         assert rows[1]["error"] == "the process was ended, over its time"
 
-    def test_a_process_that_hangs_is_ended_with_the_whole_check(
-        self, tmp_path: Path, command: Any
+    @pytest.mark.parametrize(("last", "allowed"), [(1.5, 1.5), (6000.0, 30.0)])
+    def test_a_process_has_its_own_time_and_no_more_than_the_whole_check(
+        self,
+        tmp_path: Path,
+        command: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        last: float,
+        allowed: float,
     ) -> None:
-        begin = time.monotonic()
-        rows = self.run("hanging", tmp_path, command, 30.0, last=1.5)
-        assert time.monotonic() - begin < 10
-        assert rows[-1]["error"] == "the process was ended, over its time"
+        timers = self.stopped_timers(monkeypatch)
+        monkeypatch.setattr(gpu_jobs, "START_SECONDS", 0.0)
+        monkeypatch.setattr(gpu_jobs.time, "monotonic", lambda: 100.0)
+        self.run("dying", tmp_path, command, 30.0, last)
+        assert timers[0].seconds == pytest.approx(allowed)
+
+    def stopped_timers(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """Timers that are made and never end by themselves."""
+        timers: list[Any] = []
+
+        class Timer:
+            def __init__(self, seconds: float, function: Any) -> None:
+                self.seconds, self.function = seconds, function
+                timers.append(self)
+
+            def start(self) -> None: ...
+
+            def cancel(self) -> None: ...
+
+        monkeypatch.setattr(gpu_jobs.threading, "Timer", Timer)
+        return timers
 
     def test_a_job_without_time_says_so(self, scratch: Path) -> None:
         job = next(job for job in planned(SECTIONS, quick=True) if job.section == "memory")

@@ -14,7 +14,7 @@ def test_every_op_is_measured_beside_its_limit(tmp_path, monkeypatch):
     monkeypatch.setitem(micro.SHAPES, "tiny", tiny)
     monkeypatch.setattr(micro, "BEYOND_CACHE", 1 << 16)
     monkeypatch.setattr(micro, "STEPS", {"decode 2 at 20": (2, 1, 20), "8 nodes at 9": (1, 8, 9)})
-    for name, value in {"ARRAY_BYTES": 1 << 16, "MATRIX_SIZE": 64, "TRIES": 2}.items():
+    for name, value in {"ARRAY_BYTES": 1 << 16, "MATRIX_SIZES": (64,), "TRIES": 2}.items():
         monkeypatch.setattr(micro.limits, name, value)
     out = tmp_path / "rows.jsonl"
     micro.main(["--models", "tiny", "--rows", "1,9", "--seconds", "0", "--out", str(out)])
