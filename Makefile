@@ -1,4 +1,4 @@
-# make install | demo | test | lint | bench | train
+# make install | demo | test | matrix | lint | bench | train
 PYTHON ?= python3
 PIP_ARGS ?=
 TRAIN_STEPS ?= 1700
@@ -6,7 +6,7 @@ TRAIN_STEPS ?= 1700
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint bench train
+.PHONY: install demo test matrix lint bench train
 
 install: $(INSTALLED)
 
@@ -24,6 +24,10 @@ test: export OMP_NUM_THREADS := 1
 test: export TOKENIZERS_PARALLELISM := false
 test: demo
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# The suite under every setting that no test may depend on: hours. MATRIX_ARGS="--only openblas".
+matrix: install
+	$(BIN)/python tests/matrix.py $(MATRIX_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

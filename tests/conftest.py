@@ -1,4 +1,5 @@
-"""One torch thread per test process: two workers that spin two threads each on two cores crawl.
+"""One torch thread per test process, unless FOLOSPEC_TEST_THREADS says otherwise: two workers that
+spin two threads each on two cores crawl.
 
 Without a GPU, Triton's kernels are interpreted. Where torch is not installed, `tests/core` runs all
 the same.
@@ -10,7 +11,7 @@ from contextlib import suppress
 with suppress(ImportError):
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("FOLOSPEC_TEST_THREADS", "1")))
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
         with suppress(ImportError):

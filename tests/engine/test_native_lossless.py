@@ -110,7 +110,8 @@ def test_demanding_it_changes_nothing_and_waiving_it_still_holds(plain):
 
 def test_threads_change_nothing(plain):
     dtype, expected = plain
-    torch.set_num_threads(2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
     try:
         llm = make(dtype, DRAFTERS[1])
         prompts = [llm.tokenizer.encode(text) for text in TEXTS[:2]]
@@ -120,7 +121,7 @@ def test_threads_change_nothing(plain):
         ]
         fast = run(llm, prompts, params)
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     for own, long in zip(fast.outputs, expected.outputs[:2], strict=True):
         assert own.outputs[0].token_ids == long.outputs[0].token_ids[:8]
         assert own.outputs[0].logprobs == long.outputs[0].logprobs[:8]

@@ -15,7 +15,6 @@ from folospec.kernels import build, native
 
 RUN = """
 import logging, sys, torch
-torch.set_num_threads(1)
 logging.basicConfig(stream=sys.stdout, format="LOG %(message)s")
 from folospec import LLM, SamplingParams
 from folospec.kernels import native

@@ -13,8 +13,6 @@ from folospec.sampling.sampler import draw_target, perturb
 from folospec.spec import children as children_module
 from folospec.spec.children import CHILDREN, Place, draw_children
 
-torch.set_num_threads(1)
-
 LAW = (0.34, 0.27, 0.19, 0.13, 0.07)
 VOCAB_SIZE = len(LAW)
 NUM_DRAWS = 5000

@@ -25,8 +25,6 @@ from folospec.spec.drafting import DRAFTING_OPTIONS, RankAcceptance, Sharpness, 
 from folospec.spec.tree_shapes import sequoia
 from folospec.spec.verify import Verdict
 
-torch.set_num_threads(1)
-
 TREES = {
     "chain": {},
     "expansion": {"tree": [3, 2, 1]},

@@ -6,7 +6,6 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 from fake_model import (
     VOCAB_SIZE,
     likeliest,
@@ -25,8 +24,6 @@ from folospec.core.token_tree import ROOT, TokenTree
 from folospec.sampling import noise
 from folospec.spec.growth import Growth
 from folospec.spec.tree_shapes import expansion, sequoia
-
-torch.set_num_threads(1)
 
 RANK_ACCEPTANCE = (0.55, 0.3, 0.1)
 

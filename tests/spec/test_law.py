@@ -29,8 +29,6 @@ from folospec.core.token_tree import TokenTree
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import verify_block, verify_coupled, verify_rejection
 
-torch.set_num_threads(1)
-
 EXACT = 1e-12
 CHAIN, LONG_CHAIN = [-1, 0], [-1, 0, 1]
 CHILDREN = [-1, -1, -1]

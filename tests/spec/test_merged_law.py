@@ -27,8 +27,6 @@ from folospec.spec.merge import merge_proposals
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import verify_coupled, verify_rejection
 
-torch.set_num_threads(1)
-
 EXACT, SEEN = 1e-12, 1e-4
 ONE, CHAIN, FORK, TWIG = [-1], [-1, 0], [-1, -1], [-1, -1, 0]
 CROWDED_TOYS = [Toy("dense", seed, vocab_size=3) for seed in range(300, 308)]

@@ -13,8 +13,6 @@ from folospec.spec.proposal import Proposal
 from folospec.spec.step_cost import CostCurve, StepShape
 from folospec.spec.verify import verify_block, verify_rejection
 
-torch.set_num_threads(1)
-
 EXACT, SEEN = 1e-12, 0.05
 SHAPE = StepShape(1, 1)
 DEAR = CostCurve({1: 1.0, 2: 1.42, 64: 1.0 + 63 * 0.42})

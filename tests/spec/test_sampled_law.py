@@ -19,8 +19,6 @@ from folospec.sampling.sampler import draw_target
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import KeyedCoins, verify_block, verify_coupled, verify_rejection
 
-torch.set_num_threads(1)
-
 
 class Toy(NamedTuple):
     """Laws of target and drafter given the last token: float32 [vocab_size, vocab_size]."""

@@ -23,8 +23,6 @@ from folospec.core.token_tree import TokenTree
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import Verdict, verify_block, verify_rejection
 
-torch.set_num_threads(1)
-
 CHAIN, LONG_CHAIN = [-1, 0], [-1, 0, 1]
 TOYS = [Toy("dense", seed, vocab_size=4) for seed in range(200, 210)]
 

@@ -1,0 +1,74 @@
+"""The runner of the matrix: what it counts as green, and that its rows set what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matrix
+import pytest
+from matrix import Row
+
+PASSING = "def test_it(): assert True"
+
+
+@pytest.fixture
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A suite of one file, which a test writes."""
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    monkeypatch.setattr(matrix, "processor_flags", lambda: {"avx2"})
+    return tmp_path / "test_one.py"
+
+
+def outcomes(suite: Path, *rows: Row, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    monkeypatch.setattr(matrix, "ROWS", rows)
+    out = suite.parent / "rows.jsonl"
+    code = matrix.main(["--tests", str(suite), "--workers", "0", "--out", str(out)])
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert code == int(any(row["outcome"] == "failed" for row in found))
+    return found
+
+
+def test_a_row_with_a_failure_is_red_and_names_it(suite: Path, monkeypatch: pytest.MonkeyPatch):
+    suite.write_text("def test_it(): assert False")
+    [row] = outcomes(suite, Row("as it is"), monkeypatch=monkeypatch)
+    assert (row["outcome"], row["failed"]) == ("failed", 1)
+    assert "test_one.py::test_it" in row["failures"][0]
+
+
+@pytest.mark.parametrize("text", ["", "import pytest; pytest.skip(allow_module_level=True)"])
+def test_a_row_that_ran_nothing_is_red(suite: Path, monkeypatch: pytest.MonkeyPatch, text: str):
+    suite.write_text(text)
+    [row] = outcomes(suite, Row("as it is"), monkeypatch=monkeypatch)
+    assert (row["outcome"], row["passed"]) == ("failed", 0)
+
+
+def test_a_row_for_another_processor_is_skipped_and_counted(
+    suite: Path, monkeypatch: pytest.MonkeyPatch
+):
+    suite.write_text(PASSING)
+    rows = (Row("wide", flags=("avx2", "avx512f")), Row("as it is"))
+    found = outcomes(suite, *rows, monkeypatch=monkeypatch)
+    assert [row["outcome"] for row in found] == ["skipped: no avx512f", "passed"]
+    assert found[1]["passed"] == 1
+
+
+def test_a_row_sets_its_environment_and_hides_compilers(
+    suite: Path, monkeypatch: pytest.MonkeyPatch
+):
+    suite.write_text(
+        "import os, shutil\n"
+        "def test_it():\n"
+        "    assert os.environ['SOME_SETTING'] == 'on'\n"
+        "    assert shutil.which('ls')\n"
+        "    assert not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cc', 'gcc')))\n"
+    )
+    setting = {"SOME_SETTING": "on"}
+    rows = (Row("bare", setting, has_compiler=False), Row("with compilers", setting))
+    bare, usual = outcomes(suite, *rows, monkeypatch=monkeypatch)
+    assert bare["outcome"] == "passed"
+    assert usual["outcome"] == ("failed" if matrix.shutil.which("cc") else "passed")
+
+
+def test_every_row_has_a_name_of_its_own():
+    assert len({row.name for row in matrix.ROWS}) == len(matrix.ROWS)
