@@ -70,9 +70,11 @@ def _gather(
     rows = [{int(t): Logprob(value, rank)} for t, value, rank in pairs]
     if any(tops):
         for row, most_likely in zip(rows, _most_likely(log_probs, tops), strict=True):
-            for token_id, value in most_likely:
-                # All greater ones are in the list too, so the list knows the rank.
-                rank = 1 + sum(other > value for _, other in most_likely)
+            # All greater ones are before it in the list; equal ones share the first one's rank.
+            rank, last = 0, None
+            for place, (token_id, value) in enumerate(most_likely, start=1):
+                rank = rank if value == last else place
+                last = value
                 row.setdefault(token_id, Logprob(value, rank))
     return rows
 

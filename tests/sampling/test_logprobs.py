@@ -77,3 +77,34 @@ def test_processed_logprobs_are_those_sampled_from():
     assert sum(math.exp(item.logprob) for item in entry.values()) == pytest.approx(1.0)
     for token_id, item in entry.items():
         assert item.logprob == float(log_probs[0, token_id])
+
+
+class Counted(float):
+    """A number that counts how often it is compared."""
+
+    num_comparisons = 0
+
+    def _count(self) -> None:
+        Counted.num_comparisons += 1
+
+    def __gt__(self, other: float) -> bool:
+        self._count()
+        return float(self) > float(other)
+
+    def __eq__(self, other: object) -> bool:
+        self._count()
+        return isinstance(other, float) and float(self) == float(other)
+
+    __hash__ = float.__hash__
+
+
+def test_the_ranks_of_the_whole_vocabulary_cost_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`logprobs` may be as large as the vocabulary."""
+    size = 3000
+    ordered = [(token_id, Counted(-(token_id // 2))) for token_id in range(size)]
+    monkeypatch.setattr(logprobs, "_most_likely", lambda log_probs, tops: [ordered])
+    Counted.num_comparisons = 0
+    [entry] = gather_logprobs(torch.zeros(1, size), [0], size)
+    assert [entry[i].rank for i in range(1, 6)] == [1, 3, 3, 5, 5]
+    assert len(entry) == size
+    assert Counted.num_comparisons <= 2 * size
