@@ -13,6 +13,10 @@ class Logprob:
     logprob: float
     rank: int
     decoded_token: str | None = None
+    """The token's text as it stands inside a text, the space before a word and special tokens
+    included; None without a tokenizer. Where no token has a part of a character, the texts of the
+    output's tokens add up to its text. Bytes that are no whole character are written as `<0xC3>`.
+    """
 
 
 @dataclass(slots=True)
@@ -39,8 +43,8 @@ class SpeculationCounts:
     """What speculation did, counted alike for a request and for the engine. Times are in seconds.
 
     A draft is one proposal that was verified, with at least one draft token. `num_accepted_tokens`
-    counts what the verifier accepted, before a stop cut the output; it leaves the bonus token out,
-    `acceptance_length` has it in.
+    counts the accepted draft tokens that the output has: those behind a stop are not counted. It
+    leaves the bonus token out, `acceptance_length` has it in.
     """
 
     num_target_passes: int = 0
@@ -49,7 +53,7 @@ class SpeculationCounts:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
-    """Entry i counts the drafts whose accepted path has more than i tokens."""
+    """Entry i counts the drafts of which the output has more than i tokens."""
     acceptance_histogram: list[int] = field(default_factory=list)
     """Entry i counts the drafts with exactly i accepted tokens."""
     num_undrafted: dict[str, int] = field(default_factory=dict)
@@ -62,7 +66,8 @@ class SpeculationCounts:
 
     @property
     def acceptance_length(self) -> float:
-        """Mean tokens per verified draft, bonus included; 1.0 without drafts."""
+        """1 + accepted / drafts: the mean tokens per verified draft, bonus included; 1.0 without
+        drafts. A draft within whose path the output ended had no bonus, and counts one too."""
         return 1.0 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
 
     @property
@@ -72,7 +77,7 @@ class SpeculationCounts:
 
     @property
     def acceptance_rate_per_pos(self) -> list[float]:
-        """Entry i is the share of the drafts whose accepted path has more than i tokens."""
+        """Entry i is the share of the drafts of which the output has more than i tokens."""
         return [count / self.num_drafts for count in self.num_accepted_tokens_per_pos]
 
 

@@ -225,9 +225,11 @@ class Speculation:
         """Count verified proposals, and tell the planner of them."""
         for seen in observed:
             if seen.proposal is not None and seen.verdict is not None:
-                num_drafts, num_accepted = seen.proposal.num_draft_tokens, seen.verdict.num_accepted
-                if num_drafts > 0:
-                    self.stats.record_draft(seen.request.group.metrics, num_drafts, num_accepted)
+                num_drafted, metrics = seen.proposal.num_draft_tokens, seen.request.group.metrics
+                # An output may end within the accepted path; what is behind its end is not counted.
+                num_accepted = min(seen.verdict.num_accepted, len(seen.new_token_ids))
+                if num_drafted > 0:
+                    self.stats.record_draft(metrics, num_drafted, num_accepted)
                 if self.planning is not None:
                     self.planning.learn(seen.seq.seq_id, seen.verdict.path)
 

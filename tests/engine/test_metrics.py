@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import harness
@@ -113,3 +114,20 @@ def test_a_snapshot_keeps_its_reasons(models: Any) -> None:
         snapshots += engine.step()
     counts = [sum(output.metrics.num_undrafted.values()) for output in snapshots]
     assert counts[0] < counts[-1]
+
+
+def test_accepted_tokens_behind_a_stop_are_not_counted(models: Any) -> None:
+    """The target drafts for itself: all is accepted, and the stop is inside the accepted run."""
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    whole = run(make_llm(models.target), harness.PROMPTS[:1], params).tokens[0][0]
+    place = next(i for i in range(3, 12) if whole[i] not in whole[:i])
+    params = replace(params, stop_token_ids=[whole[place]], max_tokens=60)
+    draft = {"method": "draft_model", "model": models.target, "num_speculative_tokens": 24}
+    result = run(make_llm(models.target, draft), harness.PROMPTS[:1], params)
+    counts = result.outputs[0].metrics
+    assert result.tokens[0][0] == whole[: place + 1]
+    # One token is of the prompt's pass, the others are the accepted ones; no bonus is committed.
+    assert (counts.num_drafts, counts.num_accepted_tokens) == (1, place)
+    assert counts.acceptance_length == 1 + place
+    assert counts.acceptance_histogram == [*[0] * place, 1]
+    assert result.stats["num_accepted_tokens"] == place
