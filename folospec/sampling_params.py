@@ -52,8 +52,9 @@ class SamplingParams:
     max_tokens: int | None = 16
     """Most tokens generated; None is as many as `max_model_len` leaves."""
     stop: str | Sequence[str] | None = ()
-    """Strings that end the output; the string itself is left out unless
-    `include_stop_str_in_output`."""
+    """Strings that end the output; the string itself is left out of the text unless
+    `include_stop_str_in_output`. One that is the text of a special token ends the output at that
+    token, also while special tokens are left out of the text."""
     stop_token_ids: Sequence[int] = ()
     """Token ids that end the output; they stay in `token_ids` and are left out of the text, as EOS
     is."""

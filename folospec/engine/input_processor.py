@@ -12,6 +12,7 @@ from folospec.core.sequence import SequenceGroup
 from folospec.engine.detokenizer import Detokenizer
 from folospec.engine.request import Request, SequenceOutput
 from folospec.engine.speculation import Speculation
+from folospec.engine.token_decoder import token_decoder
 from folospec.sampling.constraints import check_token_ids
 from folospec.sampling.noise import derived_seed
 from folospec.sampling_params import SamplingParams
@@ -65,6 +66,7 @@ class InputProcessor:
             outputs={first.seq_id: SequenceOutput(self._detokenizer(token_ids, params))},
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
             prediction_token_ids=self._prediction(params),
+            special_stops=self._special_stops(params),
         )
 
     def _seed(self, params: SamplingParams, ordinal: int) -> int:
@@ -191,13 +193,20 @@ class InputProcessor:
 
     def _bad_words(self, bad_words: Sequence[str]) -> list[list[int]]:
         """Token sequences of each word, at the start of a text and after a space."""
-        sequences = []
+        sequences: dict[tuple[int, ...], None] = {}
         for word in bad_words:
             for text in (word, " " + word.lstrip()):
                 token_ids = self.tokenizer.encode(text, add_special_tokens=False)
-                if token_ids and token_ids not in sequences:
-                    sequences.append(token_ids)
-        return sequences
+                if token_ids:
+                    sequences[tuple(token_ids)] = None
+        return [list(token_ids) for token_ids in sequences]
+
+    def _special_stops(self, params: SamplingParams) -> dict[int, str]:
+        """The stop strings that are one special token, by its id, where the text has none of it."""
+        if not params.stop_strings or not params.skip_special_tokens:
+            return {}
+        ids = token_decoder(self.tokenizer).special_ids
+        return {ids[stop]: stop for stop in params.stop_strings if stop in ids}
 
     def _detokenizer(self, token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None:

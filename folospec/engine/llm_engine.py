@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ from folospec.engine.commit import Committer
 from folospec.engine.input_processor import InputProcessor, Limits, Prompt
 from folospec.engine.loading import load_parts
 from folospec.engine.logprobs import LogprobsTaker
-from folospec.engine.output_processor import Increment, Sent, increments, make_output
+from folospec.engine.output_processor import Increment, Stream, make_output
 from folospec.engine.request import Request
 from folospec.engine.run_ahead import RunAhead
 from folospec.engine.speculation import Speculation
@@ -97,7 +96,7 @@ class LLMEngine:
             config, self.manager, self.engine_stats, self.speculation, parts.tokenizer
         )
         self._failed: list[Request] = []
-        self._streams: dict[str, deque[RequestOutput]] = {}
+        self._streams: dict[str, Stream] = {}
         self.requests: dict[str, Request] = {}
         self._num_requests = 0
 
@@ -208,27 +207,25 @@ class LLMEngine:
             request_id, is_finished = request.group.request_id, request.group.is_finished
             if is_finished:
                 del self.requests[request_id]
-            if is_finished or not finished_only or request_id in self._streams:
+            if is_finished or not finished_only:
                 outputs.append(make_output(request))
-        taken = [output for output in outputs if output is not None]
-        for output in taken:
-            if output.request_id in self._streams:
-                self._streams[output.request_id].append(output)
-        return [output for output in taken if output.finished] if finished_only else taken
+        for request in [*failed, *touched] if self._streams else ():
+            if (stream := self._streams.get(request.group.request_id)) is not None:
+                stream.take(request)
+        return [output for output in outputs if output is not None]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
         """Run one request, yielding its text and tokens as they come. Closing the iterator aborts
         the request."""
         request_id = self.add_request(prompt, params)
-        sent: dict[int, Sent] = {}
-        # Whoever calls `step`, another stream among them, this one's outputs come here.
-        arrived = self._streams[request_id] = deque()
+        # Whoever calls `step`, another stream among them, this one's increments come here.
+        stream = self._streams[request_id] = Stream()
         try:
-            while arrived or request_id in self.requests:
-                if not arrived:
-                    self.step()
-                while arrived:
-                    yield from increments(arrived.popleft(), sent)
+            while stream.arrived or request_id in self.requests:
+                if stream.arrived:
+                    yield stream.arrived.popleft()
+                else:
+                    self.step(finished_only=True)
         finally:
             del self._streams[request_id]
             self.abort(request_id)

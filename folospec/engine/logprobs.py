@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from folospec.core.sequence import Sequence
 from folospec.engine.request import Request
+from folospec.engine.token_decoder import token_decoder
 from folospec.outputs import Logprob
 from folospec.sampling.logprobs import gather_logprobs
 
@@ -17,7 +17,7 @@ class LogprobsTaker:
     """Adds logprobs to requests, each with its token's text where there is a tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._decoder = token_decoder(tokenizer) if tokenizer is not None else None
 
     def take_output(
         self, request: Request, seq: Sequence, logits: Tensor, token_ids: list[int]
@@ -47,9 +47,7 @@ class LogprobsTaker:
             request.prompt_logprobs.extend(self._with_text(entry) for entry in entries)
 
     def _with_text(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
-        if self._tokenizer is None:
+        if self._decoder is None:
             return entry
-        return {
-            token_id: replace(logprob, decoded_token=self._tokenizer.decode([token_id]))
-            for token_id, logprob in entry.items()
-        }
+        text_of = self._decoder.text_of
+        return {t: Logprob(p.logprob, p.rank, text_of(t)) for t, p in entry.items()}

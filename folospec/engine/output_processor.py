@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -19,33 +20,26 @@ def append_token(request: Request, seq: Sequence, token_id: int) -> bool:
     output, params = request.outputs[seq.seq_id], request.params
     seq.add_token_id(token_id)
     may_stop = seq.num_output_tokens >= params.min_tokens
-    if may_stop and token_id in request.eos_token_ids:
-        return _finish(output, "stop", None)
-    if may_stop and token_id in params.stop_token_ids:
-        return _finish(output, "stop", token_id)
+    if may_stop and token_id in request.stop_ids:
+        is_eos = token_id in request.eos_token_ids
+        return _finish(output, "stop", None if is_eos else token_id)
+    if may_stop and token_id in request.special_stops:
+        stop = request.special_stops[token_id]
+        _finish(output, "stop", stop)
+        if params.include_stop_str_in_output:
+            output.cut_text = output.text + stop
+        return True
     if output.detokenizer is not None:
-        stops = params.stop_strings
-        num_before = len(output.detokenizer.text) if stops else 0
         output.detokenizer.append(token_id)
-        if stops and may_stop and (found := _find_stop(output.text, num_before, stops)):
-            begin, stop = found
-            keep = begin + len(stop) if params.include_stop_str_in_output else begin
-            output.cut_text = output.text[:keep]
-            return _finish(output, "stop", stop)
+        match = output.search.advance(output.detokenizer) if output.search is not None else None
+        if match is not None and may_stop:
+            is_included = params.include_stop_str_in_output
+            end = match.begin + (len(match.stop) if is_included else 0)
+            output.cut_text = output.text[:end]
+            return _finish(output, "stop", match.stop)
     if seq.num_tokens >= request.max_num_tokens:
         return _finish(output, "length", None)
     return False
-
-
-def _find_stop(text: str, num_before: int, stops: tuple[str, ...]) -> tuple[int, str] | None:
-    """Return (where, which) of the first stop string that ends behind the first `num_before`
-    characters."""
-    found = []
-    for stop in stops:
-        begin = text.find(stop, max(0, num_before - len(stop) + 1))
-        if begin >= 0:
-            found.append((begin, stop))
-    return min(found, key=lambda f: (f[0], len(f[1])), default=None)
 
 
 def _finish(output: SequenceOutput, reason: str, stop_reason: str | int | None) -> bool:
@@ -53,45 +47,26 @@ def _finish(output: SequenceOutput, reason: str, stop_reason: str | int | None) 
     return True
 
 
-def safe_text(request: Request, output: SequenceOutput) -> str:
-    """The text that later tokens cannot take back: while running, the start of a stop string is
-    held."""
-    if output.finish_reason is not None or not request.params.stop_strings:
-        return output.text
-    longest = max(len(stop) for stop in request.params.stop_strings) - 1
-    for begin in range(max(0, len(output.text) - longest), len(output.text)):
-        if any(stop.startswith(output.text[begin:]) for stop in request.params.stop_strings):
-            return output.text[:begin]
-    return output.text
-
-
 def make_output(request: Request) -> RequestOutput:
-    """Return a snapshot of a request. With `best_of` it has no outputs until all sequences have
-    finished and the best `n` are known."""
+    """Return a snapshot of a request: all its text and tokens, so a snapshot after every step costs
+    the square of the output's length; `Stream` has what is new alone."""
     group, params = request.group, request.params
-    sequences = list(group.sequences)
-    if params.num_sequences > params.n:
-        sequences.sort(key=lambda s: -request.outputs[s.seq_id].cumulative_logprob)
-        sequences = sequences if group.is_finished else []
-    completions = []
-    for index, seq in enumerate(sequences[: params.n]):
-        output = request.outputs[seq.seq_id]
-        completions.append(
+    return RequestOutput(
+        request_id=group.request_id,
+        prompt=group.prompt,
+        prompt_token_ids=list(group.prompt_token_ids),
+        outputs=[
             CompletionOutput(
                 index=index,
-                text=safe_text(request, output),
+                text=output.new_text(0),
                 token_ids=list(seq.output_token_ids),
                 cumulative_logprob=output.cumulative_logprob if request.needs_logprobs else None,
                 logprobs=list(output.logprobs) if params.logprobs is not None else None,
                 finish_reason=output.finish_reason,
                 stop_reason=output.stop_reason,
             )
-        )
-    return RequestOutput(
-        request_id=group.request_id,
-        prompt=group.prompt,
-        prompt_token_ids=list(group.prompt_token_ids),
-        outputs=completions,
+            for index, (seq, output) in enumerate(_completions(request))
+        ],
         finished=group.is_finished,
         prompt_logprobs=list(request.prompt_logprobs) if request.prompt_logprobs else None,
         metrics=replace(
@@ -101,6 +76,17 @@ def make_output(request: Request) -> RequestOutput:
             num_undrafted=dict(group.metrics.num_undrafted),
         ),
     )
+
+
+def _completions(request: Request) -> list[tuple[Sequence, SequenceOutput]]:
+    """The sequences that the user gets, in their order. With `best_of` there are none until all
+    have finished and the best `n` are known."""
+    group, params = request.group, request.params
+    found = [(seq, request.outputs[seq.seq_id]) for seq in group.sequences]
+    if params.num_sequences > params.n:
+        found.sort(key=lambda item: -item[1].cumulative_logprob)
+        found = found if group.is_finished else []
+    return found[: params.n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +109,26 @@ class Sent:
     finished: bool = False
 
 
-def increments(output: RequestOutput, sent: dict[int, Sent]) -> Iterator[Increment]:
-    """Yield what a snapshot has beyond what was sent, by completion; an end is sent once."""
-    for completion in output.outputs:
-        before = sent.setdefault(completion.index, Sent())
-        text = completion.text[before.num_chars :]
-        token_ids = completion.token_ids[before.num_tokens :]
-        finished = completion.finish_reason is not None
-        if text or token_ids or finished != before.finished:
-            sent[completion.index] = Sent(len(completion.text), len(completion.token_ids), finished)
-            yield Increment(completion.index, text, token_ids, completion.finish_reason)
+class Stream:
+    """The increments of one request. Each costs as much as it has, not as the output so far."""
+
+    def __init__(self) -> None:
+        self.arrived: deque[Increment] = deque()
+        self._sent: dict[int, Sent] = {}
+
+    def take(self, request: Request) -> None:
+        """Add what a request has beyond what was taken, by completion; an end is taken once."""
+        self.arrived.extend(self._increments(request))
+
+    def _increments(self, request: Request) -> Iterator[Increment]:
+        for index, (seq, output) in enumerate(_completions(request)):
+            sent = self._sent.setdefault(index, Sent())
+            if sent.finished:
+                continue
+            text = output.new_text(sent.num_chars)
+            token_ids = seq.output_token_ids[sent.num_tokens :]
+            sent.finished = output.finish_reason is not None
+            if text or token_ids or sent.finished:
+                sent.num_chars += len(text)
+                sent.num_tokens += len(token_ids)
+                yield Increment(index, text, token_ids, output.finish_reason)

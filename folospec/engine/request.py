@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from folospec.core.sequence import Sequence, SequenceGroup
 from folospec.engine.detokenizer import Detokenizer
+from folospec.engine.stop_strings import StopSearch, StopStrings
 from folospec.outputs import Logprob
 from folospec.sampling.constraints import SamplingRow, is_constrained
 from folospec.sampling.pipeline import pack_filters
@@ -18,6 +19,8 @@ class SequenceOutput:
     """The text and logprobs of one sequence, and how it ended."""
 
     detokenizer: Detokenizer | None
+    search: StopSearch | None = None
+    """The search for stop strings, where there are any."""
     cut_text: str | None = None
     """The text up to a stop string, where one has ended the output."""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -27,16 +30,28 @@ class SequenceOutput:
 
     def fork(self) -> SequenceOutput:
         detokenizer = self.detokenizer.copy() if self.detokenizer else None
-        twin = SequenceOutput(detokenizer, self.cut_text, list(self.logprobs))
+        search = self.search.fork() if self.search else None
+        twin = SequenceOutput(detokenizer, search, self.cut_text, list(self.logprobs))
         twin.cumulative_logprob = self.cumulative_logprob
         return twin
 
     @property
     def text(self) -> str:
         """The text so far; empty without a tokenizer."""
-        if self.cut_text is not None:
-            return self.cut_text
-        return self.detokenizer.text if self.detokenizer is not None else ""
+        if self.cut_text is not None or self.detokenizer is None:
+            return self.cut_text or ""
+        if self.finish_reason is not None:
+            self.detokenizer.finish()
+        return self.detokenizer.text
+
+    def new_text(self, start: int) -> str:
+        """The text from character `start` on that later tokens cannot take back: while running,
+        the beginning of a stop string is held, and so is what another byte may change."""
+        if self.finish_reason is not None or self.detokenizer is None:
+            return self.text[start:]
+        detokenizer, search = self.detokenizer, self.search
+        num_safe = search.num_safe if search is not None else detokenizer.num_settled
+        return detokenizer.text_from(start)[: max(0, num_safe - start)]
 
 
 @dataclass(slots=True)
@@ -53,6 +68,9 @@ class Request:
     outputs: dict[str, SequenceOutput]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     prediction_token_ids: list[int] = field(default_factory=list)
+    special_stops: dict[int, str] = field(default_factory=dict)
+    """Token id -> stop string, of stop strings that are the text of one special token which the
+    output's text leaves out."""
 
     params: SamplingParams = field(init=False)
     stop_ids: frozenset[int] = field(init=False)
@@ -67,6 +85,10 @@ class Request:
 
     def __post_init__(self) -> None:
         self.params = params = self.group.params
+        if params.stop_strings:
+            stops = StopStrings(params.stop_strings)
+            for output in self.outputs.values():
+                output.search = StopSearch(stops)
         self.stop_ids = self.eos_token_ids.union(params.stop_token_ids)
         self.needs_logprobs = params.logprobs is not None or params.num_sequences > params.n
         self.is_constrained = is_constrained(self.sampling_row(self.group.sequences[0]))

@@ -11,11 +11,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from folospec.core.token_tree import ROOT
-from folospec.engine.detokenizer import decoder_of
+from folospec.engine.token_decoder import token_decoder
 from folospec.engine.trace import (
     SCHEMA,
     VERSION,
@@ -282,17 +281,8 @@ def _counts(stats: EngineStats) -> _Counts:
 
 
 def _text_of(tokenizer: Any) -> Text:
-    """Token id -> its text as it stands inside a text: decoded after itself, since some tokenizers
-    strip the space before the first word."""
-    if tokenizer is None:
-        return lambda token_id: None
-    decode = decoder_of(tokenizer, skip_special_tokens=False)
-
-    @cache
-    def text(token_id: int) -> str:
-        return decode([token_id, token_id])[len(decode([token_id])) :]
-
-    return text
+    """Token id -> its text as it stands inside a text."""
+    return token_decoder(tokenizer).text_of if tokenizer is not None else lambda token_id: None
 
 
 def _header(config: EngineConfig, manager: KVCacheManager, speculation: Speculation) -> TraceHeader:
