@@ -47,8 +47,9 @@ class EngineStats(SpeculationCounts):
     def record_draft(
         self, metrics: RequestMetrics, num_draft_tokens: int, num_accepted: int
     ) -> None:
-        """Count one verified draft, for its request and for the engine. `num_accepted` is the number
-        of its tokens that the output has.
+        """Count one verified draft, for its request and for the engine.
+
+        `num_accepted` of its tokens are in the output.
 
         Raises:
             ValueError: there was no draft token, or more were accepted than drafted.

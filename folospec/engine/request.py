@@ -9,7 +9,7 @@ from folospec.core.sequence import Sequence, SequenceGroup
 from folospec.engine.detokenizer import Detokenizer
 from folospec.engine.stop_strings import StopSearch, StopStrings
 from folospec.outputs import Logprob
-from folospec.sampling.constraints import SamplingRow, is_constrained
+from folospec.sampling.constraints import SamplingRow, TokenCounts, is_constrained
 from folospec.sampling.pipeline import pack_filters
 from folospec.sampling_params import SamplingParams
 
@@ -27,6 +27,8 @@ class SequenceOutput:
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    token_counts: TokenCounts = field(default_factory=TokenCounts)
+    """Of the output, for penalties."""
 
     def fork(self) -> SequenceOutput:
         detokenizer = self.detokenizer.copy() if self.detokenizer else None
@@ -80,6 +82,7 @@ class Request:
     `best_of`."""
     is_constrained: bool = field(init=False)
     """Whether a stage before temperature may ever change its logits."""
+    _prompt_counts: TokenCounts = field(init=False, default_factory=TokenCounts)
     filters: bytes = field(init=False)
     """See `pipeline.pack_filters`."""
 
@@ -103,6 +106,8 @@ class Request:
             draft_token_ids=draft_token_ids or (),
             bad_words_token_ids=self.bad_words_token_ids,
             stop_ids=self.stop_ids,
+            prompt_counts=self._prompt_counts,
+            output_counts=self.outputs[seq.seq_id].token_counts,
         )
 
     @property

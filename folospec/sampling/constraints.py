@@ -18,6 +18,23 @@ from folospec.sampling_params import SamplingParams
 NEG_INF = float("-inf")
 
 
+class TokenCounts:
+    """How often each token occurs in a list that grows at its end; every token is counted once."""
+
+    def __init__(self) -> None:
+        self._counts: np.ndarray | None = None
+        self._num_counted = 0
+
+    def of(self, token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
+        """The counts, int64 [vocab_size]; not to be changed."""
+        if self._counts is None:
+            self._counts = np.zeros(vocab_size, dtype=np.int64)
+        new = token_ids[self._num_counted :]
+        np.add.at(self._counts, np.array(new, dtype=np.int64), 1)
+        self._num_counted += len(new)
+        return self._counts
+
+
 @dataclass(slots=True)
 class SamplingRow:
     """One row of logits to be sampled from: whose it is, and which tokens come before it.
@@ -38,6 +55,9 @@ class SamplingRow:
     """EOS and stop token ids, which may not come before `params.min_tokens` tokens."""
     is_draft: bool = False
     """The row is a drafter's: it is hypothetical even without drafts above it."""
+    prompt_counts: TokenCounts | None = None
+    output_counts: TokenCounts | None = None
+    """Of the two lists, kept from step to step; without them the lists are counted anew."""
 
     @property
     def hypothetical(self) -> bool:
@@ -52,6 +72,12 @@ class SamplingRow:
     def history(self) -> list[int]:
         """The tokens generated before this row, drafts included: a new list."""
         return [*self.output_token_ids, *self.draft_token_ids]
+
+    def last(self, count: int) -> list[int]:
+        """The last `count` tokens of `history`, or all if it has fewer."""
+        drafts = list(self.draft_token_ids[-count:]) if count else []
+        missing = count - len(drafts)
+        return [*self.output_token_ids[-missing:], *drafts] if missing else drafts
 
 
 class NoTokenError(ValueError):
@@ -139,7 +165,7 @@ def _ban_bad_words(logits: Tensor, rows: Sequence[SamplingRow], indices: list[in
     for index in indices:
         row = rows[index]
         longest = max(map(len, row.bad_words_token_ids))
-        tail = row.history[-longest:]
+        tail = row.last(longest - 1)
         for word in row.bad_words_token_ids:
             *head, last = word
             if not head or tail[-len(head) :] == head:
@@ -183,9 +209,10 @@ def _penalize(logits: Tensor, rows: Sequence[SamplingRow], indices: list[int]) -
         return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
 
     vocab_size = logits.shape[1]
-    in_prompt = _counts([(rows[i].prompt_token_ids, ()) for i in indices], vocab_size)
+    used = [rows[i] for i in indices]
+    in_prompt = _counts([(r.prompt_token_ids, r.prompt_counts, ()) for r in used], vocab_size)
     in_output = _counts(
-        [(rows[i].output_token_ids, rows[i].draft_token_ids) for i in indices], vocab_size
+        [(r.output_token_ids, r.output_counts, r.draft_token_ids) for r in used], vocab_size
     )
     counts = torch.from_numpy(in_output).to(logits.device)
     seen = (counts > 0) | torch.from_numpy(in_prompt > 0).to(logits.device)
@@ -197,16 +224,18 @@ def _penalize(logits: Tensor, rows: Sequence[SamplingRow], indices: list[int]) -
     logits[indices] = new
 
 
-def _counts(histories: list[tuple[Sequence[int], Sequence[int]]], vocab_size: int) -> np.ndarray:
+def _counts(
+    histories: list[tuple[Sequence[int], TokenCounts | None, Sequence[int]]], vocab_size: int
+) -> np.ndarray:
     """How often each token occurs, int64 [num_rows, vocab_size].
 
     The nodes of a tree share the long part of their history, which is counted once.
     """
     counted: dict[int, np.ndarray] = {}
     counts = np.empty((len(histories), vocab_size), dtype=np.int64)
-    for row, (base, path) in enumerate(histories):
+    for row, (base, kept, path) in enumerate(histories):
         if id(base) not in counted:
-            counted[id(base)] = np.bincount(np.array(base, dtype=np.int64), minlength=vocab_size)
+            counted[id(base)] = (kept or TokenCounts()).of(base, vocab_size)
         counts[row] = counted[id(base)]
         for token_id in path:
             counts[row, token_id] += 1

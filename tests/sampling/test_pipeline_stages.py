@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from folospec.sampling.constraints import check_token_ids
+from folospec.sampling.constraints import TokenCounts, check_token_ids
 from folospec.sampling.pipeline import NoTokenError, SamplingRow, process
 from folospec.sampling_params import SamplingParams
 
@@ -344,3 +344,55 @@ def test_token_ids_outside_the_vocabulary_are_refused_by_name(options):
 
 def test_no_rows_are_fine():
     assert process(torch.zeros(0, 5), []).shape == (0, 5)
+
+
+# -- what a step costs after many tokens ----------------------------------------------------------
+
+
+class Watched(list):
+    """Token ids that count how many of them are read."""
+
+    num_read = 0
+
+    def __iter__(self):
+        self.num_read += len(self)
+        return super().__iter__()
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        self.num_read += len(found) if isinstance(key, slice) else 1
+        return found
+
+
+def run_steps(params, num_steps, **options):
+    """Compare rows with kept counts to rows without; return how many tokens of the prompt and of
+    the output the former read."""
+    prompt, output = Watched([1, 2, 2]), Watched()
+    counts = {"prompt_counts": TokenCounts(), "output_counts": TokenCounts()}
+    logits = torch.linspace(-1, 1, 5)[None]
+    for step in range(num_steps):
+        row = SamplingRow(params, prompt, output, **counts, **options)
+        anew = SamplingRow(params, list(prompt), list(output), **options)
+        assert torch.equal(process(logits, [row]), process(logits, [anew]))
+        output.append(step * 3 % 5)
+    return prompt.num_read - 3 * num_steps, output.num_read - sum(range(num_steps))
+
+
+def test_penalties_read_each_token_once():
+    penalties = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.1)
+    assert run_steps(penalties, 60) == (3, 59)
+
+
+def test_bad_words_look_at_the_last_tokens_alone():
+    num_read = run_steps(SamplingParams(), 60, bad_words_token_ids=[[3, 1, 4], [2]])[1]
+    assert num_read <= 2 * 60
+
+
+def test_counts_with_drafts_leave_the_kept_counts_alone():
+    params, counts = SamplingParams(frequency_penalty=1.0), TokenCounts()
+    logits = torch.zeros(1, 4)
+    drafted = SamplingRow(params, (), [1], [1, 2], output_counts=counts)
+    assert process(logits, [drafted])[0].argmin() == 1
+    plain = SamplingRow(params, (), [1, 2], output_counts=counts)
+    expected = process(logits, [SamplingRow(params, (), [1, 2])])
+    assert torch.equal(process(logits, [plain]), expected)
