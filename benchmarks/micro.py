@@ -113,7 +113,7 @@ def linear_rows(
 
         def natively(x: list[Tensor] = x) -> None:
             for each, (_, m) in zip(x, next(described), strict=True):
-                native.apply_linear(each, m, m.out_size)
+                native.apply_linear(each, m)
 
         times = median_times({"torch": with_torch, "native": natively}, seconds)
         peak = "bfloat16" if kind == "bfloat16" else "float32"

@@ -7,6 +7,7 @@ in a tree or computed in a chunk (`kernels/cpu/attention.h`).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from folospec.attention.base import AttentionBackend, LayerKV
 from folospec.attention.metadata import AttentionMetadata
 from folospec.kernels import native
+from folospec.kernels.checked import array_pointer, check_ids, pointer
 
 MAX_HEAD_SIZE = 256
 HEAD_STEP = 32
@@ -66,12 +68,7 @@ class NativeAttention(AttentionBackend):
 
     def supports(self, dtype: torch.dtype, head_size: int, block_size: int) -> str | None:
         """float32 and bfloat16, head sizes in steps of 32."""
-        if dtype not in DTYPES:
-            return f"dtype must be float32 or bfloat16, got {dtype}"
-        if head_size % HEAD_STEP or not HEAD_STEP <= head_size <= MAX_HEAD_SIZE:
-            allowed = f"a multiple of {HEAD_STEP} up to {MAX_HEAD_SIZE}"
-            return f"head size must be {allowed}, got {head_size}"
-        return None
+        return _why_not(dtype, head_size)
 
     def forward(
         self,
@@ -86,16 +83,20 @@ class NativeAttention(AttentionBackend):
         softcap: float | None = None,
     ) -> Tensor:
         """See `AttentionBackend.forward`."""
-        step = describe(
-            metadata, query.shape[1], kv, scale=scale, window=sliding_window, softcap=softcap
-        )
+        rows, heads, size = len(metadata.positions), query.shape[1], kv.key.shape[-1]
+        step = describe(metadata, heads, kv, scale=scale, window=sliding_window, softcap=softcap)
+        pages = find_pages(kv, kv.key.shape, kv.key.dtype)
         wide = [tensor.float().contiguous() for tensor in (query, key, value)]
-        out = native.floats(*wide[0].shape)
+        out = native.floats(rows, heads, size)
+        widths = (heads, step.kv_heads, step.kv_heads)
         self.library.attention(
             ctypes.byref(step),
-            ctypes.byref(native.Pages(kv.key.data_ptr(), kv.value.data_ptr())),
-            *(tensor.data_ptr() for tensor in wide),
-            metadata.slot_mapping.data_ptr(),
+            ctypes.byref(pages),
+            *(
+                pointer(name, tensor, torch.float32, (rows, width, size))
+                for name, tensor, width in zip(("query", "key", "value"), wide, widths, strict=True)
+            ),
+            find_slots(metadata, len(kv.key)),
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -111,28 +112,39 @@ def describe(
     window: int | None = None,
     softcap: float | None = None,
 ) -> native.AttentionStep:
-    """The step as the kernels read it. It points into `metadata`'s plan, which must outlive it."""
+    """The step as the kernels read it. It points into `metadata`'s plan, which must outlive it.
+
+    Raises:
+        ValueError: the kernels do not run such heads, or the step reads KV that is not there.
+    """
     plan = plan_step(metadata)
-    _, kv_heads, head_size = kv.key.shape
-    asked = (num_heads, kv_heads, head_size, scale, window, softcap, kv.key.dtype)
+    asked = (num_heads, kv.key.shape, scale, window, softcap, kv.key.dtype)
     step = plan.steps.get(asked)
     if step is None:
+        num_slots, kv_heads, head_size = kv.key.shape
+        if reason := _why_not(kv.key.dtype, head_size):
+            raise ValueError(reason)
+        if not 0 < kv_heads <= num_heads or num_heads % kv_heads:
+            raise ValueError(f"{num_heads} heads cannot share {kv_heads} of the KV")
+        _check(plan, metadata, num_slots)
+        rows, (seqs, width) = len(plan.row_seq), plan.block_table.shape
         groups = group_start(plan, max(1, MAX_QUERIES // (num_heads // kv_heads)))
+        first = None if window is None else first_keys(plan, window)
         step = plan.steps[asked] = native.AttentionStep(
-            metadata.num_tokens,
+            rows,
             num_heads,
             kv_heads,
             head_size,
             metadata.block_size,
-            plan.block_table.shape[1],
-            address(plan.row_seq),
-            address(plan.num_keys),
-            None if window is None else address(first_keys(plan, window)),
-            address(plan.context_lens),
-            address(plan.block_table),
-            address(plan.tail_start),
-            address(plan.tail_slots),
-            address(groups),
+            width,
+            array_pointer("row_seq", plan.row_seq, np.int32, (rows,)),
+            array_pointer("num_keys", plan.num_keys, np.int32, (rows,)),
+            None if first is None else array_pointer("first_keys", first, np.int32, (rows,)),
+            array_pointer("context_lens", plan.context_lens, np.int32, (seqs,)),
+            array_pointer("block_table", plan.block_table, np.int32, (seqs, width)),
+            array_pointer("tail_start", plan.tail_start, np.int64, (rows,)),
+            array_pointer("tail_slots", plan.tail_slots, np.int64, (None,)),
+            array_pointer("groups", groups, np.int32, (None,)),
             len(groups) - 1,
             scale,
             softcap or 0.0,
@@ -141,10 +153,55 @@ def describe(
     return step
 
 
-def address(array: NDArray[Any]) -> int:
-    """Where a contiguous array lies; cheaper than `array.ctypes.data`."""
-    pointer: int = array.__array_interface__["data"][0]
-    return pointer
+def find_pages(kv: LayerKV, shape: Sequence[int], dtype: torch.dtype) -> native.Pages:
+    """Where a layer's KV lies.
+
+    Raises:
+        ValueError: keys or values are not of this shape and type, or not contiguous on the CPU.
+    """
+    return native.Pages(
+        pointer("keys of the KV", kv.key, dtype, shape),
+        pointer("values of the KV", kv.value, dtype, shape),
+    )
+
+
+def find_slots(metadata: AttentionMetadata, num_slots: int) -> int:
+    """The address of the slots that a step writes to.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    slots = metadata.slot_mapping
+    found = pointer("slot_mapping", slots, torch.int64, (metadata.num_tokens,))
+    check_ids("slots", slots.numpy(), num_slots)
+    return found
+
+
+def _why_not(dtype: torch.dtype, head_size: int) -> str | None:
+    if dtype not in DTYPES:
+        return f"dtype must be float32 or bfloat16, got {dtype}"
+    if head_size % HEAD_STEP or not HEAD_STEP <= head_size <= MAX_HEAD_SIZE:
+        allowed = f"a multiple of {HEAD_STEP} up to {MAX_HEAD_SIZE}"
+        return f"head size must be {allowed}, got {head_size}"
+    return None
+
+
+def _check(plan: StepPlan, metadata: AttentionMetadata, num_slots: int) -> None:
+    """Check that every key of every row is there. `AttentionMetadata.advance` keeps it so."""
+    rows, (seqs, width) = metadata.num_tokens, plan.block_table.shape
+    starts, room = metadata.query_start_loc, width * metadata.block_size
+    if len(plan.row_seq) != rows or len(starts) != seqs + 1 or seqs != metadata.num_seqs:
+        raise ValueError(
+            f"{rows} rows of {metadata.num_seqs} sequences must have a block table each and starts "
+            f"that fit, got {seqs} tables and the starts {starts}"
+        )
+    check_ids("block ids", plan.block_table, num_slots // metadata.block_size)
+    check_ids("slots of a suffix", plan.tail_slots, num_slots)
+    check_ids("context lengths", plan.context_lens, room + 1)
+    num_tail = plan.num_keys - plan.context_lens[plan.row_seq]
+    if rows and (num_tail.min() < 1 or plan.tail_start.min() < 0):
+        raise ValueError(f"every row must see itself, got {num_tail} keys of the suffix")
+    check_ids("ends of suffixes", plan.tail_start + num_tail, len(plan.tail_slots) + 1)
 
 
 def plan_step(metadata: AttentionMetadata) -> StepPlan:

@@ -1,5 +1,7 @@
 """Builds the native CPU kernels with the system's compiler, once per source, compiler and CPU.
 
+    *.cpp --compile, each in a process of its own--> objects --link--> <fingerprint>-<content>.so
+
 The library is linked against no OpenMP of its own: its symbols are found in the one that torch has
 loaded, so that both share one team of threads. The threads of a second runtime would spin against
 torch's.
@@ -9,13 +11,19 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+
+from folospec.kernels.private import check_private, make_private
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
 TIMEOUT_SECONDS = 300
@@ -41,26 +49,22 @@ def build(target: str | None = None, sources: Path = SOURCES) -> Path:
     """Return the library's file, compiling it if no earlier run has.
 
     Args:
-        target: the instruction set, as the compiler's -march names it; None: this machine's own.
-        sources: the folder of kernels.cpp and its headers.
+        target: the instruction set, as the compiler's -march names it; None: the one that
+            FOLOSPEC_KERNELS_TARGET names, else this machine's own.
+        sources: the folder of the *.cpp files and their headers.
 
     Raises:
-        BuildError: there is no compiler, or it fails.
+        BuildError: there is no compiler, it fails, or the cache cannot be written or is not the
+            user's alone.
     """
     compiler = find_compiler()
-    flags = (*FLAGS, _target_flag(target))
+    flags = (*FLAGS, _target_flag(target), *os.environ.get("FOLOSPEC_KERNELS_FLAGS", "").split())
     folder = cache_folder() / "kernels"
     name = _fingerprint(compiler, flags, sources)
     try:
-        for path in sorted(folder.glob(f"{name}-*.so")):
-            try:
-                if path.name == _named(name, path):
-                    return path
-            except FileNotFoundError:
-                continue  # another process has just removed it
-            # Cut short, by a crash or a full disk; to load it may end the process.
-            path.unlink(missing_ok=True)
-        return _compile(compiler, flags, sources, folder, name)
+        make_private(folder)
+        check_private(folder)
+        return _find(folder, name) or _compile(compiler, flags, sources, folder, name)
     except OSError as error:
         raise BuildError(f"the kernels cannot be kept in {folder}: {error}") from error
 
@@ -71,9 +75,10 @@ def load(target: str | None = None, sources: Path = SOURCES) -> ctypes.CDLL:
     Raises:
         BuildError: it cannot be built, or torch runs without an OpenMP that it can share.
     """
+    openmp = find_openmp()
     path = build(target, sources)
     try:
-        ctypes.CDLL(find_openmp(), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"{path} does not load: {error}") from error
@@ -131,14 +136,36 @@ def cache_folder() -> Path:
         raise BuildError(f"there is no folder for them, set FOLOSPEC_CACHE_DIR: {error}") from error
 
 
+def _find(folder: Path, name: str) -> Path | None:
+    """The library that an earlier run has built."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        try:
+            check_private(path)
+            if path.name == _named(name, path):
+                return path
+        except FileNotFoundError:
+            continue  # another process has just removed it
+        # Cut short, by a crash or a full disk; to load it may end the process.
+        path.unlink(missing_ok=True)
+    return None
+
+
 def _compile(compiler: str, flags: tuple[str, ...], sources: Path, folder: Path, name: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    # A warning, since it is seen where nothing is set up to log: the first start waits for this.
+    logger.warning("compiling the CPU kernels with %s, once; this may take a minute", compiler)
     # Beside the final place, so that the rename is atomic: processes may compile at once.
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-        compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
-        _run([compiler, *flags, "-c", str(sources / "kernels.cpp"), "-o", str(compiled)])
+        linked, units = Path(scratch) / "kernels.so", sorted(sources.glob("*.cpp"))
+        objects = [str(Path(scratch) / f"{unit.stem}.o") for unit in units]
+        commands = [
+            [compiler, *flags, "-c", str(unit), "-o", made]
+            for unit, made in zip(units, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
         # Without -fopenmp here: the symbols stay open until torch's runtime answers for them.
-        _run([compiler, "-shared", str(compiled), "-o", str(linked)])
+        _run([compiler, "-shared", *objects, "-o", str(linked)])
+        linked.chmod(0o700)
         return linked.rename(folder / _named(name, linked))
 
 
@@ -164,7 +191,8 @@ def _run(command: list[str]) -> str:
 
 def _target_flag(target: str | None) -> str:
     is_arm = platform.machine() in ("aarch64", "arm64")
-    return f"-m{'cpu' if is_arm else 'arch'}={target or 'native'}"
+    target = target or os.environ.get("FOLOSPEC_KERNELS_TARGET") or "native"
+    return f"-m{'cpu' if is_arm else 'arch'}={target}"
 
 
 @lru_cache

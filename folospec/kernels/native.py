@@ -19,6 +19,7 @@ from torch import Tensor
 
 from folospec.kernels.build import SOURCES, BuildError
 from folospec.kernels.build import load as load_library
+from folospec.kernels.checked import pack_ids, pointer
 from folospec.kernels.torch_ops import Int8Weight
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 
 class Native:
-    """The library. Tensors must be contiguous and on the CPU.
+    """The library. Its plain functions trust their caller; `apply_linear` and `move` do not.
 
     Args:
         target: the instruction set to build for; None: this machine's own.
@@ -160,15 +161,19 @@ class Native:
         """What the library was built for, as it says itself: "AVX-512 with bfloat16"."""
         return str(self.instruction_set().decode())
 
-    def apply_linear(self, x: Tensor, weight: Matrix, out_size: int) -> Tensor:
+    def apply_linear(self, x: Tensor, weight: Matrix) -> Tensor:
         """`x @ weight.T + bias`: float32 [rows, in] -> float32 [rows, out]. For a bfloat16 weight
-        `x` is rounded to bfloat16 first; sums are float32."""
+        `x` is rounded to bfloat16 first; sums are float32.
+
+        Raises:
+            ValueError: `x` has another number of columns than the weight, or is elsewhere.
+        """
         x = x.float().contiguous()
-        out = floats(len(x), out_size)
+        out = floats(len(x), weight.out_size)
         room = floats(len(x), weight.in_size + 31)
         self.linear(
             ctypes.byref(weight),
-            x.data_ptr(),
+            pointer("x", x, torch.float32, (None, weight.in_size)),
             room.data_ptr(),
             len(x),
             out.data_ptr(),
@@ -179,16 +184,29 @@ class Native:
     def move(
         self, tensors: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
     ) -> None:
-        """Copy rows of every tensor to other rows; all are read before any is written."""
-        count, row_bytes = len(sources), [t[0].numel() * t.element_size() for t in tensors]
-        held = ctypes.create_string_buffer(count * max(row_bytes))
+        """Copy rows of every tensor to other rows; all are read before any is written.
+
+        Raises:
+            ValueError: a tensor is not contiguous on the CPU, or the lists are not of one length
+                and of rows that every tensor has.
+        """
+        rows = [pack_ids("sources", sources), pack_ids("targets", targets)]
+        if len(sources) != len(targets):
+            raise ValueError(f"{len(sources)} rows cannot move to {len(targets)} places")
+        if not tensors or not sources:
+            return
+        last = min(len(tensor) for tensor in tensors) - 1
+        for ids in rows:
+            if min(ids) < 0 or max(ids) > last:
+                raise ValueError(f"rows must be in 0 .. {last}, got {min(ids)} .. {max(ids)}")
+        row_bytes = [t[0].numel() * t.element_size() for t in tensors]
+        held = ctypes.create_string_buffer(len(sources) * max(row_bytes))
         self.move_rows(
-            (c_void_p * len(tensors))(*(t.data_ptr() for t in tensors)),
+            (c_void_p * len(tensors))(*(pointer("tensor", t, t.dtype, t.shape) for t in tensors)),
             (c_int64 * len(tensors))(*row_bytes),
             len(tensors),
-            (c_int64 * count)(*sources),
-            (c_int64 * count)(*targets),
-            count,
+            *(ids.buffer_info()[0] for ids in rows),
+            len(sources),
             held,
         )
 
@@ -199,19 +217,20 @@ def floats(*shape: int) -> Tensor:
 
 
 def matrix(weight: Weight, bias: Tensor | None = None) -> Matrix:
-    """Describe a weight, [out, in], and its float32 bias where they lie; the caller keeps both."""
-    if isinstance(weight, Int8Weight):
-        values, scale = weight.values, weight.scale
-    else:
-        values, scale = weight, None
-    assert values.is_contiguous()
-    assert values.dtype in FORMATS
-    assert scale is None or scale.dtype == torch.float32
-    assert bias is None or bias.dtype == torch.float32
+    """Describe a weight, [out, in], and its float32 bias where they lie; the caller keeps both.
+
+    Raises:
+        ValueError: one is not contiguous on the CPU, or not of a type and shape that fit.
+    """
+    values, scale = weight if isinstance(weight, Int8Weight) else (weight, None)
+    allowed = (torch.float32, torch.bfloat16) if scale is None else (torch.int8,)
+    if values.dtype not in allowed:
+        raise ValueError(f"a weight must be one of {allowed}, got {values.dtype}")
+    out_size = len(values)
     return Matrix(
-        values.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        pointer("a weight", values, values.dtype, (None, None)),
+        None if scale is None else pointer("its scale", scale, torch.float32, (out_size,)),
+        None if bias is None else pointer("its bias", bias, torch.float32, (out_size,)),
         *values.shape,
         FORMATS[values.dtype],
     )

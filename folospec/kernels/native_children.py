@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from folospec.kernels import native
+from folospec.kernels.native_sampling import check_laws
 
 NO_NOISE = -1
 """Instead of a position."""
@@ -68,16 +69,34 @@ class NativeChildren:
                 filters.
             wanted: from `pack_wanted`, for each row.
             most: the largest count that is wanted.
+
+        Raises:
+            ValueError: `takes` says no, or what is wanted is not one thing for each row, of a law
+                and a count that are there.
         """
+        if not self.takes(logits) or logits.dim() != 2:
+            raise ValueError(
+                f"logits must be contiguous float32 [rows, vocab_size] on the CPU, got "
+                f"{logits.dtype} {list(logits.shape)} on {logits.device}"
+            )
         rows, size = logits.shape
-        assert len(wanted) == rows
+        check_laws(laws)
+        packed = b"".join(wanted)
+        if len(packed) != rows * _WANTED.size:
+            raise ValueError(f"there must be one thing wanted for {rows} rows, got {len(wanted)}")
+        for law, _, count, _ in _WANTED.iter_unpack(packed):
+            if not (0 <= law < len(laws) and 0 <= count <= most):
+                raise ValueError(
+                    f"law and count must be below {len(laws)} and at most {most}, got {law} and "
+                    f"{count}"
+                )
         tokens, found = array("q", bytes(8 * rows * most)), array("q", bytes(8 * rows))
         chances = array("f", bytes(4 * rows * most))
         self._draw(
             logits.data_ptr(),
             size,
             b"".join(laws),
-            b"".join(wanted),
+            packed,
             rows,
             most,
             tokens.buffer_info()[0],

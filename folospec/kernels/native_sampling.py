@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from folospec.kernels import native
+from folospec.kernels.checked import pack_ids
 
 _NOISE = struct.Struct("=QQ")
 _FILTERS = struct.Struct("=dddq")
@@ -31,7 +32,16 @@ _MOST_TOP_K = 2**62
 
 
 def pack_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> bytes:
-    """What a law filters by, for `pack_law`; the values are those of `SamplingParams`."""
+    """What a law filters by, for `pack_law`; the values are those of `SamplingParams`.
+
+    Raises:
+        ValueError: a number is out of its range, or none.
+    """
+    if not (0 <= temperature < math.inf and 0 < top_p <= 1 and 0 <= min_p <= 1):
+        raise ValueError(
+            f"temperature must be finite and at least 0, top_p above 0 and at most 1, min_p in "
+            f"0 .. 1, got {temperature}, {top_p} and {min_p}"
+        )
     log_min_p = math.log(min_p) if min_p > 0 else -math.inf
     return _FILTERS.pack(temperature, top_p, log_min_p, min(max(top_k, 0), _MOST_TOP_K))
 
@@ -40,6 +50,14 @@ def pack_law(seed: int, sample_index: int, filters: bytes) -> bytes:
     """A law with its noise, as the library reads it: `filters` is from `pack_filters`, the integers
     are those of `noise.key`."""
     return _NOISE.pack(seed & _MASK64, sample_index & _MASK64) + filters
+
+
+def check_laws(laws: Sequence[bytes]) -> None:
+    """Raise ValueError unless each is of the size that `pack_law` packs."""
+    size = _NOISE.size + _FILTERS.size
+    for law in laws:
+        if len(law) != size:
+            raise ValueError(f"a law must have {size} bytes, got {len(law)}")
 
 
 class Walk(NamedTuple):
@@ -84,18 +102,20 @@ class Walks:
             parents: an earlier node or -1, the root, for each.
 
         Raises:
-            ValueError: the root is no row, or the lists differ in length.
+            ValueError: the root is no row, the lists differ in length or have other things than
+                integers, or the law is not from `pack_law`.
         """
         size = len(token_ids)
+        check_laws([law])
         if root_row < 0 or size != len(parents):
             raise ValueError(
                 f"root_row must be at least 0 and nodes must have a token and a parent each, got "
                 f"{root_row}, {size} tokens and {len(parents)} parents"
             )
-        self._laws.append(law)
+        nodes = pack_ids("token ids", token_ids) + pack_ids("parents", parents)
         self._trees.append(_TREE.pack(root_row, position, len(self._nodes), size))
-        self._nodes.extend(token_ids)
-        self._nodes.extend(parents)
+        self._laws.append(law)
+        self._nodes.extend(nodes)
         self._num_rows = max(self._num_rows, root_row + 1 + size)
 
 
@@ -128,6 +148,13 @@ class NativeSampling:
             and logits.shape[1] > 0
         )
 
+    def _check(self, logits: Tensor) -> None:
+        if not self.takes(logits):
+            raise ValueError(
+                f"logits must be contiguous float32 [rows, vocab_size] on the CPU, got "
+                f"{logits.dtype} {list(logits.shape)} on {logits.device}"
+            )
+
     def walk(self, logits: Tensor, walks: Walks) -> list[Walk]:
         """Draw the target's token at the root of every sequence, descend to a child that has it,
         draw there, and so on. A sequence's outcome depends on its own rows and law alone.
@@ -137,8 +164,9 @@ class NativeSampling:
             walks: the sequences.
 
         Raises:
-            ValueError: a sequence has rows that there are no logits for.
+            ValueError: a sequence has rows that there are no logits for, or `takes` says no.
         """
+        self._check(logits)
         count, nodes = len(walks), walks._nodes
         if walks._num_rows > len(logits):
             raise ValueError(f"there are {len(logits)} rows of logits, not {walks._num_rows}")
@@ -177,8 +205,11 @@ class NativeSampling:
             of every row.
 
         Raises:
-            ValueError: a law is out of range, or not one is named for every row.
+            ValueError: a law is out of range, or not one is named for every row, or `takes` says
+                no.
         """
+        self._check(logits)
+        check_laws(laws)
         count = len(logits)
         out, peaks = torch.empty_like(logits), array("f", bytes(4 * count))
         if len(law_of) != count or any(not 0 <= law < len(laws) for law in law_of):
@@ -186,7 +217,7 @@ class NativeSampling:
                 f"law_of must name one of {len(laws)} laws for each of {count} rows, "
                 f"got {list(law_of)}"
             )
-        law_ids = array("q", law_of)
+        law_ids = pack_ids("law_of", law_of)
         self._log_probs(
             logits.data_ptr(),
             logits.shape[1],

@@ -13,6 +13,7 @@ from itertools import count
 from typing import NamedTuple
 
 from folospec.kernels import native
+from folospec.kernels.checked import pack_ids
 
 _RULES = struct.Struct("=qqddddq")
 _ASK_FIELDS, _ANSWER_FIELDS = 4, 3
@@ -89,9 +90,15 @@ class NativeSuffixIndex:
 
     Raises:
         RuntimeError: the library lays the structs out in another way.
+        ValueError: the rules allow no match.
     """
 
     def __init__(self, library: ctypes.CDLL, rules: SuffixRules) -> None:
+        if rules.max_depth < 1 or rules.max_tokens < 0:
+            raise ValueError(
+                f"max_depth must be at least 1 and max_tokens 0, got {rules.max_depth} and "
+                f"{rules.max_tokens}"
+            )
         # Python's lock is kept: calls are short, and another thread may ask for figures.
         locked = ctypes.PyDLL(library._name, handle=library._handle)
         functions = {}
@@ -114,13 +121,17 @@ class NativeSuffixIndex:
         """The number that the library knows a sequence by, and how many of its tokens it has."""
 
     def draft(self, asks: Sequence[SuffixAsk]) -> list[SuffixDraft | None]:
-        """Take in the new tokens of every sequence, and find the best draft for it."""
+        """Take in the new tokens of every sequence, and find the best draft for it.
+
+        Raises:
+            ValueError: a token id is no integer of 31 bits.
+        """
         packed, tails, room = array("q"), array("i"), 0
         told = {}
         for seq_id, token_ids, max_nodes, max_depth in asks:
             number, num_known = self._sequences.get(seq_id) or (next(self._numbers), 0)
             new = token_ids[num_known:]
-            tails.extend(new)
+            tails.extend(_pack(new))
             packed.extend((number, len(new), max_nodes, min(max_depth, self._max_depth)))
             told[seq_id] = (number, num_known + len(new))
             room += max(max_nodes, 0)
@@ -154,8 +165,9 @@ class NativeSuffixIndex:
         return drafts
 
     def add(self, token_ids: Sequence[int]) -> None:
-        """Keep a finished text, and let the least recently used go until all fit."""
-        text = array("i", token_ids)
+        """Keep a finished text, and let the least recently used go until all fit. Raises ValueError
+        as `draft` does."""
+        text = _pack(token_ids)
         self._add(self._index, text.buffer_info()[0], len(text))
 
     def drop(self, seq_id: str) -> None:
@@ -181,6 +193,14 @@ class NativeSuffixIndex:
         found = array("q", bytes(8 * len(SuffixStats._fields)))
         self._stats(self._index, found.buffer_info()[0])
         return SuffixStats(*found)
+
+
+def _pack(token_ids: Sequence[int]) -> array[int]:
+    """Token ids as the library reads them; it takes a negative one for the end of a text."""
+    packed = pack_ids("token ids", token_ids, "i")
+    if packed and min(packed) < 0:
+        raise ValueError(f"token ids must be at least 0, got {min(packed)}")
+    return packed
 
 
 def make(rules: SuffixRules) -> NativeSuffixIndex | None:

@@ -19,6 +19,7 @@ from folospec.attention import native_cpu
 from folospec.attention.base import LayerKV
 from folospec.attention.metadata import AttentionMetadata
 from folospec.kernels import native
+from folospec.kernels.checked import array_pointer, check_ids, pointer
 from folospec.models import rope
 
 if TYPE_CHECKING:
@@ -34,30 +35,39 @@ class NativeDecoder:
     Args:
         decoder: loaded, on the CPU, with native attention, SiLU and widths in whole `COLUMN_STEP`s.
             Its weights must not move.
+
+    Raises:
+        ValueError: a weight is not of the shape that the decoder's sizes ask for, or not of a type
+            that the kernels read.
     """
 
     def __init__(self, decoder: Decoder, attention: native_cpu.NativeAttention) -> None:
         self.library = attention.library
         self.decoder = decoder
         self._kept: list[Tensor] = []
-        spec = decoder.config
+        spec, hidden = decoder.config, decoder.config.hidden_size
+        widths = (hidden, decoder.inner_size)
+        if any(width % COLUMN_STEP for width in widths):
+            raise ValueError(f"widths must be multiples of {COLUMN_STEP}, got {widths}")
         windows = dict.fromkeys(w for w in spec.sliding_windows if w is not None)
         self.windows = list(windows)
         layers = (native.Layer * spec.num_layers)()
         for index, layer in enumerate(decoder.layers):
             layers[index] = self._layer(index, layer)
         self.layers = layers
+        embedding = self._matrix(decoder.embedding, None, (None, hidden))
         self.model = native.ModelStruct(
             spec.num_layers,
             spec.hidden_size,
             decoder.inner_size,
             decoder.eps,
-            decoder.embedding.data_ptr(),
-            native.FORMATS[decoder.embedding.dtype],
-            self._wide(decoder.final_norm),
+            embedding.data,
+            embedding.format,
+            self._wide(decoder.final_norm, hidden),
             layers,
         )
-        self.lm_head = native.matrix(decoder.lm_head)
+        self.vocab_size = embedding.out_size
+        self.lm_head = self._matrix(decoder.lm_head, None, (None, hidden))
         self._no_streams = (ctypes.c_void_p * (spec.num_layers + 1))()
         self._kv: Sequence[LayerKV] | None = None
         self._scratch = native.floats(0)
@@ -70,7 +80,12 @@ class NativeDecoder:
         kv: Sequence[LayerKV],
         taps: tuple[int, ...],
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """See `Model.forward`; hidden states and taps are float32."""
+        """See `Model.forward`; hidden states and taps are float32.
+
+        Raises:
+            ValueError: a token id has no embedding, a slot or a layer is not there, or an argument
+                is of another type or size.
+        """
         decoder = self.decoder
         rows, hidden_size = metadata.num_tokens, decoder.config.hidden_size
         self._point_at(kv)
@@ -78,7 +93,10 @@ class NativeDecoder:
             metadata, decoder.num_heads, kv[0], scale=decoder.head_size**-0.5
         )
         window_first = self._window_first(metadata)
-        cos, sin = self._angles(int(metadata.positions.numpy().max()) + 1)
+        ids = pointer("input_ids", input_ids, torch.int64, (rows,))
+        check_ids("token ids", input_ids.numpy(), self.vocab_size)
+        positions = pointer("positions", metadata.positions, torch.int64, (rows,))
+        cos, sin = self._angles(metadata.positions.numpy())
         hidden = native.floats(rows, hidden_size)
         tapped = {tap: native.floats(rows, hidden_size) for tap in taps}
         streams = self._no_streams
@@ -88,12 +106,14 @@ class NativeDecoder:
                 streams[tap] = stream.data_ptr()
         call = native.Pass(
             step,
-            input_ids.data_ptr(),
-            metadata.positions.data_ptr(),
-            metadata.slot_mapping.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            None if window_first is None else native_cpu.address(window_first),
+            ids,
+            positions,
+            native_cpu.find_slots(metadata, len(kv[0].key)),
+            *(
+                pointer("angles", each, torch.float32, (None, decoder.head_size // 2))
+                for each in (cos, sin)
+            ),
+            array_pointer("first keys", window_first, np.int32, (len(self.windows), rows)),
             hidden.data_ptr(),
             ctypes.addressof(streams),
             None,
@@ -103,41 +123,50 @@ class NativeDecoder:
         self.library.forward(ctypes.byref(self.model), ctypes.byref(call))
         return hidden, tapped
 
-    def _window_first(self, metadata: AttentionMetadata) -> NDArray[np.int32] | None:
+    def _window_first(self, metadata: AttentionMetadata) -> NDArray[np.int32]:
         """[windows, rows]: the first key that each row sees in a layer of each window."""
         if not self.windows:
-            return None
+            return np.empty((0, metadata.num_tokens), np.int32)
         plan = native_cpu.plan_step(metadata)
-        return np.concatenate([native_cpu.first_keys(plan, window) for window in self.windows])
+        return np.stack([native_cpu.first_keys(plan, window) for window in self.windows])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
-        return self.library.apply_linear(hidden, self.lm_head, self.lm_head.out_size)
+        return self.library.apply_linear(hidden, self.lm_head)
 
     def _layer(self, index: int, layer: DecoderLayer) -> native.Layer:
-        decoder = self.decoder
+        decoder, size = self.decoder, self.decoder.head_size
+        hidden, inner = decoder.config.hidden_size, decoder.inner_size
+        queries, keys = decoder.num_heads * size, decoder.num_kv_heads * size
         window = decoder.config.sliding_windows[index]
         query_norm, key_norm = layer.qk_norm or (None, None)
         return native.Layer(
-            self._wide(layer.input_norm),
-            self._wide(query_norm),
-            self._wide(key_norm),
-            self._wide(layer.post_norm),
-            self._matrix(layer.qkv, layer.qkv_bias),
-            self._matrix(layer.output, layer.output_bias),
-            self._matrix(layer.gate_up, layer.gate_up_bias),
-            self._matrix(layer.down, layer.down_bias),
+            self._wide(layer.input_norm, hidden),
+            self._wide(query_norm, size),
+            self._wide(key_norm, size),
+            self._wide(layer.post_norm, hidden),
+            self._matrix(layer.qkv, layer.qkv_bias, (queries + 2 * keys, hidden)),
+            self._matrix(layer.output, layer.output_bias, (hidden, queries)),
+            self._matrix(layer.gate_up, layer.gate_up_bias, (2 * inner, hidden)),
+            self._matrix(layer.down, layer.down_bias, (hidden, inner)),
             native.Pages(),
             0 if window is None else self.windows.index(window) + 1,
             int(index in decoder.skip_attention),
             int(index in decoder.skip_mlp),
         )
 
-    def _matrix(self, weight: native.Weight, bias: Tensor | None) -> native.Matrix:
-        return native.matrix(weight, None if bias is None else self._keep(bias))
+    def _matrix(
+        self, weight: native.Weight, bias: Tensor | None, shape: tuple[int | None, int]
+    ) -> native.Matrix:
+        made = native.matrix(weight, None if bias is None else self._keep(bias))
+        if made.in_size != shape[1] or shape[0] not in (None, made.out_size):
+            raise ValueError(f"a weight must be {shape}, got {(made.out_size, made.in_size)}")
+        return made
 
-    def _wide(self, vector: Tensor | None) -> int | None:
-        return None if vector is None else self._keep(vector).data_ptr()
+    def _wide(self, vector: Tensor | None, size: int) -> int | None:
+        if vector is None:
+            return None
+        return pointer("a norm", self._keep(vector), torch.float32, (size,))
 
     def _keep(self, vector: Tensor) -> Tensor:
         self._kept.append(vector.float().contiguous())
@@ -145,8 +174,9 @@ class NativeDecoder:
 
     def _point_at(self, kv: Sequence[LayerKV]) -> None:
         if kv is not self._kv:
-            for layer, pages in zip(self.layers, kv, strict=True):
-                layer.pages = native.Pages(pages.key.data_ptr(), pages.value.data_ptr())
+            shape = (len(kv[0].key), self.decoder.num_kv_heads, self.decoder.head_size)
+            for layer, one in zip(self.layers, kv, strict=True):
+                layer.pages = native_cpu.find_pages(one, shape, kv[0].key.dtype)
             self._kv = kv
 
     def _room(self, call: native.Pass) -> int:
@@ -155,13 +185,14 @@ class NativeDecoder:
             self._scratch = native.floats(wanted)
         return self._scratch.data_ptr()
 
-    def _angles(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions below `length` at least; a table that has grown repeats
-        itself to the bit."""
-        have = len(self._cos)
+    def _angles(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all these positions, and of those below; a table that has grown
+        repeats itself to the bit."""
+        have, length = len(self._cos), int(positions.max()) + 1
         if have < length:
             decoder = self.decoder
             self._cos, self._sin = rope.tables(
                 max(length, 2 * have, 256), decoder.inverse_frequencies, decoder.rope_scaling
             )
+        check_ids("positions", positions, len(self._cos))
         return self._cos, self._sin

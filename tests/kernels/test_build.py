@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from native_builds import require_native
 
-from folospec.kernels import build, native
-
-RUN = """
-import logging, sys, torch
-logging.basicConfig(stream=sys.stdout, format="LOG %(message)s")
 from folospec import LLM, SamplingParams
-from folospec.kernels import native
-llm = LLM("folospec-demo", "ngram", num_blocks=64)
-again = LLM("folospec-demo", num_blocks=64)
-out = llm.generate(["def f(x):"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
-print("TOKENS", len(out[0].outputs[0].token_ids), llm.stats()["lossless"])
-print("WHY", native.why_not())
-"""
+from folospec.kernels import build, native, native_children
+
 PRETEND = '[ "$1" = --version ] && exit\nfor last; do :; done'
 """Has no version, and knows the name of the file to write."""
-
-
-def run_alone(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own."""
-    settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **settings},
-        timeout=120,
-    )
 
 
 def compiler(folder: Path, body: str) -> str:
@@ -67,21 +47,56 @@ def pretend(fresh, monkeypatch, tmp_path) -> Path:
     return log
 
 
-def test_without_a_compiler_everything_runs_on_torch_and_says_so_once(tmp_path):
-    done = run_alone(RUN, CXX="/nonexistent/c++", FOLOSPEC_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def start_anew(fresh) -> Iterator[None]:
+    """The kernels are looked for again, here and after the test."""
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    native._loaded.cache_clear()
+    native_children.load.cache_clear()
+
+
+def said(caplog) -> list[str]:
+    """What the library has logged."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("folospec")]
+
+
+def test_without_a_compiler_everything_runs_on_torch_and_says_so_once(
+    start_anew, monkeypatch, caplog
+):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    engines = [LLM("folospec-demo", "ngram", num_blocks=64) for _ in range(2)]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    for llm in engines:
+        [output] = llm.generate(["def f(x):"], params, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 8
+        assert llm.stats()["lossless"] == "path"
     reason = "there is no C++ compiler (/nonexistent/c++ is not on the path)"
-    assert f"TOKENS 8 path\nWHY {reason}\n" in done.stdout
-    said = [line for line in done.stdout.splitlines() if line.startswith("LOG")]
-    assert said == [f"LOG the native CPU kernels are off, slower forms run instead: {reason}"]
+    assert native.why_not() == reason
+    assert said(caplog) == [f"the native CPU kernels are off, slower forms run instead: {reason}"]
 
 
-def test_they_can_be_left_out_and_nothing_is_said(tmp_path):
-    code = "import logging, sys; logging.basicConfig(stream=sys.stdout)\n"
-    code += "from folospec.kernels import native; print(native.load(), native.why_not())"
-    done = run_alone(code, FOLOSPEC_KERNELS="torch", FOLOSPEC_CACHE_DIR=str(tmp_path))
-    assert done.stdout == "None FOLOSPEC_KERNELS=torch leaves them out\n"
-    assert list(tmp_path.iterdir()) == []
+def test_they_can_be_left_out_and_nothing_is_said(start_anew, fresh, monkeypatch, caplog):
+    monkeypatch.setenv("FOLOSPEC_KERNELS", "torch")
+    assert native.load() is None
+    assert native.why_not() == "FOLOSPEC_KERNELS=torch leaves them out"
+    assert said(caplog) == []
+    assert not fresh.exists()
+
+
+def test_only_who_compiles_says_so(fresh, pretend, caplog):
+    """It blocks for a while: nobody should wait without being told why."""
+    build.build()
+    [message] = said(caplog)
+    assert re.match(r"compiling the CPU kernels with .*fake-compiler, once", message)
+    assert caplog.records[0].levelname == "WARNING"  # shown where no logging is set up
+    caplog.clear()
+    build.build()
+    assert said(caplog) == []
 
 
 def test_another_wish_is_refused(monkeypatch):
@@ -135,11 +150,12 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, pretend)
 def test_what_was_built_is_found_again(fresh, pretend):
     first = build.build()
     assert build.build() == first
-    assert len(pretend.read_text().splitlines()) == 2  # compiled, and linked
+    num_units = len(list(build.SOURCES.glob("*.cpp")))
+    assert len(pretend.read_text().splitlines()) == num_units + 1  # compiled, and linked
     assert list(fresh.iterdir()) == [first]
 
 
-def test_other_flags_and_other_sources_are_built_anew(fresh, pretend, tmp_path):
+def test_other_flags_and_other_sources_are_built_anew(fresh, pretend, tmp_path, monkeypatch):
     (tmp_path / "sources").mkdir()
     for source in build.SOURCES.iterdir():
         (tmp_path / "sources" / source.name).write_bytes(source.read_bytes())
@@ -148,7 +164,21 @@ def test_other_flags_and_other_sources_are_built_anew(fresh, pretend, tmp_path):
     edited.write_text(edited.read_text() + "\n")
     build._fingerprint.cache_clear()
     others = [build.build("x86-64"), build.build(sources=tmp_path / "sources")]
-    assert len({same, *others}) == 3
+    monkeypatch.setenv("FOLOSPEC_KERNELS_FLAGS", "-O1 -g")
+    others.append(build.build())
+    assert len({same, *others}) == 4
+
+
+def test_the_environment_names_a_target_and_flags_and_an_argument_goes_first(
+    fresh, pretend, monkeypatch
+):
+    monkeypatch.setenv("FOLOSPEC_KERNELS_TARGET", "x86-64-v3")
+    monkeypatch.setenv("FOLOSPEC_KERNELS_FLAGS", "-O1 -g")
+    build.build()
+    build.build("x86-64")
+    targets = ["=x86-64-v3 -O1 -g -c", "=x86-64 -O1 -g -c"]
+    lines = [line for line in pretend.read_text().splitlines() if " -c " in line]
+    assert [sum(t in line for line in lines) for t in targets] == [len(lines) // 2] * 2
 
 
 @pytest.mark.parametrize("content", [b"", b"li", b"lob\n", b"lib\nlib\n"])
@@ -159,19 +189,16 @@ def test_a_file_that_is_not_what_was_built_is_built_anew(fresh, pretend, content
     assert path.read_bytes() == b"lib\n"
 
 
-def test_a_library_cut_short_ends_no_process(tmp_path):
+def test_a_library_cut_short_ends_no_process(fresh, tmp_path, monkeypatch):
     """Control: loaded as it is, it would."""
-    require_native()
-    whole = build.build()
-    (tmp_path / "kernels").mkdir()
-    cut = tmp_path / "kernels" / whole.name
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    code = f"import torch, ctypes; ctypes.CDLL({str(cut)!r})"
-    assert run_alone(code).returncode < 0
-    code = "import torch; from folospec.kernels import native; native.Native()"
-    assert run_alone(code, FOLOSPEC_CACHE_DIR=str(tmp_path)).returncode == 0
-    (built,) = (tmp_path / "kernels").glob("*.so")
-    assert built.stat().st_size == whole.stat().st_size
+    whole = Path(require_native().library._name)
+    monkeypatch.setenv("CXX", compiler(tmp_path, f"{PRETEND}\ncp {whole} $last"))
+    path = build.build()
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    load = [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(path)!r})"]
+    assert subprocess.run(load, capture_output=True, timeout=60).returncode < 0
+    native.Native()
+    assert path.read_bytes() == whole.read_bytes()
 
 
 def test_processes_may_build_at_once(fresh, tmp_path, monkeypatch):

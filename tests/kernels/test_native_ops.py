@@ -50,7 +50,7 @@ class Case:
 
     def run(self, native: Native, rows: int | None = None) -> Tensor:
         described = matrix(self.weight, self.bias)
-        return native.apply_linear(self.x[:rows], described, described.out_size)
+        return native.apply_linear(self.x[:rows], described)
 
     def excess(self, native: Native) -> float:
         """The largest error, as a multiple of the bound."""

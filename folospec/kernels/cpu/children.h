@@ -101,7 +101,7 @@ public:
 
     // Returns how many there are: fewer than wanted where no more tokens are possible.
     int64_t draw(int64_t* tokens, float* chances) {
-        if (!std::isfinite(peak)) return 0;
+        if (!std::isfinite(peak) || wanted.count <= 0) return 0;
         score_roughly();
         float top = collect();
         float sum = total(top);

@@ -1,5 +1,4 @@
-// The native CPU kernels, one translation unit: plain functions over data pointers, for ctypes. Every
-// one has a form in torch or in Python that it is tested against. `threads` is torch's own number, and the
+// The native CPU kernels: plain functions over data pointers, for ctypes. Every one has a form in torch or in Python that it is tested against. `threads` is torch's own number, and the
 // threads are torch's own OpenMP's: a second runtime would spin against it.
 #include <omp.h>
 

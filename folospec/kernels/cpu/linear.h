@@ -290,13 +290,8 @@ void linear_range(const Matrix& m, const Operand& x, float* y, int64_t y_stride,
     }
 }
 
-INLINE void linear_part(const Matrix& m, const Operand& x, float* y, int64_t y_stride, int64_t begin,
-                        int64_t end, bool add) {
-    switch (m.format) {
-        case FLOAT32: return linear_range<Float32Weight>(m, x, y, y_stride, begin, end, add);
-        case BFLOAT16: return linear_range<BFloat16Weight>(m, x, y, y_stride, begin, end, add);
-        case INT8: return linear_range<Int8Weight>(m, x, y, y_stride, begin, end, add);
-    }
-}
+// The same for a weight of any format; in linear.cpp, where alone the loops above are compiled.
+void linear_part(const Matrix& m, const Operand& x, float* y, int64_t y_stride, int64_t begin, int64_t end,
+                 bool add);
 
 }  // namespace folospec

@@ -232,7 +232,8 @@ private:
 
     void match(const std::vector<SuffixPoint>& points, bool is_shared, const SuffixAsk& ask) {
         for (const SuffixPoint& point : points) {
-            double allowed = std::floor(rules.spec_factor * point.depth + rules.spec_offset);
+            // A number that is none becomes 0.
+            double allowed = std::max(0.0, std::floor(rules.spec_factor * point.depth + rules.spec_offset));
             int64_t max_nodes = (int64_t)std::min(allowed, (double)ask.max_nodes);
             int64_t bound = std::min({max_nodes, ask.max_depth, rules.max_depth - point.depth});
             matches.push_back({point, is_shared, max_nodes, bound});
