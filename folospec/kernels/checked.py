@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
@@ -39,7 +40,7 @@ def array_pointer(name: str, values: NDArray[Any], dtype: DTypeLike, shape: Shap
     if values.dtype != dtype or not values.flags.c_contiguous or not _fits(values.shape, shape):
         layout = "contiguous" if values.flags.c_contiguous else "not contiguous"
         raise ValueError(
-            f"{name} must be {_words(dtype, shape)}, contiguous, got "
+            f"{name} must be {_words(np.dtype(dtype), shape)}, contiguous, got "
             f"{_words(values.dtype, values.shape)}, {layout}"
         )
     address: int = values.__array_interface__["data"][0]  # cheaper than `values.ctypes.data`

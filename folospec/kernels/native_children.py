@@ -54,6 +54,7 @@ class NativeChildren:
         return (
             logits.dtype == torch.float32
             and logits.device.type == "cpu"
+            and logits.dim() == 2
             and logits.is_contiguous()
             and logits.shape[1] > 0
         )
@@ -74,7 +75,7 @@ class NativeChildren:
             ValueError: `takes` says no, or what is wanted is not one thing for each row, of a law
                 and a count that are there.
         """
-        if not self.takes(logits) or logits.dim() != 2:
+        if not self.takes(logits):
             raise ValueError(
                 f"logits must be contiguous float32 [rows, vocab_size] on the CPU, got "
                 f"{logits.dtype} {list(logits.shape)} on {logits.device}"

@@ -3,10 +3,12 @@ row's keys alone."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from native_builds import REORDERED, RULES, breakable, built_for, require_native
@@ -325,3 +327,43 @@ def test_what_it_cannot_serve_is_left_to_another(backend):
     assert choose_backend("auto", torch.float64, [64], 16, cpu).name == "torch"
     with pytest.raises(ValueError, match="multiple of 32 up to 256, got 80"):
         choose_backend("native", torch.float32, [80], 16, cpu)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "reason"),
+    [
+        ("block_table", lambda x: x + NUM_SLOTS, "block ids must be in 0 .. 511"),
+        ("block_table", lambda x: x - NUM_SLOTS, "block ids must be in 0 .. 511"),
+        ("block_table", lambda x: x.astype(np.int64), "block_table must be"),
+        ("block_table", lambda x: x[:, :1].copy(), "context lengths must be in 0 .. 4"),
+        ("block_table", lambda x: x[:-1].copy(), "must have a block table each"),
+        ("context_lens", lambda x: -x, "context lengths must be"),
+        ("suffix_slots", lambda x: x + NUM_SLOTS, "slots of a suffix must be in 0 .. 2047"),
+        ("suffix_slots", lambda x: x[:-1].copy(), "ends of suffixes must be"),
+        ("slot_mapping", lambda x: x + NUM_SLOTS, "slots must be in 0 .. 2047"),
+        ("slot_mapping", lambda x: -1 - x, "slots must be in 0 .. 2047"),
+        ("slot_mapping", lambda x: x.double(), "slot_mapping must be int64"),
+        ("slot_mapping", lambda x: x[1:].contiguous(), "slot_mapping must be int64"),
+    ],
+)
+def test_a_step_that_points_at_kv_that_is_not_there_is_refused(backend, field, change, reason):
+    step = random_step(
+        ["decode", "decode"], (4, 2), seed=1, dtype=torch.float32, head_size=32, contexts=(70, 9)
+    )
+    metadata = step.metadata
+    tensors = (step.query, step.key, step.value)
+    backend.forward(*tensors, step.kv, metadata, scale=1.0)
+    wrong = replace(metadata, **{field: change(getattr(metadata, field))}, plan={})
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        backend.forward(*tensors, step.kv, wrong, scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "keys of the KV", "values of the KV"])
+def test_heads_of_another_size_are_refused(backend, name):
+    step = random_step(["decode"], (4, 2), seed=1, dtype=torch.float32, head_size=32)
+    given = {"query": step.query, "key": step.key, "value": step.value}
+    given |= {"keys of the KV": step.kv.key, "values of the KV": step.kv.value}
+    given[name] = given[name][..., :-1]
+    query, key, value, *kv = given.values()
+    with pytest.raises(ValueError, match="must be"):
+        backend.forward(query, key, value, LayerKV(*kv), step.metadata, scale=1.0)

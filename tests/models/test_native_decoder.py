@@ -4,6 +4,7 @@ same bits however its row came to be computed."""
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tiny_checkpoints import save_random
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from folospec.attention.base import LayerKV
 from folospec.attention.native_cpu import NativeAttention
 from folospec.kernels.native import Native
 from folospec.models.base import Model
@@ -397,3 +399,44 @@ def test_torchs_default_type_changes_nothing(default: torch.dtype) -> None:
     found = logits()
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        ([101], "token ids must be in 0 .. 100, got 101"),
+        ([5, -1], "token ids must be in 0 .. 100, got -1"),
+        ([2**40], "token ids must be in 0 .. 100"),
+        ([1.0], "input_ids must be int64"),
+        ([float("nan"), 3], "input_ids must be int64"),
+    ],
+)
+def test_a_token_without_an_embedding_is_refused_and_nothing_is_written(folders, ids, reason):
+    runs = Runs(load(folders["llama"], "float32"))
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        runs.forward([Rows(ids, 0, TABLE)])
+    assert not runs.kv(range(8)).any()
+
+
+def test_a_position_below_0_is_refused(folders):
+    runs = Runs(load(folders["llama"], "float32"))
+    with pytest.raises(ValueError, match="must be"):
+        runs.forward([Rows([1], -1, TABLE)])
+
+
+def test_layers_of_another_pool_are_refused(folders):
+    model = load(folders["llama"], "float32")
+    runs = Runs(model)
+    runs.decode(0, 1)
+    layers = runs.runner.kv.layers
+    for wrong in (layers[0].key[:8], layers[0].key.bfloat16(), layers[0].key.transpose(0, 1)):
+        runs.runner.kv.layers = [layers[0], LayerKV(layers[1].key, wrong)]
+        with pytest.raises(ValueError, match="values of the KV must be"):
+            runs.decode(1, 2)
+
+
+def test_a_weight_of_another_shape_is_refused(folders):
+    model = load(folders["llama"], "float32")
+    model.layers[1].down = model.layers[1].down[:, :-1].contiguous()
+    with pytest.raises(ValueError, match=re.escape("a weight must be (96, 160), got (96, 159)")):
+        Runs(model).decode(0, 1)
