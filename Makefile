@@ -1,4 +1,4 @@
-# make install | demo | test | matrix | lint | bench | train
+# make install | demo | test | matrix | sanitize | lint | bench | train
 PYTHON ?= python3
 PIP_ARGS ?=
 TRAIN_STEPS ?= 1700
@@ -6,7 +6,7 @@ TRAIN_STEPS ?= 1700
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test matrix lint bench train
+.PHONY: install demo test matrix sanitize lint bench train
 
 install: $(INSTALLED)
 
@@ -28,6 +28,10 @@ test: demo
 # The suite under every setting that no test may depend on: hours. MATRIX_ARGS="--only openblas".
 matrix: install
 	$(BIN)/python tests/matrix.py $(MATRIX_ARGS)
+
+# The tests of the native kernels, built with sanitizers. SANITIZE_ARGS: other tests than these.
+sanitize: install
+	$(BIN)/python tests/sanitizers.py $(SANITIZE_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

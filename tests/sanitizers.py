@@ -16,6 +16,7 @@ from folospec.kernels import build
 
 TESTS = Path(__file__).parent
 PATHS = (
+    "kernels/test_checked.py",
     "kernels/test_linear_int8.py",
     "kernels/test_native_*.py",
     "attention/test_native_cpu.py",
@@ -24,7 +25,7 @@ PATHS = (
     "engine/test_hostile_*.py",
 )
 """Under `tests`; every test that is about the native kernels."""
-FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+FLAGS = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 RUNTIMES = ("libasan.so", "libubsan.so")
 
 
@@ -37,15 +38,18 @@ def why_not() -> str | None:
     return None
 
 
-def environment() -> dict[str, str]:
+def environment(effort: str = "-O1") -> dict[str, str]:
     """What a process needs to build and to run such kernels.
+
+    Args:
+        effort: -O0 is built in half of the time, and runs longer.
 
     Raises:
         build.BuildError: the compiler brings no runtimes.
     """
     return {
         **os.environ,
-        "FOLOSPEC_KERNELS_FLAGS": FLAGS,
+        "FOLOSPEC_KERNELS_FLAGS": f"{effort} {FLAGS}",
         # The process itself is built without sanitizers: their runtimes must come first.
         "LD_PRELOAD": " ".join(_runtimes()),
         # Python and torch keep memory until the end, and whole libraries share allocators.

@@ -111,13 +111,17 @@ def make_engine(
     Args:
         warm_cache: let later requests reuse the KV of earlier ones; off where runs are timed.
     """
-    from folospec import EngineConfig, LLMEngine
+    from folospec.cli.startup import show_loaded, shows_loading
 
-    with bad_input():
+    with bad_input(), shows_loading(model):
+        from folospec import EngineConfig, LLMEngine  # torch takes a while, too
+
         config = EngineConfig(
             model=model, speculative=speculative, enable_prefix_caching=warm_cache, **options
         )
-        return LLMEngine(config)
+        engine = LLMEngine(config)
+    show_loaded(model, engine)
+    return engine
 
 
 def submit(

@@ -224,7 +224,7 @@ def test_the_engine_tells_the_planner_how_long_steps_took(models: Any) -> None:
     llm = make_llm(models.target, {"method": "ngram", "adaptive": True})
     run(llm)
     assert planner_of(llm).beliefs.cost.num_seen > 0
-    assert 0 < llm.stats()["planner"]["step_seconds"][1] < 1
+    assert llm.stats()["planner"]["step_seconds"][1] > 0
     assert llm_engine.measured_costs is not None
 
 

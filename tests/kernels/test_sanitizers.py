@@ -43,7 +43,7 @@ def test_a_run_that_is_right_passes_and_a_byte_too_many_is_reported():
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        env=sanitizers.environment(),
+        env=sanitizers.environment("-O0"),
         timeout=300,
     )
     assert done.stdout == "TOKENS 4 bit\n", done.stderr
