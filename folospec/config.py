@@ -3,6 +3,7 @@ lives elsewhere."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -53,12 +54,13 @@ class DrafterConfig:
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | DrafterConfig) -> DrafterConfig:
-        """Read a drafter's name, or a mapping with a "method"; keys that are no field of this class
-        go to the drafter as its `options`."""
+        """Read a drafter's name, "NAME:MODEL", or a mapping with a "method"; keys that are no field
+        of this class go to the drafter as its `options`."""
         if isinstance(value, cls):
             return value
         if isinstance(value, str):
-            return cls(method=value)
+            method, colon, model = value.strip().partition(":")
+            return cls(method=method, model=model if colon else None)
         if not isinstance(value, Mapping):
             raise ValueError(f"a drafter must be a name or a mapping, got {value!r}")
         if "method" not in value:
@@ -125,8 +127,8 @@ class SpeculativeConfig:
     def of(
         cls, value: None | str | Mapping[str, Any] | Sequence[Any] | SpeculativeConfig
     ) -> SpeculativeConfig | None:
-        """Read what users pass as `speculative=`: None, a drafter's name, a list of drafters in
-        order of precedence, a mapping, or a config.
+        """Read what users pass as `speculative=`, in Python or on the command line: None, a text, a
+        list of drafters in order of precedence, a mapping, or a config.
 
         A mapping describes one drafter by its "method", or several by a list of "drafters"; each of
         them is a name or a mapping of its own. Keys that neither class has go to the drafter as its
@@ -134,12 +136,20 @@ class SpeculativeConfig:
 
             "ngram", ["ngram"], {"method": "ngram"}, {"drafters": ["ngram"]}
 
-        "auto", or {"method": "auto", "model": path}, takes the drafters that are there.
+        A text is a name, NAME:MODEL, several of these with commas between them, or a list or
+        mapping in JSON. So these are the same, too::
+
+            "suffix,draft_model:small", ["suffix", {"method": "draft_model", "model": "small"}]
+
+        "auto", or "auto:MODEL", takes the drafters that are there.
+
+        Raises:
+            ValueError: the value is none of these; the message names it and what is allowed.
         """
+        if isinstance(value, str):
+            value = _read_text(value)
         if value is None or isinstance(value, cls):
             return value
-        if isinstance(value, str):
-            return cls(drafters=(DrafterConfig(method=value),))
         if isinstance(value, (list, tuple)):
             return cls(drafters=tuple(DrafterConfig.of(item) for item in value))
         if not isinstance(value, Mapping):
@@ -286,6 +296,16 @@ class EngineConfig:
         _require(named, "tokenizer", self.tokenizer, "None, a path, a hub id or a bundled name")
         ok = self.trace is None or _is_name(self.trace) or isinstance(self.trace, os.PathLike)
         _require(ok, "trace", self.trace, "None or the path of a file")
+
+
+def _read_text(text: str) -> Any:
+    """Turn the text form of `speculative` into a list of drafters or what its JSON holds."""
+    if not text.lstrip().startswith(("{", "[")):
+        return text.split(",")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"speculative is not valid JSON: {error}; got {text!r}") from None
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
