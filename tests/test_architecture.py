@@ -18,6 +18,7 @@ MAY_IMPORT = {  # room -> rooms, or modules of one, that it may import beside it
     "worker": (*F0, "core", "kernels", *F2, "spec"),
     "engine": (*F0, "core", "kernels", *F2, "spec", "worker"),
     **dict.fromkeys(("cli", "server", "distributed"), (*F0, "engine")),
+    "__main__": ("cli",),
 }
 
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from folospec.cli.batch import add_request
+from folospec.cli.batch_input import InputRecord
+from folospec.cli.batch_request import BatchRequest, RequestTemplate, chat_prompt
+from folospec.cli.batch_result import output_record
 from folospec.cli.render import (
     ACCEPTANCE_LENGTH,
     Measurement,
     console,
-    output_record,
     print_run,
     progress_bar,
     rate_table,
     write,
 )
 from folospec.cli.runner import (
-    EXIT_DIFFERENT,
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     Interrupt,
     Run,
+    bad_input,
     drive,
     first_difference,
     submit,
@@ -74,18 +78,23 @@ def _measure(method: str, runs: Sequence[Run], equal: bool | None) -> Measuremen
 
 
 def compare(
-    engine: LLMEngine, prompts: list[str], params: SamplingParams, *, rounds: int, as_json: bool
+    engine: LLMEngine,
+    template: RequestTemplate,
+    records: Iterable[InputRecord],
+    *,
+    rounds: int,
+    as_json: bool,
 ) -> int:
-    """Run both `rounds` times in turns, print the comparison, and return the exit code: 1 if tokens
-    differ although the acceptance rule promises that they do not.
+    """Run all records with both methods `rounds` times in turns, print the comparison, and return
+    the exit code: 1 if tokens differ although the acceptance rule promises that they do not.
 
-    One engine serves both: a request with `num_speculative_tokens=0` is a plain one.
+    One engine serves both: a request with `num_speculative_tokens=0` is a plain one. Every request
+    has a seed of its own; without one the engine would derive another for each run.
     """
     assert engine.config.speculative is not None
-    keyed = _with_seeds(params, len(prompts))
-    submitted = submit(engine, prompts, keyed)  # whatever is wrong is said before anything runs
-    for request_id in submitted:
-        engine.abort(request_id)
+    with bad_input():  # whatever is wrong is said before anything runs
+        requests = [_checked(engine, template, record) for record in records]
+    prompts, keyed = [r.prompt for r in requests], [r.params for r in requests]
     comparison = Comparison(engine.config.speculative.label)
     with Interrupt() as interrupt:
         _run(comparison, engine, prompts, keyed, rounds, interrupt)
@@ -102,21 +111,29 @@ def compare(
         _print(engine, comparison, law_only)
     if comparison.interrupted:
         return EXIT_INTERRUPTED
-    return EXIT_DIFFERENT if comparison.difference and not law_only else 0
+    return EXIT_FAILED if comparison.difference and not law_only else 0
 
 
-def _with_seeds(params: SamplingParams, count: int) -> list[SamplingParams]:
-    """Without a seed, the requests would draw one from their number, and both runs differ."""
-    return [
-        replace(params, seed=index if params.seed is None else params.seed)
-        for index in range(count)
-    ]
+def _checked(engine: LLMEngine, template: RequestTemplate, record: InputRecord) -> BatchRequest:
+    """Read a record and see that the engine takes it.
+
+    Raises:
+        ValueError: it cannot be served.
+    """
+    try:
+        request = template.read(record)
+        if request.is_chat:
+            request = replace(request, prompt=chat_prompt(engine, request.prompt), is_chat=False)
+        engine.abort(add_request(engine, request))
+    except ValueError as error:
+        raise ValueError(f"{record.place}: {error}") from None
+    return request
 
 
 def _run(
     comparison: Comparison,
     engine: LLMEngine,
-    prompts: list[str],
+    prompts: list[Any],
     params: list[SamplingParams],
     rounds: int,
     interrupt: Interrupt,

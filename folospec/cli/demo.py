@@ -30,7 +30,7 @@ from folospec.cli.render import (
     rate_table,
 )
 from folospec.cli.runner import (
-    EXIT_DIFFERENT,
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     Counts,
     Interrupt,
@@ -153,7 +153,7 @@ def run_demo(*, max_tokens: int, num_speculative_tokens: int, **options: Any) ->
     _print(trial, rows, params, num_speculative_tokens)
     if trial.interrupted:
         return EXIT_INTERRUPTED
-    return EXIT_DIFFERENT if any(row.equal is False for row in rows) else 0
+    return EXIT_FAILED if any(row.equal is False for row in rows) else 0
 
 
 def _engines(num_speculative_tokens: int, options: dict[str, Any]) -> dict[str, LLMEngine]:

@@ -1,239 +1,253 @@
-"""`folospec generate`: where prompts come from, and how completions are shown."""
+"""`folospec generate`: checks what goes together, and connects input, engine and output."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
-from folospec.cli.render import (
-    console,
-    output_record,
-    print_run,
-    progress_bar,
-    summary_lines,
-    write,
+from folospec.cli.batch import Batch, Totals
+from folospec.cli.batch_input import Source, count_records, find_sources, read_records
+from folospec.cli.batch_output import Journal
+from folospec.cli.batch_request import RequestTemplate
+from folospec.cli.batch_view import (
+    BatchView,
+    JsonLines,
+    ResultWriter,
+    TextList,
+    TextStream,
+    print_summary,
 )
-from folospec.cli.runner import EXIT_INTERRUPTED, Interrupt, Run, drive, submit
+from folospec.cli.render import console
+from folospec.cli.runner import Interrupt, bad_input, make_engine
 from folospec.cli.steps import StepsView
 from folospec.config import SpeculativeConfig
+from folospec.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine
     from folospec.outputs import RequestOutput
-    from folospec.sampling_params import SamplingParams
+
+    OnStep = Callable[[list[RequestOutput]], None]
+
+DEFAULT_SAMPLING = {"temperature": 0.0, "max_tokens": 128}
+"""What the command takes where neither a line nor an option says anything."""
 
 
-def read_prompts(prompts: Sequence[str], files: Sequence[str]) -> list[str]:
-    """Collect the prompts: the arguments, then the files, or else stdin.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """The options of the command. Those in `sampling` and `engine` were given, or have a default of
+    their own."""
 
-    A file is one prompt; a .jsonl file has one per line, a JSON string or an object with "prompt".
-    One newline at the end of a file is the editor's, not the prompt's, and is left out.
+    prompts: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    input_format: str = "auto"
+    chat: bool = False
+    system: str | None = None
+    output: str | None = None
+    overwrite: bool = False
+    retry_failed: bool = False
+    json: bool = False
+    model: str = "folospec-demo"
+    speculative: SpeculativeConfig | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `SamplingParams`, the seed not among them."""
+    seed: int | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `EngineConfig`."""
+    compare: bool = False
+    rounds: int | None = None
+    show_steps: bool = False
 
-    Raises:
-        ValueError: there is no prompt, or a file cannot be read as prompts.
-    """
-    found = list(prompts)
-    for name in files:
-        found += _read_file(name)
-    if not prompts and not files:
-        if sys.stdin is None or sys.stdin.isatty():
-            raise ValueError("no prompt: give one as an argument, with --file, or on stdin")
-        found.append(_without_last_newline(sys.stdin.read()))
-    for prompt in found:
-        if not prompt:
-            raise ValueError("the prompt is empty; it must have at least one token")
-    return found
-
-
-def _read_file(name: str) -> list[str]:
-    if name == "-":
-        return [_without_last_newline(sys.stdin.read())]
-    try:
-        text = Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--file {name}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--file {name}: not UTF-8 text: {error}") from None
-    if not name.endswith(".jsonl"):
-        return [_without_last_newline(text)]
-    return [
-        _read_line(line, f"--file {name}, line {number}")
-        for number, line in enumerate(text.splitlines(), start=1)
-        if line.strip()
-    ]
-
-
-def _read_line(line: str, place: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON: {error}") from None
-    prompt = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(prompt, str):
-        raise ValueError(f'{place}: must be a string or an object with "prompt", got {line}')
-    return prompt
-
-
-def check_compare(config: SpeculativeConfig | None, *, show_steps: bool, trace: str | None) -> None:
-    """Refuse what does not go with `--compare`.
-
-    Raises:
-        ValueError: there is nothing to compare, or something would slow it.
-    """
-    if config is None:
-        raise ValueError("--compare needs --speculative")
-    if show_steps or trace is not None:
-        option = "--show-steps" if show_steps else "--trace"
-        raise ValueError(f"{option} would slow what --compare measures; use one of them")
-
-
-def read_prediction(file: str | None) -> str | None:
-    """Read `--prediction`: the text of a file.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    if file is None:
-        return None
-    try:
-        return Path(file).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prediction: cannot read {file}: {error}") from None
-
-
-def check_prediction(engine: LLMEngine, params: SamplingParams) -> None:
-    """Refuse a prediction that nobody reads, and a sole drafter that has none to read.
-
-    Raises:
-        ValueError: it is so.
-    """
-    speculation = engine.speculation
-    if params.prediction is not None and not speculation.needs.prediction:
-        raise ValueError("--prediction needs a drafter that reads it")
-    sole = len(speculation.drafters) == 1
-    if params.prediction is None and speculation.needs.prediction and sole:
-        name = speculation.drafters[0].name
-        raise ValueError(f"the {name} drafter needs --prediction FILE, the output it expects")
-
-
-def _without_last_newline(text: str) -> str:
-    return text.removesuffix("\n").removesuffix("\r")
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the tokens of a record depend on: results of other settings do not belong in one
+        file. A drafter changes no token, an acceptance rule may."""
+        rule = self.speculative.acceptance if self.speculative is not None else "coupled"
+        names = ("dtype", "kv_cache_dtype", "quantization")
+        return {
+            "model": self.model,
+            "sampling": dict(self.sampling),
+            "seed": self.seed or 0,
+            "chat": [self.chat, self.system],
+            "acceptance": rule,
+            **{name: self.engine.get(name) for name in names},
+        }
 
 
 def read_speculative(
     text: str | None, *, num_speculative_tokens: int | None, acceptance: str | None
 ) -> SpeculativeConfig | None:
-    """Read `--speculative`: a drafter's name, NAME:MODEL, several of them with commas between, or
-    JSON.
+    """Read `--speculative`, as `SpeculativeConfig.of` does, with the two options above it.
 
     Raises:
-        ValueError: it is none of these, or the other two are given without it.
+        ValueError: it is no such text, or the other two are given without it.
     """
-    settings = {"num_speculative_tokens": num_speculative_tokens, "acceptance": acceptance}
-    given = {name: value for name, value in settings.items() if value is not None}
-    if text is None:
-        if given:
-            option = next(iter(given)).replace("_", "-")
-            raise ValueError(f"--{option} needs --speculative")
+    config = SpeculativeConfig.of(text)
+    if config is None:
+        for option, value in (
+            ("--num-speculative-tokens", num_speculative_tokens),
+            ("--acceptance", acceptance),
+        ):
+            if value is not None:
+                raise ValueError(f"{option} needs --speculative")
         return None
-    value = _read_json(text) if text.lstrip().startswith(("{", "[")) else _read_names(text)
-    mapping = value if isinstance(value, dict) else {"drafters": value}
-    return SpeculativeConfig.of({**mapping, **given})
+    if num_speculative_tokens is not None:
+        drafters = (
+            replace(drafter, num_speculative_tokens=num_speculative_tokens)
+            for drafter in config.drafters
+        )
+        config = replace(config, drafters=tuple(drafters))
+    return config if acceptance is None else replace(config, acceptance=acceptance)
 
 
-def _read_json(text: str) -> Any:
+def read_prediction(file: str) -> str:
+    """Read `--prediction`: the text of a file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--speculative is not valid JSON: {error}; got {text}") from None
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prediction: cannot read {file}: {error}") from None
 
 
-def _read_names(text: str) -> dict[str, str] | list[dict[str, str]]:
-    drafters = []
-    for name in text.split(","):
-        method, _, model = name.partition(":")
-        drafters.append({"method": method, "model": model} if model else {"method": method})
-    return drafters[0] if len(drafters) == 1 else drafters
+def run_generate(options: GenerateOptions) -> int:
+    """Run the command and return its exit code."""
+    with ExitStack() as stack:
+        with bad_input():
+            _check_options(options)
+            sources = find_sources(options.prompts, options.files, options.input_format)
+            records = read_records(sources)
+            first = list(islice(records, 2))
+            if not first:
+                raise ValueError(f"no prompt in {', '.join(source.title for source in sources)}")
+            records = chain(first, records)
+            journal = _journal(options)
+            if journal is not None:
+                stack.callback(journal.close)
+                records = journal.missing(records)
+                first_missing = next(records, None)
+                if first_missing is None:
+                    return print_summary(Totals(), journal)
+                records = chain([first_missing], records)
+        engine = make_engine(
+            options.model,
+            speculative=options.speculative,
+            warm_cache=not options.compare,
+            **options.engine,
+        )
+        with bad_input():
+            template = _template(options)
+            _check_prediction(engine, template, sources)
+        if options.compare:
+            from folospec.cli.compare import compare
+
+            rounds = options.rounds or 3
+            return compare(engine, template, records, rounds=rounds, as_json=options.json)
+        value = first[0].value if len(first) == 1 else None
+        is_single = isinstance(value, str) and template.sampling.get("n", 1) == 1
+        writer, on_step = _writer(options, engine, journal, is_single=is_single)
+        view = BatchView(writer, journal)
+        batch = Batch(engine, template, view.take, on_step)
+        with view.shown(lambda: count_records(sources)), Interrupt() as interrupt:
+            totals = batch.run(records, interrupt)
+            writer.finish()
+        code = print_summary(totals, journal)
+        return interrupt.exit_code if totals.interrupted else code
 
 
-def complete(
-    engine: LLMEngine,
-    prompts: list[str],
-    params: SamplingParams,
-    *,
-    as_json: bool,
-    show_steps: bool = False,
-) -> int:
-    """Complete the prompts, print what comes, and return the exit code."""
-    request_ids = submit(engine, prompts, [params] * len(prompts))
-    with Interrupt() as interrupt:
-        if as_json:
-            run = _run_with_bar(engine, request_ids, interrupt)
-            _print_json(run)
-        elif show_steps:
-            labelled = len(prompts) > 1 or params.n > 1
-            run = _run_with_steps(engine, request_ids, interrupt, labelled=labelled)
-            print_run(console(), run)
-        elif len(prompts) == 1 and params.n == 1:
-            run = _stream(engine, request_ids, prompts[0], interrupt)
-        else:
-            run = _run_with_bar(engine, request_ids, interrupt)
-            print_run(console(), run)
-    if not as_json:
-        for line in summary_lines(run):
-            console(stderr=True).print(line, style="dim")
-    return EXIT_INTERRUPTED if run.interrupted else 0
+def _journal(options: GenerateOptions) -> Journal | None:
+    if options.output is None:
+        return None
+    return Journal(
+        options.output,
+        options.settings,
+        overwrite=options.overwrite,
+        retry_failed=options.retry_failed,
+    )
 
 
-def _stream(engine: LLMEngine, request_ids: list[str], prompt: str, interrupt: Interrupt) -> Run:
-    """Write the text as it comes. On a terminal the prompt stands before it, dimmed; a pipe gets
-    the completion alone."""
+def _check_options(options: GenerateOptions) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ValueError: it is so.
+    """
+    SamplingParams(**options.sampling)
+    if options.show_steps and options.json:
+        raise ValueError("--show-steps is for reading; with --json use --trace FILE")
+    if options.system is not None and not options.chat:
+        raise ValueError("--system needs --chat")
+    for name in ("overwrite", "retry_failed"):
+        if getattr(options, name) and options.output is None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --output")
+    if not options.compare:
+        if options.rounds is not None:
+            raise ValueError("--rounds needs --compare")
+        return
+    if options.speculative is None:
+        raise ValueError("--compare needs --speculative")
+    if options.output is not None:
+        raise ValueError("--output does not go with --compare, which prints a table")
+    if options.show_steps or options.engine.get("trace") is not None:
+        option = "--show-steps" if options.show_steps else "--trace"
+        raise ValueError(f"{option} would slow what --compare measures; use one of them")
+
+
+def _template(options: GenerateOptions) -> RequestTemplate:
+    """What holds for every request.
+
+    Raises:
+        ValueError: the sampling options do not go together.
+    """
+    sampling = {**DEFAULT_SAMPLING, **options.sampling}
+    SamplingParams(**sampling)
+    return RequestTemplate(
+        sampling=sampling, seed=options.seed or 0, chat=options.chat, system=options.system
+    )
+
+
+def _check_prediction(engine: LLMEngine, template: RequestTemplate, sources: list[Source]) -> None:
+    """Refuse a prediction that no drafter reads, and a sole drafter that has none to read.
+
+    Raises:
+        ValueError: it is so.
+    """
+    needs_prediction = engine.speculation.needs.prediction
+    has_prediction = template.sampling.get("prediction") is not None
+    if has_prediction and not needs_prediction:
+        raise ValueError("--prediction needs a drafter that reads it")
+    lines_have_none = not any(source.format in ("json", "jsonl") for source in sources)
+    drafters = engine.speculation.drafters
+    if needs_prediction and not has_prediction and lines_have_none and len(drafters) == 1:
+        raise ValueError(
+            f"the {drafters[0].name} drafter needs --prediction FILE, the output it expects"
+        )
+
+
+def _writer(
+    options: GenerateOptions, engine: LLMEngine, journal: Journal | None, *, is_single: bool
+) -> tuple[ResultWriter, OnStep | None]:
+    """Return where results go, and what takes the outputs of every step.
+
+    Args:
+        is_single: there is one text, and one completion of it.
+    """
     out = console()
-    if out.is_terminal:
-        out.print(Text(prompt, style="dim"), end="", soft_wrap=True)
-    num_sent = 0
-
-    def show(touched: list[RequestOutput]) -> None:
-        nonlocal num_sent
-        for output in touched:
-            text = output.outputs[0].text
-            write(out, text[num_sent:])
-            num_sent = max(num_sent, len(text))
-
-    run = drive(engine, request_ids, interrupt, show)
-    write(out, run.outputs[0].outputs[0].text[num_sent:] + "\n")
-    return run
-
-
-def _run_with_bar(engine: LLMEngine, request_ids: list[str], interrupt: Interrupt) -> Run:
-    num_tokens: dict[str, int] = {}
-    with progress_bar() as bar:
-        task = bar.add_task("prompts", total=len(request_ids), note="")
-
-        def show(touched: list[RequestOutput]) -> None:
-            for output in touched:
-                num_tokens[output.request_id] = sum(len(c.token_ids) for c in output.outputs)
-                bar.advance(task, int(output.finished))
-            bar.update(task, note=f"{sum(num_tokens.values())} tokens")
-
-        return drive(engine, request_ids, interrupt, show)
-
-
-def _run_with_steps(
-    engine: LLMEngine, request_ids: list[str], interrupt: Interrupt, *, labelled: bool
-) -> Run:
-    view = StepsView(console(), labelled=labelled)
-    view.show_header(engine.tracer.header)
-    engine.on_step = view.show
-    return drive(engine, request_ids, interrupt)
-
-
-def _print_json(run: Run) -> None:
-    """One line per prompt."""
-    for output in run.outputs:
-        write(console(), json.dumps(output_record(output)) + "\n")
+    if options.show_steps:
+        view = StepsView(out, labelled=not is_single)
+        view.show_header(engine.tracer.header)
+        engine.on_step = view.show
+    if journal is not None:
+        return journal, None
+    if options.json:
+        return JsonLines(), None
+    if is_single and not options.show_steps:
+        stream = TextStream(out)
+        return stream, stream.show
+    return TextList(out, is_numbered=not is_single, at_the_end=options.show_steps), None

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 import folospec
-from folospec.cli.runner import bad_input, ctrl_c_exits
+from folospec.cli import options
+from folospec.cli.runner import bad_input, ends_quietly, write_any_text
 
 app = typer.Typer(
     name="folospec",
@@ -37,158 +38,113 @@ def main(
     ] = False,
 ) -> None:
     """Read the options that stand before the command."""
+    write_any_text()
 
 
 @app.command()
 def generate(
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="PROMPT", help="What to complete. Default: stdin."),
-    ] = None,
-    file: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A file with one prompt, or a .jsonl file with one per line; - is stdin. "
-            "Its last newline is left out. May be repeated."
-        ),
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="A folder, a hub id, or a bundled name.")
-    ] = "folospec-demo",
-    speculative: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|JSON",
-            help="auto, or auto:PATH with a draft model: drafts where they pay. Or a drafter: "
-            "ngram, suffix, draft_model:PATH, ... Several with commas, or JSON. "
-            "folospec-demo has a draft model of its own.",
-        ),
-    ] = None,
-    num_speculative_tokens: Annotated[
-        int | None, typer.Option(help="Most draft tokens per step. Default: the drafter's own.")
-    ] = None,
-    acceptance: Annotated[
-        str | None, typer.Option(help="coupled (default), rejection or block.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens per completion.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus; 1 keeps all.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Most likely tokens; -1 keeps all.")] = -1,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
-    n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends the output. May be repeated.")
-    ] = None,
-    dtype: Dtype = "auto",
-    kv_cache_dtype: Annotated[
-        str, typer.Option(help="Type of the KV: auto (the model's), float32 or bfloat16.")
-    ] = "auto",
-    quantization: Annotated[
-        str | None,
-        typer.Option(help="Round weights to int8 or fp8. Other tokens than without it."),
-    ] = None,
-    device: Device = "auto",
-    attention_backend: Annotated[
-        str, typer.Option(help="auto, or one that `folospec info` lists.")
-    ] = "auto",
-    block_size: Annotated[int, typer.Option(help="Tokens per KV block.")] = 16,
-    deterministic: Annotated[
-        bool | None,
-        typer.Option(help="Demand, or waive, logits that do not depend on the batch."),
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float, typer.Option(help="Share of a GPU's memory to use for everything.")
-    ] = 0.9,
-    enforce_eager: Annotated[
-        bool, typer.Option("--enforce-eager", help="No CUDA graphs on a GPU.")
-    ] = False,
-    run_ahead: Annotated[
-        int | None, typer.Option(help="Tokens that a GPU decodes before they are shown.")
-    ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Most tokens of prompt and output. Default: the model's.")
-    ] = None,
-    compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Run plain and speculative in turns and show both."),
-    ] = False,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="Runs of each with --compare. Default: 3.")
-    ] = None,
-    prediction: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="What the output is expected to be, for drafters that read it."
-        ),
-    ] = None,
-    trace: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Write what every step did to a file of JSON lines."),
-    ] = None,
-    show_steps: Annotated[
-        bool,
-        typer.Option("--show-steps", help="Show every step's draft and what became of it."),
-    ] = False,
-    json: Json = False,
+    prompts: options.Prompts = None,
+    file: options.Files = None,
+    input_format: options.InputFormat = "auto",
+    chat: options.Chat = False,
+    system: options.System = None,
+    prediction: options.Prediction = None,
+    output: options.Output = None,
+    overwrite: options.Overwrite = False,
+    retry_failed: options.RetryFailed = False,
+    json: options.JsonLines = False,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    n: options.N = None,
+    stop: options.Stop = None,
+    speculative: options.Speculative = None,
+    num_speculative_tokens: options.NumSpeculativeTokens = None,
+    acceptance: options.Acceptance = None,
+    model: options.Model = "folospec-demo",
+    dtype: options.Dtype = "auto",
+    kv_cache_dtype: options.KvCacheDtype = "auto",
+    quantization: options.Quantization = None,
+    device: options.Device = "auto",
+    attention_backend: options.AttentionBackend = "auto",
+    block_size: options.BlockSize = 16,
+    max_num_seqs: options.MaxNumSeqs = 64,
+    max_model_len: options.MaxModelLen = None,
+    deterministic: options.Deterministic = None,
+    gpu_memory_utilization: options.GpuMemoryUtilization = 0.9,
+    enforce_eager: options.EnforceEager = False,
+    run_ahead: options.RunAhead = None,
+    compare: options.Compare = False,
+    rounds: options.Rounds = None,
+    show_steps: options.ShowSteps = False,
+    trace: options.Trace = None,
 ) -> None:
-    """Complete prompts.
+    """Complete prompts: one, or a pile of them.
 
-    One prompt is streamed; several run as one batch. Completions go to stdout,
-    counts and progress to stderr. Exit code 1: --compare found different tokens
-    where there may be none; 2: wrong input; 130: Ctrl-C, what is done is printed.
+    A line of a .jsonl file is a text, or an object with prompt, messages or
+    prompt_token_ids, and with an id and sampling parameters if you like.
+    A single text is streamed. Results go to stdout or to --output; progress,
+    errors and a summary go to stderr.
+
+    Exit code 0: all done. 1: some prompts failed, the disk is full, or
+    --compare found other tokens. 2: wrong input. 130: Ctrl-C; what is done
+    is kept.
     """
-    from folospec.cli import generate as commands
-    from folospec.cli.runner import make_engine
-    from folospec.sampling_params import SamplingParams
+    from folospec.cli import generate as command
 
-    with ctrl_c_exits():
+    with ends_quietly():
         with bad_input():
-            found = commands.read_prompts(prompts or [], file or [])
-            config = commands.read_speculative(
+            sampling = {
+                "n": n,
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "stop": stop,
+                "prediction": None if prediction is None else command.read_prediction(prediction),
+            }
+            drafting = command.read_speculative(
                 speculative,
                 num_speculative_tokens=num_speculative_tokens,
                 acceptance=acceptance,
             )
-            params = SamplingParams(
-                n=n,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
+        code = command.run_generate(
+            command.GenerateOptions(
+                prompts=prompts or [],
+                files=file or [],
+                input_format=input_format,
+                chat=chat,
+                system=system,
+                output=output,
+                overwrite=overwrite,
+                retry_failed=retry_failed,
+                json=json,
+                model=model,
+                speculative=drafting,
+                sampling={name: value for name, value in sampling.items() if value is not None},
                 seed=seed,
-                stop=stop or (),
-                prediction=commands.read_prediction(prediction),
+                engine={
+                    "dtype": dtype,
+                    "kv_cache_dtype": kv_cache_dtype,
+                    "quantization": quantization,
+                    "device": device,
+                    "attention_backend": attention_backend,
+                    "block_size": block_size,
+                    "max_num_seqs": max_num_seqs,
+                    "max_model_len": max_model_len,
+                    "deterministic": deterministic,
+                    "gpu_memory_utilization": gpu_memory_utilization,
+                    "enforce_eager": enforce_eager,
+                    "run_ahead": run_ahead,
+                    "trace": trace,
+                },
+                compare=compare,
+                rounds=rounds,
+                show_steps=show_steps,
             )
-            if show_steps and json:
-                raise ValueError("--show-steps is for reading; with --json use --trace FILE")
-            if compare:
-                commands.check_compare(config, show_steps=show_steps, trace=trace)
-            elif rounds is not None:
-                raise ValueError("--rounds needs --compare")
-        options = {
-            "speculative": config,
-            "dtype": dtype,
-            "kv_cache_dtype": kv_cache_dtype,
-            "quantization": quantization,
-            "device": device,
-            "attention_backend": attention_backend,
-            "block_size": block_size,
-            "deterministic": deterministic,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "enforce_eager": enforce_eager,
-            "run_ahead": run_ahead,
-            "max_model_len": max_model_len,
-            "trace": trace,
-        }
-        engine = make_engine(model, warm_cache=not compare, **options)
-        with bad_input():
-            commands.check_prediction(engine, params)
-        if compare:
-            from folospec.cli.compare import compare as run_comparison
-
-            code = run_comparison(engine, found, params, rounds=rounds or 3, as_json=json)
-        else:
-            code = commands.complete(engine, found, params, as_json=json, show_steps=show_steps)
+        )
     raise typer.Exit(code)
 
 
@@ -199,7 +155,7 @@ def steps(
     ],
 ) -> None:
     """Show the steps of a trace: every draft, and what became of it."""
-    with ctrl_c_exits(), bad_input():
+    with ends_quietly(), bad_input():
         from folospec.cli.steps import show_trace
 
         show_trace(file)
@@ -219,7 +175,7 @@ def demo(
 
     Takes under a minute. Exit code 1 if any token differs.
     """
-    with ctrl_c_exits():
+    with ends_quietly():
         from folospec.cli.demo import run_demo
 
         code = run_demo(
@@ -234,7 +190,7 @@ def demo(
 @app.command()
 def info(json: Json = False) -> None:
     """Show versions, hardware, and what folospec chooses here and why."""
-    with ctrl_c_exits():
+    with ends_quietly():
         from folospec.cli.info import run_info
 
         run_info(as_json=json)

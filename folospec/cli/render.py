@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from folospec.cli.runner import Counts, Run
 
 if TYPE_CHECKING:
+    from folospec.cli.batch import Totals
     from folospec.outputs import RequestOutput
 
 ACCEPTANCE_LENGTH = (
@@ -29,18 +37,22 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, wanted: bool = True) -> Progress:
     """A bar on stderr that is gone when the work is done; nothing where stderr is no terminal."""
     err = console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=err,
         transient=True,
-        disable=not err.is_terminal,
+        disable=not (wanted and err.is_terminal),
+        redirect_stdout=False,  # to stderr, that would be
+        redirect_stderr=False,
     )
 
 
@@ -117,29 +129,38 @@ def write(out: Console, text: str) -> None:
 def print_run(out: Console, run: Run) -> None:
     """Print every completion of a run under a title."""
     for number, output in enumerate(run.outputs, start=1):
-        for completion in output.outputs:
-            place = [f"{number}/{len(run.outputs)}"] if len(run.outputs) > 1 else []
-            if len(output.outputs) > 1:
-                place.append(f"completion {completion.index + 1}")
-            if completion.finish_reason == "abort":
-                place.append("cut short")
-            print_completion(out, completion_title(output.prompt or "", place), completion.text)
+        print_output(out, output, [str(number)] if len(run.outputs) > 1 else [])
+
+
+def print_output(out: Console, output: RequestOutput, place: Sequence[str]) -> None:
+    """Print every completion of a prompt under a title that begins with its place."""
+    for completion in output.outputs:
+        words = list(place)
+        if len(output.outputs) > 1:
+            words.append(f"completion {completion.index + 1}")
+        if completion.finish_reason == "abort":
+            words.append("cut short")
+        print_completion(out, completion_title(output.prompt or "", words), completion.text)
 
 
 def completion_title(prompt: str, place: Sequence[str]) -> str:
-    """For example "2/3, completion 1: def add(a, b):"."""
+    """For example "2, completion 1: def add(a, b):"."""
     line = next((line for line in prompt.splitlines() if line.strip()), "")
     shown = line if len(line) <= _TITLE_WIDTH else line[: _TITLE_WIDTH - 3] + "..."
-    return ": ".join([", ".join(place), shown] if place else [shown])
+    return ": ".join(filter(None, [", ".join(place), shown]))
 
 
-def summary_lines(run: Run) -> list[str]:
-    """What a run cost, in lines that fit 80 columns."""
-    counts, num_tokens = run.counts, run.num_tokens
-    rate = num_tokens / run.seconds if run.seconds else 0.0
-    cut = "interrupted: " if run.interrupted else ""
+def summary_lines(totals: Totals, num_skipped: int = 0) -> list[str]:
+    """What a run did and cost, in lines that fit 80 columns.
+
+    Args:
+        num_skipped: prompts whose results were there before.
+    """
+    counts, seconds = totals.counts, totals.seconds
+    cut = "interrupted: " if totals.interrupted else ""
     lines = [
-        f"{cut}{num_tokens} tokens in {run.seconds:.2f} s, {rate:.1f} tokens/s, "
+        f"{cut}{totals.num_tokens} tokens in {seconds:.2f} s, "
+        f"{totals.num_tokens / seconds if seconds else 0.0:.1f} tokens/s, "
         f"{counts.num_target_passes} target passes"
     ]
     if counts.acceptance_length is not None:
@@ -147,30 +168,10 @@ def summary_lines(run: Run) -> list[str]:
             f"acceptance length {counts.acceptance_length:.2f} = 1 + {counts.num_accepted_tokens} "
             f"accepted / {counts.num_drafts} drafts"
         )
+    if totals.num_prompts + totals.num_cut != 1 or num_skipped or totals.num_failed:
+        parts = [f"{totals.num_prompts - totals.num_failed} prompts done"]
+        parts.append(f"{totals.num_failed} failed")
+        parts += [f"{totals.num_cut} cut short"] * bool(totals.num_cut)
+        parts += [f"{num_skipped} done before"] * bool(num_skipped)
+        lines.append(", ".join(parts))
     return lines
-
-
-def output_record(output: RequestOutput) -> dict[str, Any]:
-    """A request as JSON has it; times are seconds since its arrival."""
-    metrics = asdict(output.metrics)
-    arrival = metrics.pop("arrival_time")
-    for name in ("first_token_time", "finished_time"):
-        time = metrics.pop(name)
-        metrics[f"seconds_to_{name.removesuffix('_time')}"] = (
-            None if time is None else time - arrival
-        )
-    metrics["acceptance_length"] = output.metrics.acceptance_length
-    return {
-        "prompt": output.prompt,
-        "num_prompt_tokens": len(output.prompt_token_ids),
-        "outputs": [
-            {
-                "text": completion.text,
-                "token_ids": completion.token_ids,
-                "finish_reason": completion.finish_reason,
-                "stop_reason": completion.stop_reason,
-            }
-            for completion in output.outputs
-        ],
-        "metrics": metrics,
-    }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
     from folospec.outputs import RequestOutput
     from folospec.sampling_params import SamplingParams
 
-EXIT_DIFFERENT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+T = TypeVar("T")
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
@@ -36,36 +41,85 @@ def bad_input() -> Iterator[None]:
 
 
 @contextmanager
-def ctrl_c_exits() -> Iterator[None]:
-    """Turn a Ctrl-C that nothing else took, while a model loads for example, into exit code 130."""
+def ends_quietly() -> Iterator[None]:
+    """Turn what is no defect into one line on stderr: a Ctrl-C that nothing else took, while a
+    model loads for example, is exit code 130, and a full disk is 1."""
     try:
         yield
     except KeyboardInterrupt:
         typer.echo("folospec: interrupted", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise  # a pipe that nobody reads any more is typer's
+        _discard_stdout()
+        typer.echo(
+            f"folospec: cannot write {error.filename or 'output'}: {error.strerror}", err=True
+        )
+        raise typer.Exit(EXIT_FAILED) from None
+
+
+def _discard_stdout() -> None:
+    """What stdout could not take is tried once more when Python ends; let that succeed."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def write_any_text() -> None:
+    """Escape characters that the terminal's or the locale's encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Interrupt:
-    """While entered, the first Ctrl-C only sets `requested`, so that a step is never cut in two; a
-    second one raises KeyboardInterrupt."""
+    """While entered, the first SIGINT or SIGTERM only sets `requested`, so that a step is never cut
+    in two; a second one raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+        self.signum: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._is_waiting = False
+
+    @property
+    def requested(self) -> bool:
+        return self.signum is not None
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + (self.signum or 0)
+
+    def wait_for(self, read: Callable[[], T]) -> T | None:
+        """Return what `read` returns, or None as soon as there is a signal: a read from a pipe may
+        take for ever."""
+        self._is_waiting = True
+        try:
+            return None if self.requested else read()
+        except KeyboardInterrupt:
+            if not self.requested:
+                raise
+            return None
+        finally:
+            self._is_waiting = False
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
+        is_second = self.requested
+        self.signum = signum
+        if is_second or self._is_waiting:
             raise KeyboardInterrupt
-        self.requested = True
 
 
 @dataclass(slots=True)

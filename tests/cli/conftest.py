@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,18 @@ def folospec() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def ctrl_c_at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`ctrl_c_at_step(n)`: SIGINT arrives during the n-th step of all engines."""
-    import signal
+def ctrl_c_at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`ctrl_c_at_step(n)`: SIGINT, or another signal, arrives during the n-th step of all
+    engines."""
 
-    def arrange(number: int) -> None:
+    def arrange(number: int, signum: int = signal.SIGINT) -> None:
         real, seen = LLMEngine.step, []
 
-        def step(self: LLMEngine) -> Any:
+        def step(self: LLMEngine, **options: Any) -> Any:
             seen.append(self)
             if len(seen) == number:
-                signal.raise_signal(signal.SIGINT)
-            return real(self)
+                signal.raise_signal(signum)
+            return real(self, **options)
 
         monkeypatch.setattr(LLMEngine, "step", step)
 

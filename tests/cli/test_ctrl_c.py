@@ -49,7 +49,7 @@ def test_ctrl_c_keeps_the_finished_rounds(folospec, target, ctrl_c_at_step, step
 
 
 def test_a_second_ctrl_c_does_not_wait(folospec, target, monkeypatch):
-    def step(self):
+    def step(self, **options):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
