@@ -63,23 +63,23 @@ class TokenTree:
         return self.parents == tuple(range(-1, len(self) - 1))
 
     @cached_property
-    def depths(self) -> list[int]:
+    def depths(self) -> tuple[int, ...]:
         """Depth of each node; 1 right under the root."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
-        return depths
+        return tuple(depths)
 
     @cached_property
-    def _children(self) -> list[list[int]]:
+    def _children(self) -> tuple[tuple[int, ...], ...]:
         # Entry 0 is the root's, entry i + 1 is node i's.
         children: list[list[int]] = [[] for _ in range(len(self) + 1)]
         for node, parent in enumerate(self.parents):
             children[parent + 1].append(node)
-        return children
+        return tuple(map(tuple, children))
 
-    def children(self, node: int = ROOT) -> list[int]:
-        """The children of a node (-1: the root) in the order of their trial; do not change it."""
+    def children(self, node: int = ROOT) -> tuple[int, ...]:
+        """The children of a node (-1: the root) in the order of their trial."""
         self._check_node(node, lowest=ROOT)
         return self._children[node + 1]
 

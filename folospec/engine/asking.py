@@ -1,10 +1,10 @@
-"""Asking drafters: what a row is told, who is to blame when one fails, and how long it took."""
+"""Asking drafters: what they are given, what is taken over from them, whose failure it is when one
+fails, and how long it took."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,22 @@ from folospec.core.sequence import Sequence
 from folospec.core.stats import EngineStats
 from folospec.engine.planning import Planning
 from folospec.engine.request import Request
-from folospec.spec.checks import check_answer
-from folospec.spec.drafters.base import Drafter, DraftRow
+from folospec.spec.checks import AnswerLimits, ProposalChecks, take_answers, take_progress
+from folospec.spec.drafter_handle import DrafterHandle
+from folospec.spec.drafters.base import DraftRow
 from folospec.spec.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
+from folospec.spec.read_only import ReadOnlyList
 
 if TYPE_CHECKING:
+    import torch
+
     from folospec.spec.verify import AcceptanceRule
 
 logger = logging.getLogger(__name__)
+
+_Answer = tuple[Proposal | None, int]
+"""A checked proposal, and how many committed tokens have KV of the drafter."""
 
 
 @dataclass(slots=True)
@@ -36,6 +43,9 @@ class Candidate:
 
 class Asking:
     """Puts the questions to drafters, and keeps their failures to the rows that caused them.
+
+    A drafter is given views and copies, and its answers are copied when they are checked: nothing
+    that it does to either reaches the engine.
 
     Args:
         limits: most draft tokens of a sequence.
@@ -52,31 +62,33 @@ class Asking:
         rule: AcceptanceRule,
         *,
         vocab_size: int,
+        device: torch.device,
         strict: bool,
     ) -> None:
         self._limits, self._planning = limits, planning
-        self._manager, self._stats, self._rule = manager, stats, rule
-        self._vocab_size, self._strict = vocab_size, strict
+        self._manager, self._stats = manager, stats
+        self._checks = ProposalChecks(rule, vocab_size, device)
+        self._strict = strict
 
-    def ask(self, drafter: Drafter, asked: list[Candidate]) -> dict[str, Proposal]:
+    def ask(self, drafter: DrafterHandle, asked: list[Candidate]) -> dict[str, Proposal]:
         """The proposals of one drafter, by seq_id."""
         if not asked:
             return {}
         begin = time.perf_counter()
-        rows = [self._row(drafter, candidate) for candidate in asked]
-        behind = self._planning.behind(drafter, rows) if self._planning is not None else 0
-        answers = self._ask_rows(drafter, rows, asked)
+        behind = 0
+        if self._planning is not None:
+            behind = self._planning.behind(drafter, [candidate.seq for candidate in asked])
+        answers = self._ask_all(drafter, asked)
         proposals = {}
-        for row, proposal in zip(rows, answers, strict=True):
-            if proposal is not None and len(proposal) > 0:
-                proposal.drafter = drafter.name
-                proposals[row.seq_id] = proposal
-        if drafter.kv_owner is not None:
-            for candidate, row in zip(asked, rows, strict=True):
-                self._manager.mark_draft(candidate.seq, drafter.kv_owner, row.num_draft_computed)
+        for candidate, (proposal, progress) in zip(asked, answers, strict=True):
+            if proposal is not None:
+                proposals[candidate.seq.seq_id] = proposal
+            if drafter.kv_owner is not None:
+                self._manager.mark_draft(candidate.seq, drafter.kv_owner, progress)
         if self._planning is not None:
             depths = [max(proposal.tree.depths) for proposal in proposals.values()]
-            self._planning.note_asked(drafter, rows, depths, behind, begin)
+            seqs = [candidate.seq for candidate in asked]
+            self._planning.note_asked(drafter, seqs, depths, behind, begin)
         return proposals
 
     def max_draft_tokens(self, candidate: Candidate) -> int:
@@ -86,7 +98,7 @@ class Asking:
     def max_depth(self, candidate: Candidate) -> int:
         return candidate.request.room(candidate.seq) - 1
 
-    def _row(self, drafter: Drafter, candidate: Candidate) -> DraftRow:
+    def _row(self, drafter: DrafterHandle, candidate: Candidate, limits: AnswerLimits) -> DraftRow:
         seq, request = candidate.seq, candidate.request
         owner, max_depth, min_path_chance = drafter.kv_owner, self.max_depth(candidate), 0.0
         if self._planning is not None:
@@ -94,64 +106,90 @@ class Asking:
             min_path_chance = self._planning.min_path_chance(seq.seq_id, drafter)
         return DraftRow(
             seq_id=seq.seq_id,
-            token_ids=seq.token_ids,
+            token_ids=ReadOnlyList(seq.token_ids),
             num_prompt_tokens=seq.num_prompt_tokens,
-            max_draft_tokens=min(self.max_draft_tokens(candidate), drafter.num_speculative_tokens),
+            max_draft_tokens=limits.max_draft_tokens,
             max_depth=max_depth,
-            num_slots=candidate.num_draft_slots,
-            params=request.params,
+            num_slots=limits.num_slots,
+            params=request.draft_params,
             seed=request.seed,
             sample_index=seq.sample_index,
-            block_table=seq.block_table,
-            prediction_token_ids=request.prediction_token_ids,
-            prompt_token_ids=seq.prompt_token_ids,
-            output_token_ids=seq.output_token_ids,
+            block_table=tuple(seq.block_table),
+            prediction_token_ids=ReadOnlyList(request.prediction_token_ids),
+            prompt_token_ids=ReadOnlyList(seq.prompt_token_ids),
+            output_token_ids=ReadOnlyList(seq.output_token_ids),
             num_draft_computed=seq.draft_progress.get(owner, 0) if owner else 0,
             min_path_chance=min_path_chance,
         )
 
-    def _ask_rows(
-        self, drafter: Drafter, rows: list[DraftRow], candidates: list[Candidate]
-    ) -> list[Proposal | None]:
+    def _ask_all(self, drafter: DrafterHandle, asked: list[Candidate]) -> list[_Answer]:
         """Ask for the whole batch; if that fails, row by row, so that one row's trouble stays its
         own."""
+        limits = [self._answer_limits(drafter, candidate) for candidate in asked]
+        rows = [self._row(drafter, c, limit) for c, limit in zip(asked, limits, strict=True)]
         try:
-            proposals = drafter.propose(rows)
-            if len(proposals) != len(rows):
-                raise ValueError(
-                    f"a drafter must answer every row: {len(rows)} rows, {len(proposals)} answers"
-                )
-            for row, proposal in zip(rows, proposals, strict=True):
-                check_answer(row, proposal, self._rule, self._vocab_size)
-            return proposals
+            # The drafter has the list to itself, and may take out of it what it likes.
+            answers = take_answers(drafter.drafter.propose(list(rows)), len(rows))
         except Exception:
             if self._strict:
                 raise
-            if len(rows) > 1:
-                return [
-                    self._ask_rows(drafter, [row], [candidate])[0]
-                    for row, candidate in zip(rows, candidates, strict=True)
-                ]
-            logger.exception(
-                "the drafter %s failed; sequence %s goes on without its draft",
-                drafter.name,
-                rows[0].seq_id,
-            )
-            self.count_error(candidates[0].request)
-            rows[0].num_draft_computed = 0
-            self.guard(drafter, drafter.drop, rows[0].seq_id)
-            return [None]
+            if len(asked) > 1:
+                return [self._ask_all(drafter, [candidate])[0] for candidate in asked]
+            return [self._give_up(drafter, asked[0])]
+        return [
+            self._take(drafter, candidate, row, answer, limit)
+            for candidate, row, answer, limit in zip(asked, rows, answers, limits, strict=True)
+        ]
+
+    def _take(
+        self,
+        drafter: DrafterHandle,
+        candidate: Candidate,
+        row: DraftRow,
+        answer: object,
+        limits: AnswerLimits,
+    ) -> _Answer:
+        """Take over the answer to a row, and the progress that was written into it."""
+        try:
+            proposal = self._checks.take(answer, limits)
+            return proposal, take_progress(row.num_draft_computed, limits)
+        except Exception:
+            if self._strict:
+                raise
+            return self._give_up(drafter, candidate)
+
+    def _give_up(self, drafter: DrafterHandle, candidate: Candidate) -> _Answer:
+        """Go on without a draft where the drafter has just failed."""
+        seq_id = candidate.seq.seq_id
+        logger.exception(
+            "the drafter %s failed; sequence %s goes on without its draft", drafter.name, seq_id
+        )
+        self.count_error(candidate.request)
+        self.guard(drafter, "drop", seq_id)
+        return None, 0
+
+    def _answer_limits(self, drafter: DrafterHandle, candidate: Candidate) -> AnswerLimits:
+        wanted = min(self.max_draft_tokens(candidate), drafter.num_speculative_tokens)
+        return AnswerLimits(
+            drafter=drafter.name,
+            kv_owner=drafter.kv_owner,
+            num_tokens=candidate.seq.num_tokens,
+            max_draft_tokens=wanted,
+            num_slots=candidate.num_draft_slots,
+        )
 
     def count_error(self, request: Request) -> None:
         request.group.metrics.num_drafter_errors += 1
         self._stats.num_drafter_errors += 1
 
-    def guard(self, drafter: Drafter, hook: Callable[..., None], *args: Any) -> None:
-        """Call a hook of a drafter whose failure must not end the step."""
+    def guard(self, drafter: DrafterHandle, hook: str, *args: Any) -> Any:
+        """Call a hook of a drafter whose failure must not end the step; return what it returns,
+        None if it fails."""
         try:
-            hook(*args)
+            return getattr(drafter.drafter, hook)(*args)
         except Exception:
             if self._strict:
                 raise
             self._stats.num_drafter_errors += 1
-            logger.exception("the drafter %s failed in %s", drafter.name, hook.__name__)
+            logger.exception("the drafter %s failed in %s", drafter.name, hook)
+            return None

@@ -62,7 +62,7 @@ class LLM:
         Raises:
             ValueError: the engine has none of that name.
         """
-        drafters = {drafter.name: drafter for drafter in self.engine.parts.drafters}
+        drafters = {handle.name: handle.drafter for handle in self.engine.parts.handles}
         if name not in drafters:
             raise ValueError(f"name must be one of {sorted(drafters) or 'none'}, got {name!r}")
         return drafters[name]

@@ -68,10 +68,11 @@ class LLMEngine:
         self.engine_stats = EngineStats(prefix_cache=self.manager.stats)
         self.speculation = Speculation(
             config.speculative,
-            parts.drafters,
+            parts.handles,
             self.manager,
             self.engine_stats,
             vocab_size=spec.vocab_size,
+            device=parts.device,
             strict=config.strict_drafters,
             costs=measured_costs(config, parts),
         )
@@ -109,7 +110,7 @@ class LLMEngine:
             taps=speculation.needs.taps,
         )
         self.run_ahead.warm_up(config.max_num_seqs)
-        for drafter in speculation.drafters:
+        for drafter in self.parts.drafters:
             drafter.warm_up(config.max_num_seqs)
         for runner in self.parts.all_runners:
             runner.close_graphs()
@@ -233,6 +234,7 @@ class LLMEngine:
     def stats(self) -> dict[str, Any]:
         """Counts and times since the engine was made, the sizes it runs with, and the promise that
         holds."""
+        drafters = self.speculation.drafter_stats()
         return {
             **self.engine_stats.as_dict(),
             "lossless": self._promise(),
@@ -246,7 +248,7 @@ class LLMEngine:
             "kv_cache_bytes": sum(r.kv.num_bytes for r in self.parts.runners.values() if r.kv),
             "num_free_blocks": self.manager.num_free_blocks,
             "num_cuda_graphs": sum(r.graphs.num_graphs for r in self.parts.all_runners if r.graphs),
-            "drafters": {drafter.name: drafter.stats() for drafter in self.parts.drafters},
+            "drafters": drafters,
             "planner": self.speculation.planner_stats(),
         }
 

@@ -13,6 +13,7 @@ import torch
 from folospec.config import AUTO, DrafterConfig, EngineConfig
 from folospec.models.loader import BUNDLED_DRAFTS, load_model, load_tokenizer
 from folospec.models.views import view_of
+from folospec.spec.drafter_handle import DrafterHandle, hold
 from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
 from folospec.worker import capture
 from folospec.worker.kv_cache import kv_bytes_per_block
@@ -34,13 +35,18 @@ class Parts:
     device: torch.device
     tokenizer: Any
     target: ModelRunner
-    drafters: list[Drafter]
+    handles: list[DrafterHandle]
+    """The drafters, in their order."""
     runners: dict[str, ModelRunner]
     views: list[ModelRunner]
     """Runners of cheaper copies of the target, which read and write its KV."""
     max_model_len: int
     num_blocks: int
     attention_backend: str
+
+    @property
+    def drafters(self) -> list[Drafter]:
+        return [handle.drafter for handle in self.handles]
 
     @property
     def all_runners(self) -> list[ModelRunner]:
@@ -59,8 +65,8 @@ def load_parts(config: EngineConfig) -> Parts:
         for drafter in chosen_drafters(config):
             check_drafter(drafter.method)
     loader = _Loader(config)
-    drafters = _make_drafters(config, loader)
-    num_blocks = _num_blocks(config, loader, _num_logits(config, drafters))
+    handles = _make_drafters(config, loader)
+    num_blocks = _num_blocks(config, loader, _num_logits(config, handles))
     for runner in loader.runners.values():
         runner.make_kv(num_blocks, config.block_size, loader.device)
     for view in loader.views:
@@ -71,7 +77,7 @@ def load_parts(config: EngineConfig) -> Parts:
         loader.device,
         loader.tokenizer,
         loader.target,
-        drafters,
+        handles,
         loader.runners,
         loader.views,
         loader.max_model_len,
@@ -103,6 +109,10 @@ class _Loader:
         return sum(graph_bytes(r.vocab_size) for r in runners if r.model.captures)
 
     def load_draft_model(self, path: str, owner: str) -> ModelRunner:
+        if not isinstance(owner, str) or owner in self.runners:
+            raise ValueError(
+                f"owner must be a name that none of {sorted(self.runners)} has, got {owner!r}"
+            )
         runner = self.runners[owner] = self._load(path)
         _check_draft_model(
             path, runner, self.config, self.target, self.max_model_len, self.tokenizer
@@ -160,9 +170,9 @@ def chosen_drafters(config: EngineConfig) -> tuple[DrafterConfig, ...]:
     return tuple(chosen)
 
 
-def _make_drafters(config: EngineConfig, loader: _Loader) -> list[Drafter]:
+def _make_drafters(config: EngineConfig, loader: _Loader) -> list[DrafterHandle]:
     """Build the drafters in their order; of several with one method the later ones are numbered."""
-    drafters: list[Drafter] = []
+    handles: list[DrafterHandle] = []
     counts: Counter[str] = Counter()
     speculative, tokenizer = config.speculative, loader.tokenizer
     for stream, drafter in enumerate(chosen_drafters(config)):
@@ -179,8 +189,12 @@ def _make_drafters(config: EngineConfig, loader: _Loader) -> list[Drafter]:
             load_draft_model=loader.load_draft_model,
             view_of_target=loader.view_of_target,
         )
-        drafters.append(make_drafter(context))
-    return drafters
+        before = set(loader.runners)
+        made = make_drafter(context)
+        owners = loader.runners.keys() - before
+        num_layers = context.target.num_layers
+        handles.append(hold(made, context.name, drafter, owners, num_layers))
+    return handles
 
 
 def _use_graphs(loader: _Loader) -> None:
@@ -263,9 +277,9 @@ def _check_draft_model(
         )
 
 
-def _num_logits(config: EngineConfig, drafters: list[Drafter]) -> int:
+def _num_logits(config: EngineConfig, handles: list[DrafterHandle]) -> int:
     """Most rows of a step that want logits."""
-    drafts = sum(drafter.num_speculative_tokens for drafter in drafters)
+    drafts = sum(handle.num_speculative_tokens for handle in handles)
     return min(config.max_num_batched_tokens, config.max_num_seqs * (1 + drafts))
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from folospec.core.sequence import Sequence
-from folospec.spec.drafters.base import Drafter, DraftRow
+from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.plan_terms import Offer, PlanRow, Source
 from folospec.spec.planner import Planner
 from folospec.spec.proposal import Proposal
@@ -60,10 +60,10 @@ class Planning:
 
     def __init__(
         self,
-        drafters: list[Drafter],
+        drafters: list[DrafterHandle],
         *,
         merge: bool,
-        allowed: Callable[[Request], list[Drafter]],
+        allowed: Callable[[Request], list[DrafterHandle]],
         shares_noise: bool,
         costs: Costs,
     ) -> None:
@@ -87,7 +87,7 @@ class Planning:
         """Seconds that learning from a step takes: from an idle one, and from others."""
         self._unpaid: list[tuple[str, dict[str, int], Seq[int], int, float]] = []
 
-    def source_of(self, drafter: Drafter) -> str:
+    def source_of(self, drafter: DrafterHandle) -> str:
         """The name under which the planner knows a drafter."""
         return next(iter(self.planner.beliefs.sources)) if self._merge else drafter.name
 
@@ -128,13 +128,13 @@ class Planning:
             lags[name] = max(lag, lags.get(name, 0))
         return PlanRow(seq.seq_id, room, wanted, lags)
 
-    def _lag(self, drafter: Drafter, seq: Sequence) -> int:
+    def _lag(self, drafter: DrafterHandle, seq: Sequence) -> int:
         owner = drafter.kv_owner
         if owner is not None:
             return seq.num_tokens - seq.draft_progress.get(owner, 0)
         return seq.num_tokens if self._reads_from_start(drafter) else 1
 
-    def _reads_from_start(self, drafter: Drafter) -> bool:
+    def _reads_from_start(self, drafter: DrafterHandle) -> bool:
         """Whether the planner keeps count of what the drafter has read. A view of the target has
         its KV, and nothing to catch up with; beside a model, reading counts for nothing."""
         return not self.planner.beliefs.sources[self.source_of(drafter)].in_passes
@@ -153,11 +153,11 @@ class Planning:
         self._has_prompts = len(ready) < len(scheduled)
         self._shape = StepShape(max(1, len(ready)), max(1, len(ready)), sum(ready))
 
-    def asks(self, seq_id: str, drafter: Drafter) -> bool:
+    def asks(self, seq_id: str, drafter: DrafterHandle) -> bool:
         """Whether the drafter is to be asked for the sequence."""
         return self.source_of(drafter) in self._asked.get(seq_id, ())
 
-    def max_depth(self, seq_id: str, drafter: Drafter) -> int:
+    def max_depth(self, seq_id: str, drafter: DrafterHandle) -> int:
         return self._asked.get(seq_id, {}).get(self.source_of(drafter), 0)
 
     def is_planned(self, seq_id: str) -> bool:
@@ -172,7 +172,7 @@ class Planning:
         """Why the plan has no draft for a sequence; one that has, or is unknown, is not there."""
         return self.planner.reasons
 
-    def still_asked(self, drafter: Drafter, seq_ids: Iterable[str]) -> set[str]:
+    def still_asked(self, drafter: DrafterHandle, seq_ids: Iterable[str]) -> set[str]:
         """Of the sequences that the drafter was to be asked for, those where it still pays, given
         the proposals so far."""
         name = self.source_of(drafter)
@@ -183,20 +183,26 @@ class Planning:
 
     # Proposals ------------------------------------------------------------------------------------
 
-    def behind(self, drafter: Drafter, rows: Seq[DraftRow]) -> int:
-        """Tokens that the drafter has to catch up with for these rows, besides one for each."""
+    def behind(self, drafter: DrafterHandle, seqs: Seq[Sequence]) -> int:
+        """Tokens that the drafter has to catch up with for these sequences, besides one for
+        each."""
         if drafter.kv_owner is not None:
-            return sum(max(0, len(r.token_ids) - r.num_draft_computed - 1) for r in rows)
+            return sum(max(0, self._lag(drafter, seq) - 1) for seq in seqs)
         if not self._reads_from_start(drafter):
             return 0
         name = self.source_of(drafter)
-        return sum(self.planner.behind(name, row.seq_id, len(row.token_ids)) for row in rows)
+        return sum(self.planner.behind(name, seq.seq_id, seq.num_tokens) for seq in seqs)
 
     def note_asked(
-        self, drafter: Drafter, rows: Seq[DraftRow], depths: Seq[int], behind: int, begin: float
+        self,
+        drafter: DrafterHandle,
+        seqs: Seq[Sequence],
+        depths: Seq[int],
+        behind: int,
+        begin: float,
     ) -> None:
         """Note what was asked, since when; `note_taken` tells the planner."""
-        counts = {row.seq_id: len(row.token_ids) for row in rows}
+        counts = {seq.seq_id: seq.num_tokens for seq in seqs}
         self._unpaid.append((self.source_of(drafter), counts, depths, behind, begin))
 
     def note_taken(self, now: float) -> None:
@@ -212,7 +218,7 @@ class Planning:
         self.planner.record_draft(name, counts, depths, behind, now - begin)
         self._unpaid.clear()
 
-    def min_path_chance(self, seq_id: str, drafter: Drafter) -> float:
+    def min_path_chance(self, seq_id: str, drafter: DrafterHandle) -> float:
         """The chance below which a draft should not be made longer; probes go on."""
         name = self.source_of(drafter)
         if not drafter.drafts_in_passes or self.planner.probing.is_probing(name, seq_id):
@@ -271,7 +277,7 @@ class Planning:
 
     # Learn ----------------------------------------------------------------------------------------
 
-    def keeps(self, drafter: Drafter, seq_id: str, num_tokens: int) -> bool:
+    def keeps(self, drafter: DrafterHandle, seq_id: str, num_tokens: int) -> bool:
         """Whether the drafter is to keep what it can of an output."""
         return self.planner.keeps(self.source_of(drafter), seq_id, num_tokens)
 
@@ -294,6 +300,6 @@ class Planning:
         self._learning[is_idle] += 0.1 * (spent - self._learning[is_idle])
 
 
-def _source(drafter: Drafter, costs: Costs) -> Source:
+def _source(drafter: DrafterHandle, costs: Costs) -> Source:
     guess = costs.guesses.get(drafter.name)
     return Source(drafter.name, drafter.num_speculative_tokens, drafter.drafts_in_passes, guess)

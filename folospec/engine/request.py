@@ -3,7 +3,9 @@ and its text so far."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, field, fields
 
 from folospec.core.sequence import Sequence, SequenceGroup
 from folospec.engine.detokenizer import Detokenizer
@@ -75,6 +77,8 @@ class Request:
     output's text leaves out."""
 
     params: SamplingParams = field(init=False)
+    draft_params: SamplingParams = field(init=False)
+    """A copy for drafters, whose lists and mappings are not those of the request."""
     stop_ids: frozenset[int] = field(init=False)
     """Every token id that ends the output."""
     needs_logprobs: bool = field(init=False)
@@ -92,6 +96,7 @@ class Request:
             stops = StopStrings(params.stop_strings)
             for output in self.outputs.values():
                 output.search = StopSearch(stops)
+        self.draft_params = _copy_of(params)
         self.stop_ids = self.eos_token_ids.union(params.stop_token_ids)
         self.needs_logprobs = params.logprobs is not None or params.num_sequences > params.n
         self.is_constrained = is_constrained(self.sampling_row(self.group.sequences[0]))
@@ -119,3 +124,15 @@ class Request:
     def room(self, seq: Sequence) -> int:
         """How many tokens the sequence may still generate."""
         return self.max_num_tokens - seq.num_tokens
+
+
+def _copy_of(params: SamplingParams) -> SamplingParams:
+    """A copy that shares nothing which can be changed in place."""
+    own = copy(params)
+    for name in (f.name for f in fields(params)):
+        value = getattr(params, name)
+        if isinstance(value, Mapping):
+            object.__setattr__(own, name, dict(value))
+        elif isinstance(value, (list, set)):
+            object.__setattr__(own, name, tuple(value))
+    return own

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
+
 from folospec.config import SpeculativeConfig
 from folospec.core.kv_cache_manager import KVCacheManager
 from folospec.core.scheduler import ScheduledSequence
@@ -18,10 +20,11 @@ from folospec.engine.planning import UNKNOWN_COSTS, Costs, Found, Planning
 from folospec.engine.request import Request
 from folospec.engine.telling import Observed, Telling
 from folospec.spec.draft_runner import ForwardResult
-from folospec.spec.drafters.base import Drafter
+from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.merge import merge_proposals
 from folospec.spec.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
+from folospec.spec.read_only import ReadOnlyList
 from folospec.spec.verify import ACCEPTANCE
 from folospec.worker.kv_cache import KVCache, PendingMoves
 
@@ -33,11 +36,12 @@ class Speculation:
     def __init__(
         self,
         config: SpeculativeConfig | None,
-        drafters: list[Drafter],
+        drafters: list[DrafterHandle],
         manager: KVCacheManager,
         stats: EngineStats,
         *,
         vocab_size: int,
+        device: torch.device,
         strict: bool,
         costs: Costs = UNKNOWN_COSTS,
     ) -> None:
@@ -63,6 +67,7 @@ class Speculation:
             stats,
             self.rule,
             vocab_size=vocab_size,
+            device=device,
             strict=strict,
         )
         self.reasons: dict[str, str] = {}
@@ -107,14 +112,14 @@ class Speculation:
             return length + max(drafter.max_scratch_slots for drafter in drafters)
         return max(min(length, d.num_speculative_tokens) + d.max_scratch_slots for d in drafters)
 
-    def _asked(self, request: Request, seq: Sequence) -> list[Drafter]:
+    def _asked(self, request: Request, seq: Sequence) -> list[DrafterHandle]:
         """The drafters that may be asked for a sequence in this step."""
         drafters, planning = self._allowed(request), self.planning
         if planning is not None and drafters:
             drafters = [drafter for drafter in drafters if planning.asks(seq.seq_id, drafter)]
         return drafters
 
-    def _allowed(self, request: Request) -> list[Drafter]:
+    def _allowed(self, request: Request) -> list[DrafterHandle]:
         names = request.params.drafters
         return [d for d in self.drafters if names is None or d.name in names]
 
@@ -238,6 +243,11 @@ class Speculation:
         if self.planning is not None:
             self.planning.record(seconds)
 
+    def drafter_stats(self) -> dict[str, dict[str, Any]]:
+        """What each drafter says of its state, by name; nothing of one that fails to."""
+        found = {d.name: self.asking.guard(d, "stats") for d in self.drafters}
+        return {name: stats if isinstance(stats, dict) else {} for name, stats in found.items()}
+
     def planner_stats(self) -> dict[str, Any] | None:
         """What the planner believes; None where nothing is planned."""
         return self.planning.planner.beliefs.stats() if self.planning is not None else None
@@ -288,13 +298,13 @@ class Speculation:
         for seq in sequences:
             for drafter in self.drafters:
                 if finished and self._keeps(drafter, seq):
-                    args = (seq.seq_id, seq.token_ids, seq.num_prompt_tokens)
-                    self.asking.guard(drafter, drafter.finish, *args)
-                self.asking.guard(drafter, drafter.drop, seq.seq_id)
+                    args = (seq.seq_id, ReadOnlyList(seq.token_ids), seq.num_prompt_tokens)
+                    self.asking.guard(drafter, "finish", *args)
+                self.asking.guard(drafter, "drop", seq.seq_id)
             if self.planning is not None:
                 self.planning.planner.drop(seq.seq_id, finished=finished)
 
-    def _keeps(self, drafter: Drafter, seq: Sequence) -> bool:
+    def _keeps(self, drafter: DrafterHandle, seq: Sequence) -> bool:
         if self.planning is None:
             return True
         return self.planning.keeps(drafter, seq.seq_id, seq.num_output_tokens)

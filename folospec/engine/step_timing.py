@@ -66,8 +66,8 @@ def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
     if not points:
         return UNKNOWN_COSTS
     guesses = {}
-    for drafter in parts.drafters:
-        runner = getattr(drafter, "runner", None)
+    for drafter in parts.handles:
+        runner = getattr(drafter.drafter, "runner", None)
         if not isinstance(runner, ModelRunner):
             continue
         facts = [drafter.config.method, str(dict(drafter.config.options)), _facts(config.model)]

@@ -6,8 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -15,11 +14,10 @@ from folospec.core.sequence import Sequence
 from folospec.engine.asking import Asking
 from folospec.engine.request import Request
 from folospec.spec.draft_runner import ForwardResult
-from folospec.spec.drafters.base import Drafter, Needs, Outcome
+from folospec.spec.drafter_handle import DrafterHandle
+from folospec.spec.drafters.base import Needs, Outcome
 from folospec.spec.proposal import Proposal
-
-if TYPE_CHECKING:
-    from folospec.spec.verify import Verdict
+from folospec.spec.verify import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +54,7 @@ class Telling:
         strict: raise what a drafter raises.
     """
 
-    def __init__(self, drafters: list[Drafter], asking: Asking, *, strict: bool) -> None:
+    def __init__(self, drafters: list[DrafterHandle], asking: Asking, *, strict: bool) -> None:
         self._drafters, self._asking, self._strict = drafters, asking, strict
         self.needs = _union([drafter.needs for drafter in drafters])
         """What the target's pass must give so that every drafter has what it needs."""
@@ -76,10 +74,10 @@ class Telling:
             ]
             self._tell(drafter, told, observed)
 
-    def _tell(self, drafter: Drafter, told: list[Outcome], observed: Seq[Observed]) -> None:
+    def _tell(self, drafter: DrafterHandle, told: list[Outcome], observed: Seq[Observed]) -> None:
         try:
             if told:
-                drafter.observe(told)
+                drafter.drafter.observe(told)
         except Exception:
             if self._strict:
                 raise
@@ -89,7 +87,7 @@ class Telling:
             )
             for seen in observed:
                 self._asking.count_error(seen.request)
-                self._asking.guard(drafter, drafter.drop, seen.seq.seq_id)
+                self._asking.guard(drafter, "drop", seen.seq.seq_id)
 
     def _top_token_ids(self, observed: Seq[Observed], result: ForwardResult) -> Seq[Tensor | None]:
         """The likeliest tokens after the judged rows of each, as many as the most demanding drafter
@@ -103,21 +101,24 @@ class Telling:
 
 
 def _outcome(
-    drafter: Drafter,
+    drafter: DrafterHandle,
     seen: Observed,
     result: ForwardResult,
     top: Tensor | None,
     own_nodes: OwnNodes,
 ) -> Outcome:
-    needs = drafter.needs
+    """What one drafter is told of a sequence; the tensors, lists and mappings are its own."""
+    needs, verdict = drafter.needs, seen.verdict
+    if verdict is not None:
+        verdict = replace(verdict, path=list(verdict.path))
     if top is not None:
-        top = top[:, : needs.num_top_logits] if needs.num_top_logits else None
+        top = top[:, : needs.num_top_logits].clone() if needs.num_top_logits else None
     return Outcome(
         seen.seq.seq_id,
         seen.proposal,
-        seen.verdict,
-        seen.new_token_ids,
-        own_nodes=own_nodes.get((drafter.name, seen.seq.seq_id), {}),
+        verdict,
+        tuple(seen.new_token_ids),
+        own_nodes=dict(own_nodes.get((drafter.name, seen.seq.seq_id), {})),
         start=seen.start,
         taps={layer: result.taps[layer][seen.rows] for layer in needs.taps},
         top_token_ids=top,

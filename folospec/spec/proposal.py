@@ -6,7 +6,7 @@ planner, and is judged by one of the rules in `spec.verify`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +14,10 @@ import torch
 from folospec.core.token_tree import TokenTree
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Proposal:
-    """Draft tokens of one sequence, as nodes of a tree under its last committed token.
+    """Draft tokens of one sequence, as nodes of a tree under its last committed token. Lists become
+    tuples; the engine checks and copies what a drafter hands over, see `spec.checks`.
 
     Siblings are tried in row order. Under the rules `rejection` and `block` that order must be the
     order in which they were drawn, and every row of `draft_probs` must be the law its node was
@@ -32,13 +33,13 @@ class Proposal:
     """Row i is the law node i was drawn from, given its context *and its earlier siblings*: the
     same row for i.i.d. children, earlier siblings zeroed and renormalised for children without
     replacement, one-hot for a child that is a function of its context. None: all are one-hot."""
-    confidence: list[float] | None = None  # [num_nodes]
+    confidence: Sequence[float] | None = None  # [num_nodes]
     """The chance that a node is accepted, given that its parent was: in [0, 1], as far as the
     drafter can tell before the target's pass. Siblings exclude each other, so theirs add up to at
     most 1. None when it has no opinion."""
-    candidate: list[bool] | None = None  # [num_nodes]
+    candidate: Sequence[bool] | None = None  # [num_nodes]
     """False: the row is computed but never judged (scratch). None: all are judged."""
-    draft_slots: Mapping[str, list[int | None]] = field(default_factory=dict)  # [num_nodes] each
+    draft_slots: Mapping[str, Sequence[int | None]] = field(default_factory=dict)  # [num_nodes]
     """By KV owner, where the drafter's own KV row of each node lies, as an offset from the root's
     slot index (node i's own row is at i + 1); None for a node it has not run."""
     drafter: str = ""
@@ -46,18 +47,15 @@ class Proposal:
 
     def __post_init__(self) -> None:
         num_nodes = len(self.tree)
-        per_node: dict[str, list | None] = {
-            "confidence": self.confidence,
-            "candidate": self.candidate,
+        for name in ("confidence", "candidate"):
+            values = getattr(self, name)
+            if values is not None:
+                object.__setattr__(self, name, _per_node(name, values, num_nodes))
+        own = {
+            owner: _per_node(f"draft_slots[{owner!r}]", slots, num_nodes)
+            for owner, slots in self.draft_slots.items()
         }
-        for owner, slots in self.draft_slots.items():
-            per_node[f"draft_slots[{owner!r}]"] = slots
-        for name, values in per_node.items():
-            if values is not None and len(values) != num_nodes:
-                raise ValueError(
-                    f"{name} must have one entry for each of the {num_nodes} nodes, "
-                    f"got {len(values)}"
-                )
+        object.__setattr__(self, "draft_slots", own)
         if self.draft_probs is not None and (
             self.draft_probs.dim() != 2 or self.draft_probs.shape[0] != num_nodes
         ):
@@ -100,5 +98,14 @@ class Proposal:
         )
 
 
-def _pick(values: list | None, rows: list[int]) -> list | None:
+def _per_node(name: str, values: Iterable, num_nodes: int) -> tuple:
+    values = tuple(values)
+    if len(values) != num_nodes:
+        raise ValueError(
+            f"{name} must have one entry for each of the {num_nodes} nodes, got {len(values)}"
+        )
+    return values
+
+
+def _pick(values: Sequence | None, rows: list[int]) -> list | None:
     return None if values is None else [values[row] for row in rows]

@@ -19,7 +19,7 @@ def test_chain_is_a_tree_with_one_branch() -> None:
     chain = TokenTree.chain([5, 6, 7])
     assert chain.is_chain
     assert chain.parents == (-1, 0, 1)
-    assert chain.depths == [1, 2, 3]
+    assert chain.depths == (1, 2, 3)
     assert not BUSH.is_chain
 
 
@@ -27,22 +27,22 @@ def test_an_empty_tree_is_legal() -> None:
     empty = TokenTree.chain([])
     assert len(empty) == 0
     assert empty.is_chain
-    assert empty.children() == []
+    assert empty.children() == ()
     assert empty.ancestor_mask().tolist() == [[True]]
     assert empty.render() == "root"
 
 
 def test_depths_and_paths_follow_parents() -> None:
-    assert BUSH.depths == [1, 1, 2, 2]
+    assert BUSH.depths == (1, 1, 2, 2)
     assert BUSH.path(3) == [0, 3]
     assert BUSH.path_token_ids(3) == [17, 9]
     assert BUSH.path(-1) == []
 
 
 def test_children_come_in_row_order() -> None:
-    assert BUSH.children() == [0, 1]
-    assert BUSH.children(0) == [2, 3]
-    assert BUSH.children(3) == []
+    assert BUSH.children() == (0, 1)
+    assert BUSH.children(0) == (2, 3)
+    assert BUSH.children(3) == ()
 
 
 def test_siblings_may_have_the_same_token() -> None:

@@ -283,7 +283,7 @@ def test_rejected_drafts_become_phrases_as_the_target_goes_on(models: Any) -> No
     """root -- 5 -- 6 -- 7 -- 8      5 is accepted, then 9 comes. After 6 the target says 7, after
     |    `- 20            7 it says 11, after 8 it says 12, after 20 it says 13"""
     llm = make_llm(models.target, settings(models.near))
-    drafter = llm.engine.speculation.drafters[0]
+    drafter = llm.engine.parts.drafters[0]
     assert isinstance(drafter, OuroborosDrafter)
     tree = TokenTree([5, 6, 7, 8, 20], [-1, 0, 1, 2, 0])
     drafter._drafted["a"] = _Drafted(tree, 4, [(0, 1)], [])

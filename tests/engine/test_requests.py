@@ -290,10 +290,10 @@ def test_logits_processors_see_the_nodes_own_history(models: Any) -> None:
     [
         (Proposal(TokenTree.chain([1] * 9)), "coupled", "at most 4 draft tokens"),
         (Proposal(TokenTree.chain([VOCAB_SIZE])), "coupled", "below 61, got 61"),
-        (Proposal(TokenTree([1, 2], [-1, -1])), "block", "judges chains"),
-        (Proposal(TokenTree.chain([1]), torch.ones(1, 7) / 7), "rejection", "cover 61 tokens"),
+        (Proposal(TokenTree([1, 2], [-1, -1])), "block", "verifies chains"),
+        (Proposal(TokenTree.chain([1]), torch.ones(1, 7) / 7), "rejection", r"must be \[1, 61\]"),
         (Proposal(TokenTree.chain([1]), torch.full((1, 61), -1.0)), "rejection", "at least 0"),
-        (Proposal(TokenTree.chain([1]), draft_slots={"mine": [99]}), "coupled", "got 99"),
+        (Proposal(TokenTree.chain([1]), draft_slots={"mine": [99]}), "coupled", "got 'mine'"),
     ],
 )
 def test_a_proposal_that_may_not_be_is_the_drafters_failure(

@@ -179,25 +179,25 @@ def test_every_drafter_finds_its_slots(unite, parts, data):
         expected = [None] * len(proposal)
         for node, place in nodes.items():
             expected[place] = values[node]
-        assert proposal.draft_slots[owner] == expected
+        assert proposal.draft_slots[owner] == tuple(expected)
 
 
 @pytest.mark.parametrize("slots", [[1, None, 2], [None, 1, 2]])
 def test_a_node_of_two_twins_has_the_slot_of_the_one_that_was_run(slots):
     twins = Proposal(TokenTree([3, 3, 4], [-1, -1, 0]), draft_slots={"model": slots})
-    assert merge([twins, A], unite=True)[0].draft_slots["model"][:2] == [1, 2]
+    assert merge([twins, A], unite=True)[0].draft_slots["model"][:2] == (1, 2)
 
 
 def test_a_drafter_without_kv_adds_no_slots():
     proposals = [A, Proposal(B, draft_slots={"model": [2, None, 1]})]
     slots = [merge(proposals, unite)[0].draft_slots for unite in (True, False)]
-    assert slots == [{"model": [2, None, None, 1]}, {"model": [None, None, 2, None, 1]}]
+    assert slots == [{"model": (2, None, None, 1)}, {"model": (None, None, 2, None, 1)}]
 
 
 def test_the_surest_proposer_of_a_node_gives_its_confidence():
     proposals = [Proposal(A, confidence=[0.5, 0.4]), Proposal(B, confidence=[0.7, 0.2, 0.6])]
-    assert merge(proposals, unite=True)[0].confidence == [0.7, 0.4, 0.2, 0.6]
-    assert merge(proposals[::-1], unite=True)[0].confidence == [0.7, 0.2, 0.6, 0.4]
+    assert merge(proposals, unite=True)[0].confidence == (0.7, 0.4, 0.2, 0.6)
+    assert merge(proposals[::-1], unite=True)[0].confidence == (0.7, 0.2, 0.6, 0.4)
 
 
 @each_way
@@ -213,16 +213,16 @@ def test_confidences_of_merged_siblings_add_up_to_at_most_one(unite):
 
 def test_a_proposer_without_opinion_adds_no_confidence():
     proposals = [Proposal(A), Proposal(B, confidence=[0.7, 0.2, 0.6])]
-    assert merge(proposals, unite=True)[0].confidence == [0.7, 0.0, 0.2, 0.6]
+    assert merge(proposals, unite=True)[0].confidence == (0.7, 0.0, 0.2, 0.6)
     assert merge([A, B], unite=True)[0].confidence is None
 
 
 def test_a_node_is_judged_if_one_of_its_proposers_wants_it_judged():
     proposals = [Proposal(A, candidate=[True, False]), Proposal(B, candidate=[False, True, False])]
-    assert merge(proposals, unite=True)[0].candidate == [True, False, True, False]
-    assert merge(proposals, unite=False)[0].candidate == [True, False, False, True, False]
+    assert merge(proposals, unite=True)[0].candidate == (True, False, True, False)
+    assert merge(proposals, unite=False)[0].candidate == (True, False, False, True, False)
     proposals[0] = Proposal(A)
-    assert merge(proposals, unite=True)[0].candidate == [True, True, True, False]
+    assert merge(proposals, unite=True)[0].candidate == (True, True, True, False)
     assert merge([A, B], unite=True)[0].candidate is None
 
 

@@ -49,7 +49,7 @@ def test_a_longer_match_stands_before_a_later_one():
 def test_copies_share_the_budget_level_by_level():
     token_ids = [1, 2, 5, 6, 5, 9, 1, 2, 7, 8, 7, 9, 1, 2]
     tree = ask(make("ngram", num_matches=2), token_ids, max_draft_tokens=5).tree
-    assert tree.depths == [1, 1, 2, 2, 3]
+    assert tree.depths == (1, 1, 2, 2, 3)
     tree = ask(make("ngram", num_matches=2), [3, 4] * 5, max_draft_tokens=5).tree
     assert tree.is_chain, "copies that agree leave the budget to depth"
     assert len(tree) == 5

@@ -35,9 +35,9 @@ def test_pruned_proposal_keeps_what_belongs_to_its_nodes():
     assert list(pruned.tree.token_ids) == [5, 7]
     assert list(pruned.tree.parents) == [-1, -1]
     assert torch.equal(pruned.draft_probs, probs[[0, 2]])
-    assert pruned.confidence == [0.9, 0.7]
-    assert pruned.candidate == [True, False]
-    assert pruned.draft_slots == {"mine": [1, None]}
+    assert pruned.confidence == (0.9, 0.7)
+    assert pruned.candidate == (True, False)
+    assert pruned.draft_slots == {"mine": (1, None)}
     assert len(proposal) == 4
 
 

@@ -37,7 +37,7 @@ class _Proposed:
     """What is to be learned from a proposal, per node."""
 
     ranks: list[int]
-    confidence: list[float]
+    confidence: Sequence[float]
     scores_known: bool
     """The confidence comes from all that decides: the draft model's scores, the noise included."""
 
@@ -249,5 +249,5 @@ class ModelDrafter(Drafter):
         proposal, ranks = draft.finish(self.kv_owner, with_laws=not self.shares_noise)
         if proposal is not None:
             known = draft.law.uses_sharpness
-            self._proposed[draft.row.seq_id] = _Proposed(ranks, proposal.confidence or [], known)
+            self._proposed[draft.row.seq_id] = _Proposed(ranks, proposal.confidence or (), known)
         return proposal
