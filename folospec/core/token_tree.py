@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
+from operator import lt
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,11 @@ class TokenTree:
                 "token_ids and parents must be equally long, "
                 f"got {len(self.token_ids)} and {len(self.parents)}"
             )
+        ids, parents = self.token_ids, self.parents
+        if ids and not (min(ids) >= 0 and min(parents) >= ROOT and all(map(lt, parents, count()))):
+            self._refuse()
+
+    def _refuse(self) -> None:
         for node, (token_id, parent) in enumerate(zip(self.token_ids, self.parents, strict=True)):
             if token_id < 0:
                 raise ValueError(f"token_ids[{node}] must be at least 0, got {token_id}")

@@ -58,12 +58,11 @@ class ProposalChecks:
         """
         if answer is None:
             return None
-        if not issubclass(type(answer), Proposal):
+        if not isinstance(answer, Proposal):
             raise ValueError(
                 "propose must return a Proposal or None for each request, "
                 f"got a {type(answer).__name__}"
             )
-        assert isinstance(answer, Proposal)
         tree = self._take_tree(answer.tree)
         size = len(tree)
         if size == 0:
@@ -86,9 +85,8 @@ class ProposalChecks:
         return proposal
 
     def _take_tree(self, tree: object) -> TokenTree:
-        if not issubclass(type(tree), TokenTree):
+        if not isinstance(tree, TokenTree):
             raise ValueError(f"tree must be a TokenTree, got a {type(tree).__name__}")
-        assert isinstance(tree, TokenTree)
         token_ids = _take_ints("token_ids", tree.token_ids)
         parents = _take_ints("parents", tree.parents)
         if token_ids and max(token_ids) >= self._vocab_size:
@@ -188,6 +186,8 @@ def _take_confidence(values: Any, size: int) -> tuple[float, ...] | None:
     values = tuple(_take_per_node("confidence", values, size))
     if not set(map(type, values)) <= {float}:
         values = tuple(map(_to_float, values))
+    if min(values) >= 0.0 and max(values) <= 1.0 and sum(values) >= 0.0:  # the sum finds NaN
+        return values
     if not all(-ROUNDING <= value <= 1.0 + ROUNDING for value in values):
         raise ValueError(f"confidence must be in [0, 1], got {values}")
     return tuple(min(max(value, 0.0), 1.0) for value in values)

@@ -47,10 +47,12 @@ class Proposal:
 
     def __post_init__(self) -> None:
         num_nodes = len(self.tree)
-        for name in ("confidence", "candidate"):
-            values = getattr(self, name)
-            if values is not None:
-                object.__setattr__(self, name, _per_node(name, values, num_nodes))
+        if self.confidence is not None:
+            confidence = _per_node("confidence", self.confidence, num_nodes)
+            object.__setattr__(self, "confidence", confidence)
+        if self.candidate is not None:
+            candidate = _per_node("candidate", self.candidate, num_nodes)
+            object.__setattr__(self, "candidate", candidate)
         own = {
             owner: _per_node(f"draft_slots[{owner!r}]", slots, num_nodes)
             for owner, slots in self.draft_slots.items()
