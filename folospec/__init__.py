@@ -19,8 +19,17 @@ if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine
     from folospec.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from folospec.sampling_params import SamplingParams
-    from folospec.spec.drafters.base import Drafter, register_drafter
+    from folospec.core.token_tree import TokenTree
+    from folospec.spec.drafters.base import (
+        Drafter,
+        DrafterContext,
+        DraftRow,
+        Needs,
+        Outcome,
+        register_drafter,
+    )
     from folospec.spec.proposal import Proposal
+    from folospec.spec.verify import AcceptanceRule, Verdict, register_acceptance_rule
 
 __version__ = "0.1.0"
 
@@ -36,18 +45,31 @@ _HOMES = {
     "RequestOutput": "folospec.outputs",
     "Sequence": "folospec.core.sequence",
     "SequenceGroup": "folospec.core.sequence",
+    "TokenTree": "folospec.core.token_tree",
     "Drafter": "folospec.spec.drafters.base",
+    "DrafterContext": "folospec.spec.drafters.base",
+    "DraftRow": "folospec.spec.drafters.base",
+    "Needs": "folospec.spec.drafters.base",
+    "Outcome": "folospec.spec.drafters.base",
     "register_drafter": "folospec.spec.drafters.base",
     "Proposal": "folospec.spec.proposal",
+    "AcceptanceRule": "folospec.spec.verify",
+    "Verdict": "folospec.spec.verify",
+    "register_acceptance_rule": "folospec.spec.verify",
 }
 
 __all__ = [
-    "LLM",
+    "AcceptanceRule",
     "CompletionOutput",
+    "DraftRow",
     "Drafter",
+    "DrafterContext",
     "EngineConfig",
+    "LLM",
     "LLMEngine",
     "Logprob",
+    "Needs",
+    "Outcome",
     "Proposal",
     "RequestMetrics",
     "RequestOutput",
@@ -55,6 +77,9 @@ __all__ = [
     "Sequence",
     "SequenceGroup",
     "SpeculativeConfig",
+    "TokenTree",
+    "Verdict",
+    "register_acceptance_rule",
     "register_drafter",
 ]
 

@@ -12,6 +12,7 @@ from typing import Any
 AUTO = "auto"
 """As a drafter's name: those that are there, chosen when the engine is made."""
 ACCEPTANCE_RULES = ("coupled", "rejection", "block")
+"""Those that come with folospec; others are registered (`spec.verify.register_acceptance_rule`)."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("int8", "fp8")
@@ -87,7 +88,10 @@ class SpeculativeConfig:
     merge: bool = False
     """Ask all of them, and merge their proposals into one tree."""
     acceptance: str = "coupled"
-    """"coupled": the same tokens as without speculation. "rejection" and "block": the same law."""
+    """"coupled": the same tokens as without speculation. "rejection" and "block": the same
+    distribution. Or the name of a registered rule; the engine looks it up."""
+    allow_lossy: bool = False
+    """Allow a rule that promises neither tokens nor distribution."""
     adaptive: bool | None = None
     """Let the planner decide, in every step, who is drafted for and how much, nobody and nothing
     included: whatever gives most tokens per second. False drafts as much as is allowed, always.
@@ -103,13 +107,8 @@ class SpeculativeConfig:
         methods = [drafter.method for drafter in self.drafters]
         ok = AUTO not in methods or (len(methods) == 1 and self.adaptive is not False)
         _require(ok, "drafters", methods, "'auto' alone, with adaptive=None or True")
-        _require_choice("acceptance", self.acceptance, ACCEPTANCE_RULES)
-        _require(
-            not self.merge or self.acceptance != "block",
-            "merge",
-            self.merge,
-            "False with acceptance='block', which judges chains",
-        )
+        _require(_is_name(self.acceptance), "acceptance", self.acceptance, "the name of a rule")
+        _require_bool("allow_lossy", self.allow_lossy)
 
     @property
     def is_adaptive(self) -> bool:

@@ -10,8 +10,8 @@ node's own path as history, and a plain step is a tree without nodes.
     ratio rules                 process, then draw_target for rows without drafts; the rule for the
                                 others
 
-Where there are no kernels for the logits, the second line stands for the first too. On a GPU every
-line is a few launches, and the host reads once.
+Where there are no kernels for the logits, and for rules that are registered, the second line stands
+for the first too. On a GPU every line is a few launches, and the host reads once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ from folospec.sampling.pipeline import no_token_error, process
 from folospec.sampling.sampler import draw_target
 from folospec.spec.verify import (
     ACCEPTANCE,
+    AcceptanceRule,
     KeyedCoins,
     Verdict,
+    check_verdict,
     require_chain,
 )
 
@@ -69,9 +71,10 @@ def judge(
     judgements = [judgement for judgement in judgements if judgement.rows]
     if not judgements:
         return logits
-    coupled = ACCEPTANCE[acceptance].shares_noise
+    rule = ACCEPTANCE[acceptance]
+    coupled = rule.shares_noise
     kernels = kernels_for(logits) if coupled and not wants_law else on_device(logits)
-    if kernels is None:
+    if kernels is None or not rule.has_kernels:
         return _judge_by_law(judgements, logits, acceptance)
     if isinstance(kernels, NativeSampling) or (coupled and not wants_law):
         # Draw the target's tokens and walk the trees in one call.
@@ -150,19 +153,23 @@ def _judge_by_law(judgements: list[Judgement], logits: Tensor, acceptance: str) 
     else:
         log_probs = logits.clone()
         log_probs[indices] = process(logits[indices], asked)
-    coupled = ACCEPTANCE[acceptance].shares_noise
-    _judge_by_draw([j for j in judgements if j.proposal is None or coupled], log_probs)
+    rule = ACCEPTANCE[acceptance]
+    coupled = rule.shares_noise
+    _judge_by_draw([j for j in judgements if j.proposal is None or coupled], log_probs, rule)
     for judgement in judgements:
         if judgement.proposal is not None and not coupled:
             request, seq, rows = judgement.request, judgement.seq, judgement.rows
             coins = KeyedCoins(request.seed, seq.sample_index, seq.num_tokens - 1)
             target_probs = log_probs[rows.start : rows.stop].exp()
-            verify = ACCEPTANCE[acceptance].verify
-            judgement.verdicts = [verify(judgement.proposal, target_probs, coins)]
+            judgement.verdicts = [rule.verify(judgement.proposal, target_probs, coins)]
+    if not rule.has_kernels:
+        for judgement in judgements:
+            for verdict in judgement.verdicts or ():
+                check_verdict(verdict, judgement.tree, log_probs.shape[1])
     return log_probs
 
 
-def _judge_by_draw(judgements: list[Judgement], log_probs: Tensor) -> None:
+def _judge_by_draw(judgements: list[Judgement], log_probs: Tensor, rule: AcceptanceRule) -> None:
     """Draw the target's token at every row with its keyed noise, and walk the trees."""
     rows: list[int] = []
     keys: list[int] = []
@@ -179,4 +186,4 @@ def _judge_by_draw(judgements: list[Judgement], log_probs: Tensor) -> None:
     chosen = log_probs if rows == list(range(len(log_probs))) else log_probs[rows]
     drawn = iter(draw_target(chosen, noise.key_tensor(keys, log_probs.device)).tolist())
     for judgement in judgements:
-        judgement.walk(drawn)
+        judgement.walk(drawn, rule)

@@ -19,7 +19,7 @@ from folospec.sampling.constraints import NoTokenError, SamplingRow, constrain, 
 from folospec.sampling.pipeline import no_token_error
 from folospec.sampling.sampler import NO_TOKEN
 from folospec.spec.proposal import Proposal
-from folospec.spec.verify import Verdict, verify_coupled
+from folospec.spec.verify import AcceptanceRule, Verdict, verify_coupled
 
 _NO_DRAFT = TokenTree.chain([])
 
@@ -82,8 +82,11 @@ class Judgement:
     def tree(self) -> TokenTree:
         return self.proposal.tree if self.proposal else self.run_ahead or _NO_DRAFT
 
-    def walk(self, drawn: Iterator[int]) -> None:
-        """Take the target's tokens, those of the judged rows for each draw, and verify."""
+    def walk(self, drawn: Iterator[int], rule: AcceptanceRule) -> None:
+        """Take the target's tokens, those of the judged rows for each draw, and verify a proposal
+        by the rule."""
+        registered = self.proposal is not None and not rule.has_kernels
+        verify = rule.verify if registered else verify_coupled
         tree, candidate = self.tree, self.proposal.candidate if self.proposal else None
         self.verdicts = []
         for _ in range(self.num_draws):
@@ -91,7 +94,7 @@ class Judgement:
                 tokens = list(islice(drawn, len(self.rows)))
             else:
                 tokens = [next(drawn) if judged else NO_TOKEN for judged in (True, *candidate)]
-            self.verdicts.append(verify_coupled(tree, tokens, candidate))
+            self.verdicts.append(verify(tree, tokens, candidate))
 
 
 def find_judgement(judgements: list[Judgement], row: int) -> Judgement:

@@ -254,11 +254,12 @@ class LLMEngine:
 
     def _promise(self) -> str:
         """The strongest level of the lossless contract that holds: "bit", "path" (up to near ties)
-        or "law"."""
+        or "law"; "none" under a lossy rule."""
         rule = self.speculation.rule
-        if rule is not None and rule.promise == "law":
-            return "law"
-        return "bit" if self.parts.target.is_deterministic else "path"
+        if rule.promise != "tokens":
+            return "law" if rule.promise == "distribution" else "none"
+        # A registered rule has the tokens drawn by torch, where plain steps may use kernels.
+        return "bit" if self.parts.target.is_deterministic and rule.has_kernels else "path"
 
     def _schedule(self, goes_ahead: bool) -> SchedulerOutput:
         reserve = None if self.speculation.is_idle else self._num_draft_slots

@@ -15,6 +15,7 @@ from folospec.models.loader import BUNDLED_DRAFTS, load_model, load_tokenizer
 from folospec.models.views import view_of
 from folospec.spec.drafter_handle import DrafterHandle, hold
 from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
+from folospec.spec.verify import check_acceptance
 from folospec.worker import capture
 from folospec.worker.kv_cache import kv_bytes_per_block
 from folospec.worker.memory import graph_bytes, kv_budget
@@ -64,6 +65,8 @@ def load_parts(config: EngineConfig) -> Parts:
 
         for drafter in chosen_drafters(config):
             check_drafter(drafter.method)
+        spec = config.speculative
+        check_acceptance(spec.acceptance, allow_lossy=spec.allow_lossy, merge=spec.merge)
     loader = _Loader(config)
     handles = _make_drafters(config, loader)
     num_blocks = _num_blocks(config, loader, _num_logits(config, handles))

@@ -53,7 +53,8 @@ class TargetPass:
     @property
     def walks(self) -> bool:
         """Whether a pass that runs as a CUDA graph draws and verifies by itself."""
-        return self.target.graphs is not None and self.rule.shares_noise and not self.shows_law
+        has_kernels = self.rule.shares_noise and self.rule.has_kernels
+        return self.target.graphs is not None and has_kernels and not self.shows_law
 
     def run(
         self,

@@ -194,11 +194,11 @@ class TestControls:
     ) -> None:
         real = judge._judge_by_draw
 
-        def by_row(judgements: Any, log_probs: Any) -> None:
+        def by_row(judgements: Any, log_probs: Any, rule: Any) -> None:
             keys = iter(range(10**6))
             with monkeypatch.context() as patch:
                 patch.setattr(judge.noise, "key", lambda *_: next(keys))
-                real(judgements, log_probs)
+                real(judgements, log_probs, rule)
 
         monkeypatch.setattr(judge, "_judge_by_draw", by_row)
         llm = make_llm(models.target, speculative("near", models))

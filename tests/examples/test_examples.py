@@ -13,6 +13,7 @@ SHOWS = {  # what must be in the output, how often at least
     "04_stream.py": ("tokens per increment: [", 1),
     "05_custom_drafter.py": ("tokens equal: yes", 2),
     "06_engine_loop.py": (" finished by ", 2),
+    "07_learning_drafter.py": (" drafts accepted", 6),
     "fork_draft_verify_merge.py": ("BlockCopy", 1),
 }
 
