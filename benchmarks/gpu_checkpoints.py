@@ -32,6 +32,7 @@ from provenance import ROOT
 from torch import Tensor
 
 from folospec.models import loader
+from folospec.models.checkpoint import Checkpoint
 
 DEMO, DEMO_DRAFT = "folospec-demo", "folospec-demo-draft"
 LONG = 8192
@@ -168,9 +169,11 @@ def random_tensors(config: dict[str, Any], device: str) -> Iterator[tuple[str, T
     keys = config["num_key_value_heads"] * config["head_dim"]
 
     def normal(name: str, *shape: int, scale: float) -> Tensor:
+        tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        if tensor.is_meta:
+            return tensor
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
         generator = torch.Generator(device).manual_seed(seed)
-        tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
         return tensor.normal_(0.0, scale, generator=generator)
 
     embedding = normal("embedding", config["vocab_size"], hidden, scale=1.0)
@@ -195,15 +198,27 @@ def random_tensors(config: dict[str, Any], device: str) -> Iterator[tuple[str, T
             yield f"{layer}{name}.weight", normal(layer + name, rows, columns, scale=scale)
 
 
+class RandomCheckpoint(Checkpoint):
+    """Stands in for the files of the 8b model: their tensors are made when they are read."""
+
+    def __init__(self, folder: str, device: str) -> None:
+        self.folder, self.device = Path(folder), device
+        self.config = json.loads((self.folder / "config.json").read_text())
+        outline = random_tensors(self.config, "meta")
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in outline}
+
+    def read(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+        return random_tensors(self.config, self.device)
+
+
 def without_files(folder: str, device: str) -> AbstractContextManager[Any]:
     """While it is open, the loader finds the random tensors where it looks for files."""
-    config = json.loads((Path(folder) / "config.json").read_text())
 
-    def made(asked: Path, *args: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
+    def made(asked: Path) -> RandomCheckpoint:
         assert str(asked) == folder, f"only {folder} is without files, got {asked}"
-        return random_tensors(config, device)
+        return RandomCheckpoint(folder, device)
 
-    return mock.patch.object(loader, "read_tensors", made)
+    return mock.patch.object(loader, "Checkpoint", made)
 
 
 def transformers_8b(folder: str, device: str) -> Any:

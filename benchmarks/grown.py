@@ -23,7 +23,8 @@ from growth import Plan, Shape, grown_parts
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from folospec.models.loader import read_tensors, resolve_model
+from folospec.models.checkpoint import read_tensors
+from folospec.models.loader import resolve_model
 
 DEMO = "folospec-demo"
 DTYPES = ("float32", "bfloat16")

@@ -60,7 +60,7 @@ class SamplingParams:
     is."""
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    """Generate past the EOS tokens of the model's generation config."""
+    """Generate past the end tokens of the model and its tokenizer."""
     seed: int | None = None
     """Same seed, same tokens, whatever else is in the batch. None derives one from the engine's
     seed. Under the acceptance rules that promise the law only, the request's number in the engine

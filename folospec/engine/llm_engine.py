@@ -62,7 +62,7 @@ class LLMEngine:
             vocab_size=spec.vocab_size,
             max_model_len=parts.max_model_len,
             num_slots=parts.num_blocks * config.block_size,
-            eos_token_ids=frozenset(spec.eos_token_ids),
+            eos_token_ids=parts.eos_token_ids,
         )
         self.logprobs = LogprobsTaker(parts.tokenizer)
         self.engine_stats = EngineStats(prefix_cache=self.manager.stats)

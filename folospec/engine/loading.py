@@ -44,6 +44,8 @@ class Parts:
     max_model_len: int
     num_blocks: int
     attention_backend: str
+    eos_token_ids: frozenset[int]
+    """Every token that ends an output: the model's, and the tokenizer's own."""
 
     @property
     def drafters(self) -> list[Drafter]:
@@ -86,7 +88,18 @@ def load_parts(config: EngineConfig) -> Parts:
         loader.max_model_len,
         num_blocks,
         loader.target.model.attention.name,
+        _eos_token_ids(loader.target, loader.tokenizer),
     )
+
+
+def _eos_token_ids(target: ModelRunner, tokenizer: Any) -> frozenset[int]:
+    """The model's end tokens and the tokenizer's: of some chat models only the tokenizer knows the
+    token that ends a turn."""
+    found = frozenset(target.model.config.eos_token_ids)
+    own = getattr(tokenizer, "eos_token_id", None)
+    if isinstance(own, int) and 0 <= own < target.vocab_size:
+        return found | {own}
+    return found
 
 
 class _Loader:

@@ -18,7 +18,8 @@ class ModelSpec:
     """The facts of a loaded model."""
 
     architecture: str
-    """Name of the architecture in the checkpoint's config, "LlamaForCausalLM"."""
+    """Name of the class that transformers has for the checkpoint's config, "LlamaForCausalLM"; for
+    a checkpoint with its own Python, the name in its config."""
     vocab_size: int
     hidden_size: int
     """Width of what `Model.forward` returns."""

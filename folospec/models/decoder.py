@@ -6,9 +6,9 @@ matrix products. `destinations` says which checkpoint tensor belongs where in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ from folospec.attention.paged import PagedBackend
 from folospec.kernels.torch_ops import Int8Weight, linear, rms_norm, rotary
 from folospec.models import rope
 from folospec.models.base import ModelSpec, as_logits, check_taps
+from folospec.models.decoder_options import DecoderOptions
 from folospec.models.native_decoder import COLUMN_STEP, NativeDecoder
 
 if TYPE_CHECKING:
     from folospec.models.gpu_decoder import GpuDecoder
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 Weight = Tensor | Int8Weight
 
 
@@ -65,35 +65,35 @@ class Decoder:
     view of the model (`views`).
 
     Args:
-        hf_config: the checkpoint's transformers config.
+        options: what the checkpoint's config says.
         spec: the model's facts; its dtype is that of the weights.
         attention: how rows see the KV.
         device: where the weights go.
     """
 
     def __init__(
-        self, hf_config: Any, spec: ModelSpec, attention: AttentionBackend, device: torch.device
+        self,
+        options: DecoderOptions,
+        spec: ModelSpec,
+        attention: AttentionBackend,
+        device: torch.device,
     ) -> None:
-        from transformers.activations import ACT2FN
-
         self.config = spec
         self.device = device
         self.attention = attention
-        self.num_heads = hf_config.num_attention_heads
-        self.num_kv_heads, self.head_size = spec.kv_shapes[0]
-        self.inner_size = hf_config.intermediate_size
-        self.eps = hf_config.rms_norm_eps
-        self.activation: Callable[[Tensor], Tensor] = ACT2FN[hf_config.hidden_act]
-        self.has_silu = hf_config.hidden_act == "silu"
-        inverse, self.rope_scaling = rope.frequencies(hf_config, self.head_size, spec.max_model_len)
-        self.inverse_frequencies = inverse.to(device)
+        self.num_heads, self.num_kv_heads = options.num_heads, options.num_kv_heads
+        self.head_size, self.inner_size = options.head_size, options.inner_size
+        self.eps = options.eps
+        self.activation = options.activation
+        self.has_silu = options.hidden_act == "silu"
+        self.inverse_frequencies = options.frequencies.to(device)
+        self.rope_scaling = options.rope_scaling
         self.embedding = self._empty(spec.vocab_size, spec.hidden_size)
-        tied = hf_config.tie_word_embeddings
         self.lm_head: Weight = (
-            self.embedding if tied else self._empty(spec.vocab_size, spec.hidden_size)
+            self.embedding if options.ties else self._empty(spec.vocab_size, spec.hidden_size)
         )
         self.final_norm = self._empty(spec.hidden_size)
-        self.layers = [self._layer(hf_config) for _ in range(spec.num_layers)]
+        self.layers = [self._layer(options) for _ in range(spec.num_layers)]
         self.skip_attention: frozenset[int] = frozenset()
         self.skip_mlp: frozenset[int] = frozenset()
         self.runs_natively = (
@@ -231,26 +231,22 @@ class Decoder:
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.config.dtype, device=self.device)
 
-    def _layer(self, hf_config: Any) -> DecoderLayer:
+    def _layer(self, options: DecoderOptions) -> DecoderLayer:
         hidden, inner = self.config.hidden_size, self.inner_size
         queries, keys = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        # Qwen2 has the biases of query, key and value without saying so, and none on the output.
-        qwen2 = hf_config.model_type == "qwen2"
-        attention_bias = getattr(hf_config, "attention_bias", False)
-        mlp_bias = getattr(hf_config, "mlp_bias", False)
-        qwen3 = hf_config.model_type == "qwen3"
+        qk_norm = (self._empty(self.head_size), self._empty(self.head_size))
         return DecoderLayer(
             input_norm=self._empty(hidden),
             qkv=self._empty(queries + 2 * keys, hidden),
-            qkv_bias=self._empty(queries + 2 * keys) if attention_bias or qwen2 else None,
-            qk_norm=(self._empty(self.head_size), self._empty(self.head_size)) if qwen3 else None,
+            qkv_bias=self._empty(queries + 2 * keys) if options.has_qkv_bias else None,
+            qk_norm=qk_norm if options.has_qk_norm else None,
             output=self._empty(hidden, queries),
-            output_bias=self._empty(hidden) if attention_bias and not qwen2 else None,
+            output_bias=self._empty(hidden) if options.has_output_bias else None,
             post_norm=self._empty(hidden),
             gate_up=self._empty(2 * inner, hidden),
-            gate_up_bias=self._empty(2 * inner) if mlp_bias else None,
+            gate_up_bias=self._empty(2 * inner) if options.has_mlp_bias else None,
             down=self._empty(hidden, inner),
-            down_bias=self._empty(hidden) if mlp_bias else None,
+            down_bias=self._empty(hidden) if options.has_mlp_bias else None,
         )
 
     def _layer_destinations(self, layer: DecoderLayer) -> dict[str, Tensor]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,26 @@ import torch
 from torch import Tensor
 
 from folospec.attention.base import AttentionBackend, choose_backend, refusal
-from folospec.models import decoder, rope
+from folospec.attention.torch_reference import TorchAttention
+from folospec.models import rope
 from folospec.models.base import Model, ModelSpec
+from folospec.models.checkpoint import EMBEDDING, HEAD, Checkpoint, read_json
+from folospec.models.decoder import Decoder
+from folospec.models.decoder_options import (
+    DecoderOptions,
+    decoder_options,
+    is_served,
+    model_class,
+)
+from folospec.models.generation_config import read_eos_token_ids
 
 BUNDLED = ("folospec-demo", "folospec-demo-draft")
 BUNDLED_DRAFTS = {"folospec-demo": "folospec-demo-draft"}
 """The draft model that was made for a bundled target."""
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DERIVED = ("rotary_emb.inv_freq",)
-"""Tensors of old checkpoints that follow from the config."""
+MOST = 100_000
+"""No config has more layers or experts; to loop over more would take for ever."""
 
 
 def resolve_model(name: str) -> Path:
@@ -92,34 +100,35 @@ def load_model(
     device = torch.device(device)
     hf_config = _read_config(name, folder, trust_remote_code)
     loaded_dtype = resolve_dtype(dtype, hf_config, device)
+    served = is_served(hf_config) and not runs_own_code(hf_config, trust_remote_code)
+    what = architecture(hf_config)
     if quantization is not None:
         from folospec.models.quantization import check_quantization
 
-        check_quantization(quantization, architecture(hf_config), loaded_dtype, device)
-    if architecture(hf_config) not in decoder.ARCHITECTURES:
+        check_quantization(
+            quantization, what if served else f"{what} in transformers", loaded_dtype, device
+        )
+
+    def attention_of(spec: ModelSpec) -> AttentionBackend:
+        return attention_for(spec, attention, block_size, device, deterministic)
+
+    if not served:
         from folospec.models import transformers_backend
 
-        def attention_of(spec: ModelSpec) -> AttentionBackend:
-            return attention_for(spec, attention, block_size, device, deterministic)
-
-        transformers_backend.check_class(hf_config, architecture(hf_config), trust_remote_code)
-        length = _resolve_length(name, hf_config, max_model_len)
+        transformers_backend.check_class(hf_config, what, trust_remote_code)
         return transformers_backend.load_transformers_model(
-            folder,
+            Checkpoint(folder),
             hf_config,
-            architecture=architecture(hf_config),
+            architecture=what,
             dtype=loaded_dtype,
             device=device,
             attention=attention_of,
-            max_model_len=length,
-            eos_token_ids=read_eos_token_ids(folder, hf_config),
+            block_size=block_size,
+            max_model_len=_resolve_length(name, hf_config, max_model_len),
             trust_remote_code=trust_remote_code,
         )
     length = _resolve_length(name, hf_config, max_model_len)
-    spec = _decoder_spec(folder, hf_config, loaded_dtype, length)
-    chosen = attention_for(spec, attention, block_size, device, deterministic)
-    model = decoder.Decoder(hf_config, spec, chosen, device)
-    fill(model.destinations(), folder, device, tied=hf_config.tie_word_embeddings)
+    model = _load_decoder(Checkpoint(folder), hf_config, loaded_dtype, length, attention_of, device)
     if quantization is not None:
         from folospec.models.quantization import quantize
 
@@ -147,77 +156,60 @@ def attention_for(
     return wanted
 
 
-def fill(
-    destinations: dict[str, Tensor], folder: Path, device: torch.device, *, tied: bool
-) -> None:
-    """Copy a checkpoint's tensors into place, one at a time, converting to each place's type.
-
-    Args:
-        destinations: name in the checkpoint -> tensor to fill.
-        folder: holds model.safetensors, or shards with their index.
-        device: where the destinations are.
-        tied: the embedding is the output matrix too, so that an lm_head.weight is not needed.
-
-    Raises:
-        ValueError: a tensor is missing, misshapen, or not expected.
-    """
-    missing = dict(destinations)
-    for tensor_name, tensor in read_tensors(folder, device):
-        if tensor_name not in destinations:
-            if tensor_name.endswith(DERIVED) or (tied and tensor_name == "lm_head.weight"):
-                continue
-            raise ValueError(f"{folder} has the tensor {tensor_name!r}, which the config has not")
-        place = missing.pop(tensor_name)
-        if tensor.shape != place.shape:
-            raise ValueError(
-                f"tensor {tensor_name!r} in {folder} must be {list(place.shape)} by the config, "
-                f"got {list(tensor.shape)}"
-            )
-        place.copy_(tensor)
-    if missing:
-        raise ValueError(f"{folder} lacks the tensor {', '.join(map(repr, sorted(missing)))}")
-
-
-def read_tensors(folder: Path, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
-    """Read the tensors of a checkpoint, each from its mapped file when its turn comes.
-
-    A tensor for a GPU goes there as it lies in the file, and is converted there; from the host,
-    torch would convert it into a second copy first. On a CPU it is the mapped file itself.
-
-    Raises:
-        ValueError: there is no safetensors file, or the index names one that is not there.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        raise ValueError(f"{folder} has no model.safetensors; other weight formats are not read")
-    place = torch.device(device)
-    target = _indexed(place) if place.type == "cuda" else "cpu"
-    for file in files:
-        with ExitStack() as stack:
-            try:
-                shard = stack.enter_context(safe_open(folder / file, "pt", device=target))
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{folder / file} cannot be read: {error}") from error
-            for tensor_name in shard.keys():  # noqa: SIM118 (not a mapping)
-                yield tensor_name, shard.get_tensor(tensor_name)
+def _load_decoder(
+    checkpoint: Checkpoint,
+    hf_config: Any,
+    dtype: torch.dtype,
+    max_model_len: int,
+    attention: Callable[[ModelSpec], AttentionBackend],
+    device: torch.device,
+) -> Decoder:
+    """Load what the Llama-family decoder serves. Shapes are compared before memory is taken."""
+    options = decoder_options(
+        hf_config, max_model_len, checkpoint.ties(hf_config.tie_word_embeddings)
+    )
+    spec = ModelSpec(
+        architecture=architecture(hf_config),
+        vocab_size=hf_config.vocab_size,
+        hidden_size=hf_config.hidden_size,
+        num_layers=hf_config.num_hidden_layers,
+        max_model_len=max_model_len,
+        kv_shapes=((options.num_kv_heads, options.head_size),) * hf_config.num_hidden_layers,
+        sliding_windows=options.sliding_windows,
+        eos_token_ids=read_eos_token_ids(checkpoint.folder, hf_config, hf_config.vocab_size),
+        dtype=dtype,
+        early_exit_layer=getattr(hf_config, "early_exit_layer", None),
+    )
+    outline = Decoder(options, spec, TorchAttention(), torch.device("meta"))
+    checkpoint.check(_places(outline, options, checkpoint))
+    model = Decoder(options, spec, attention(spec), device)
+    checkpoint.fill(_places(model, options, checkpoint), device, options.frequencies)
+    return model
 
 
-def _indexed(device: torch.device) -> str:
-    """The name of a GPU with its number, which safetensors takes to be 0 where there is none."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return f"cuda:{index}"
+def _places(model: Decoder, options: DecoderOptions, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Where the tensors of the files go; one that is embedding and output matrix goes by either
+    name, or by both."""
+    places = model.destinations()
+    if options.ties and HEAD in checkpoint.shapes:
+        places[HEAD] = places[EMBEDDING]
+        if EMBEDDING not in checkpoint.shapes:
+            del places[EMBEDDING]
+    return places
 
 
 def architecture(hf_config: Any) -> str:
-    """Name of the architecture that a config asks for."""
+    """Name of the architecture of a config: transformers' class where the decoder serves it, else
+    what the config says."""
+    if is_served(hf_config):
+        return str(model_class(hf_config))
     names = getattr(hf_config, "architectures", None) or [type(hf_config).__name__]
     return str(names[0])
+
+
+def runs_own_code(hf_config: Any, trust_remote_code: bool) -> bool:
+    """Whether the checkpoint comes with a model class of its own that may be run."""
+    return trust_remote_code and bool(getattr(hf_config, "auto_map", None))
 
 
 def resolve_dtype(dtype: torch.dtype | str, hf_config: Any, device: torch.device) -> torch.dtype:
@@ -236,62 +228,28 @@ def resolve_dtype(dtype: torch.dtype | str, hf_config: Any, device: torch.device
     return found
 
 
-def read_eos_token_ids(folder: Path, hf_config: Any) -> tuple[int, ...]:
-    """Every token that ends an output: the generation config's, else the config's."""
-    found = getattr(hf_config, "eos_token_id", None)
-    path = folder / "generation_config.json"
-    if path.is_file():
-        found = json.loads(path.read_text()).get("eos_token_id", found)
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list) else (int(found),)
-
-
-def _decoder_spec(
-    folder: Path, hf_config: Any, dtype: torch.dtype, max_model_len: int
-) -> ModelSpec:
-    num_layers, heads = hf_config.num_hidden_layers, hf_config.num_attention_heads
-    kv_heads = hf_config.num_key_value_heads or heads
-    head_size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-    if heads % kv_heads:
-        raise ValueError(f"num_attention_heads {heads} must be a multiple of {kv_heads} KV heads")
-    return ModelSpec(
-        architecture=architecture(hf_config),
-        vocab_size=hf_config.vocab_size,
-        hidden_size=hf_config.hidden_size,
-        num_layers=num_layers,
-        max_model_len=max_model_len,
-        kv_shapes=((kv_heads, head_size),) * num_layers,
-        sliding_windows=_windows(hf_config),
-        eos_token_ids=read_eos_token_ids(folder, hf_config),
-        dtype=dtype,
-        early_exit_layer=getattr(hf_config, "early_exit_layer", None),
-    )
-
-
-def _windows(hf_config: Any) -> tuple[int | None, ...]:
-    """Mistral's window holds in every layer; Qwen says layer by layer; Llama has none."""
-    num_layers, window = hf_config.num_hidden_layers, getattr(hf_config, "sliding_window", None)
-    if hf_config.model_type == "mistral":
-        return (window,) * num_layers
-    if hf_config.model_type == "llama":
-        return (None,) * num_layers
-    kinds = hf_config.layer_types
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
 def _read_config(name: str, folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    found = read_json(folder / "config.json")
+    _check_counts(found, folder / "config.json")
+    if found.get("quantization_config") is not None:
+        raise ValueError(f"model {name!r} is quantized, which is not supported")
     try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # configs check themselves, each in its own way
         raise ValueError(
             f"model {name!r} has a config that transformers refuses: {error}"
         ) from error
-    if getattr(hf_config, "quantization_config", None) is not None:
-        raise ValueError(f"model {name!r} is quantized, which is not supported")
-    return hf_config
+
+
+def _check_counts(found: dict[str, Any], path: Path) -> None:
+    """Refuse counts that transformers would loop over for ever before it looks at any tensor."""
+    for key, value in found.items():
+        if isinstance(value, dict):
+            _check_counts(value, path)
+        elif ("layer" in key or "expert" in key) and isinstance(value, int) and value > MOST:
+            raise ValueError(f"{path}: {key} must be at most {MOST}, got {value}")
 
 
 def _resolve_length(name: str, hf_config: Any, max_model_len: int | None) -> int:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from folospec.config import QUANTIZATIONS
-from folospec.models.decoder import ARCHITECTURES, Decoder, Weight
+from folospec.models.decoder import Decoder, Weight
+from folospec.models.decoder_options import SERVED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP8_CAPABILITY = (8, 9)
@@ -42,10 +43,8 @@ def check_quantization(
     """
     if method not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {method!r}")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"quantization needs one of {', '.join(ARCHITECTURES)}, got {architecture}"
-        )
+    if architecture not in SERVED:
+        raise ValueError(f"quantization needs one of {', '.join(SERVED)}, got {architecture}")
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ValueError(f"dtype must be one of {names} with quantization, got {dtype}")

@@ -6,10 +6,12 @@ transformers makes none for an attention function that has no mask function of t
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from folospec.attention.base import AttentionBackend, LayerKV
 from folospec.attention.metadata import AttentionMetadata
 from folospec.models.base import ModelSpec, as_logits, check_taps
-from folospec.models.transformers_probe import PROBE, STEP, Probe, probe, refusal
+from folospec.models.checkpoint import Checkpoint
+from folospec.models.generation_config import read_eos_token_ids
+from folospec.models.transformers_check import Comparison, own_logits, refusal, refusing
+from folospec.models.transformers_probe import PROBE, STEP, Probe, probe
+
+logger = logging.getLogger(__name__)
 
 PAGED = "folospec_paged"
 HIDDEN = "folospec_hidden"
@@ -42,7 +49,7 @@ def _paged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: None,
+    attention_mask: None,
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -60,7 +67,7 @@ def _paged_attention(
         sliding_window=step.windows[layer],
         softcap=softcap,
     )
-    return output.unsqueeze(0), None
+    return output.unsqueeze(0).contiguous(), None
 
 
 AttentionInterface.register(PAGED, _paged_attention)
@@ -139,18 +146,21 @@ class TransformersModel:
 
 
 def load_transformers_model(
-    folder: Path,
+    checkpoint: Checkpoint,
     hf_config: Any,
     *,
     architecture: str,
     dtype: torch.dtype,
     device: torch.device,
     attention: Callable[[ModelSpec], AttentionBackend],
+    block_size: int,
     max_model_len: int,
-    eos_token_ids: tuple[int, ...],
     trust_remote_code: bool,
 ) -> TransformersModel:
     """Load a checkpoint that transformers knows and check that paged attention can serve it.
+
+    A few tokens run through the model's own forward and through ours, and must have the same
+    logits.
 
     Args:
         attention: chooses the backend, once the model's facts are known.
@@ -159,37 +169,57 @@ def load_transformers_model(
         ValueError: the architecture is no causal LM or needs more than paged attention gives, or a
             tensor is missing or misshapen; the message names it.
     """
-    check_class(hf_config, architecture, trust_remote_code)
     model = _from_pretrained(
-        folder, config=hf_config, dtype=dtype, trust_remote_code=trust_remote_code
+        checkpoint, config=hf_config, dtype=dtype, trust_remote_code=trust_remote_code
     )
     model.to(device).requires_grad_(False)
     _fix_rope(model, max_model_len)
     found = probe(model, architecture)
-    model.set_attn_implementation(PAGED)
     assert found.logits is not None
     hidden = found.trunk_output.last_hidden_state
+    vocab_size, windows = found.logits.shape[-1], tuple(call.window for call in found.calls)
+    comparison = _compare(model, architecture, vocab_size, windows)
+    with refusing(architecture, "its attention cannot be replaced"):
+        model.set_attn_implementation(PAGED)
     spec = ModelSpec(
         architecture=architecture,
-        vocab_size=found.logits.shape[-1],
+        vocab_size=vocab_size,
         hidden_size=hidden.shape[-1],
         num_layers=len(found.calls),
         max_model_len=max_model_len,
         kv_shapes=tuple(call.kv_shape for call in found.calls),
-        sliding_windows=tuple(call.window for call in found.calls),
-        eos_token_ids=eos_token_ids,
+        sliding_windows=windows,
+        eos_token_ids=read_eos_token_ids(checkpoint.folder, hf_config, vocab_size),
         dtype=dtype,
     )
     loaded = TransformersModel(model, found, spec, attention(spec))
-    logits, expected = loaded.logits(hidden[0]), as_logits(found.logits[0])
+    with refusing(architecture, "its logits do not follow from its hidden states alone"):
+        logits = loaded.logits(hidden[0])
+    expected = as_logits(found.logits[0])
     if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise refusal(architecture, "its logits do not follow from its hidden states alone")
+    comparison.check(loaded, block_size)
     return loaded
 
 
-def _from_pretrained(folder: Path, **options: Any) -> Any:
+def _compare(
+    model: Any, architecture: str, vocab_size: int, windows: tuple[int | None, ...]
+) -> Comparison:
+    """What the model's own forward makes of the texts of the comparison, by its plain attention."""
+    with refusing(architecture, "its own attention does not run"):
+        model.set_attn_implementation("eager")
+    config = model.config.get_text_config(decoder=True)
+    named = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
+    special = [token for token in named if isinstance(token, int) and 0 <= token < vocab_size]
+    own = partial(own_logits, model)
+    return Comparison(own, architecture, vocab_size, windows, special, model.device)
+
+
+def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> Any:
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    folder = checkpoint.folder
     try:
+        _check_size(checkpoint, options["config"], options["trust_remote_code"])
         model, report = load(
             folder,
             attn_implementation=PROBE,
@@ -198,13 +228,28 @@ def _from_pretrained(folder: Path, **options: Any) -> Any:
             output_loading_info=True,
             **options,
         )
-    except (OSError, ImportError) as error:
+    except Exception as error:  # it reads files, and may run the checkpoint's own code
         raise ValueError(f"{folder} does not load: {error}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if report[problem]:
             word, names = problem.removesuffix("_keys"), sorted(map(str, report[problem]))
             raise ValueError(f"{folder} has {word} tensors: {', '.join(names)}")
+    if unexpected := sorted(map(str, report["unexpected_keys"])):
+        logger.warning(
+            "%s has tensors that the model does not use: %s", folder, ", ".join(unexpected)
+        )
     return model
+
+
+def _check_size(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> None:
+    """Refuse a model that is far larger than its files: transformers would allocate it before it
+    says that tensors are missing or misshapen."""
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    asked = sum(parameter.numel() for parameter in outline.parameters())
+    held = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    if asked > 2 * held + 1000:  # tied matrices may be there once
+        raise ValueError(f"its config asks for {asked} parameters, its files hold {held}")
 
 
 def check_class(hf_config: Any, name: str, trust_remote_code: bool) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from folospec.models.transformers_check import refusal, refusing
+
 PROBE = "folospec_probe"
 STEP = "folospec_step"
 """Keyword argument that carries our own object through the model to its attention."""
@@ -92,15 +94,14 @@ def probe(model: Any, name: str) -> Probe:
     hooks = [module.register_forward_hook(_note_trunk(found, model)) for module in model.modules()]
     tokens = torch.tensor([[0, 1]], device=model.device)
     try:
-        output = model(
-            input_ids=tokens, position_ids=tokens.clone(), use_cache=False, **{STEP: found}
-        )
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise refusal(name, f"its forward does not run on packed rows ({error})") from error
+        with refusing(name, "its forward does not run on packed rows"):
+            output = model(
+                input_ids=tokens, position_ids=tokens.clone(), use_cache=False, **{STEP: found}
+            )
+            found.logits = output.logits
     finally:
         for hook in hooks:
             hook.remove()
-    found.logits = output.logits
     if found.trunk is None:
         raise refusal(name, "its hidden states are not to be had apart from its logits")
     found.calls.sort(key=lambda call: call.layer)
@@ -108,11 +109,6 @@ def probe(model: Any, name: str) -> Probe:
         _check_call(call, model.config.get_text_config(decoder=True), name)
     _check_layers(found, model.config.get_text_config(decoder=True), name)
     return found
-
-
-def refusal(name: str, reason: str) -> ValueError:
-    """Word the error for an architecture that cannot run."""
-    return ValueError(f"architecture {name!r} is not supported: {reason}")
 
 
 def _note_trunk(found: Probe, model: nn.Module) -> Callable[..., None]:

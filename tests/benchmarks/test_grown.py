@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from folospec import LLM, SamplingParams
-from folospec.models.loader import load_tokenizer, read_tensors, resolve_model
+from folospec.models.checkpoint import read_tensors
+from folospec.models.loader import load_tokenizer, resolve_model
 
 SMALL = Shape(hidden=512, layers=8, heads=16, kv_heads=4, inner=1500)
 """Every rule of growth at once: 8 copies of a head in larger groups, 2 or 3 of a neuron, 2 added

@@ -4,7 +4,8 @@ import limits
 import pytest
 from limits import Machine, Work
 
-from folospec.models.loader import read_tensors, resolve_model
+from folospec.models.checkpoint import read_tensors
+from folospec.models.loader import resolve_model
 
 MACHINE = Machine(100.0, {"float32": 1000.0, "bfloat16": 2000.0})
 WORK = Work(layer_weights=80, output_weights=20, kv_entries=2, attention_operations=4)

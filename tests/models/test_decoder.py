@@ -6,7 +6,14 @@ import pytest
 import torch
 from paged_runner import PagedRunner
 from tiny_checkpoints import SHAPE, assert_equals, load, random_prompts, save_random
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    InternLM3Config,
+    IQuestCoderConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from folospec.attention.metadata import AttentionMetadata, SequenceRows
 from folospec.models.decoder import Decoder
@@ -36,11 +43,25 @@ CONFIGS = {
         **SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     ),
     "llama, rope yarn": lambda: LlamaConfig(**SHAPE, rope_parameters=dict(YARN_ROPE)),
+    "llama, what it ignores": lambda: LlamaConfig(**SHAPE, pretraining_tp=2, max_window_layers=1),
+    "llama, eps": lambda: LlamaConfig(**SHAPE, rms_norm_eps=0.3),
+    "internlm3, biases": lambda: InternLM3Config(**SHAPE, head_dim=8, qkv_bias=True, bias=True),
+    "iquestcoder": lambda: IQuestCoderConfig(**SHAPE, head_dim=16),
+    "mistral, what it ignores": lambda: MistralConfig(
+        **SHAPE, sliding_window=9, attention_bias=True, mlp_bias=True
+    ),
+    "mistral, gelu": lambda: MistralConfig(**SHAPE, sliding_window=None, hidden_act="gelu"),
     "mistral, window": lambda: MistralConfig(**SHAPE, sliding_window=9),
     "mistral, no window": lambda: MistralConfig(**SHAPE, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen2, window from layer 1": lambda: Qwen2Config(
         **SHAPE, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "qwen2, what it ignores": lambda: Qwen2Config(
+        **SHAPE, attention_bias=False, mlp_bias=True, sliding_window=3, max_window_layers=0
+    ),
+    "qwen3, tied, relu2": lambda: Qwen3Config(
+        **SHAPE, head_dim=8, tie_word_embeddings=True, hidden_act="relu2"
     ),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
     "qwen3, layer types": lambda: Qwen3Config(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import safetensors
@@ -12,10 +13,12 @@ import torch
 from paged_runner import PagedRunner, all_logits
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import SHAPE, load, random_prompts, reference_logits, save_random
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, OlmoConfig, Qwen2Config
 
-from folospec.models.loader import fill, load_tokenizer, resolve_model
+from folospec.models.checkpoint import Checkpoint
+from folospec.models.loader import load_tokenizer, resolve_model
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -34,7 +37,17 @@ def edit_tensors(folder, **changes):
     """Replace tensors; None removes one."""
     path = folder / "model.safetensors"
     tensors = {**load_file(path), **changes}
-    save_file({name: t for name, t in tensors.items() if t is not None}, path)
+    kept = {name: t for name, t in tensors.items() if t is not None}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+@contextmanager
+def transformers_logs_reach(caplog):
+    """Its loggers do not propagate to where `caplog` listens."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
 
 
 def test_shards_with_an_index_load_as_one_checkpoint(tmp_path):
@@ -88,11 +101,12 @@ class RecordingShards:
 def test_tensors_go_straight_to_their_device_one_at_a_time(tmp_path, monkeypatch, device, asked):
     save_random(LlamaConfig(**SHAPE), tmp_path, max_shard_size="20KB")
     expected = load(tmp_path).destinations()
+    checkpoint = Checkpoint(tmp_path)
     shards = RecordingShards()
     monkeypatch.setattr(safetensors, "safe_open", shards)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     places = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
-    fill(places, tmp_path, torch.device(device), tied=False)
+    checkpoint.fill(places, torch.device(device), torch.zeros(4))
     assert shards.devices == [asked] * len(list(tmp_path.glob("*.safetensors")))
     assert shards.most_alive == 2  # the next is read while the last is still named
     for name, tensor in expected.items():
@@ -149,25 +163,59 @@ def test_a_tensor_that_the_config_has_not_is_named(llama):
         load(llama[0])
 
 
-def test_an_untied_checkpoint_needs_its_lm_head_and_a_tied_one_may_carry_it(llama):
+def test_an_untied_checkpoint_needs_its_lm_head(llama):
     folder = llama[0]
-    edit_config(folder, tie_word_embeddings=True)
-    model = load(folder)
-    assert model.lm_head is model.embedding
-    edit_config(folder, tie_word_embeddings=False)
     edit_tensors(folder, **{"lm_head.weight": None})
     with pytest.raises(ValueError, match="lm_head"):
         load(folder)
 
 
-def test_every_end_token_of_the_generation_config_is_known(llama):
-    folder = llama[0]
-    assert load(folder).config.eos_token_ids == ()
-    edit_config(folder, eos_token_id=5)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    assert load(folder).config.eos_token_ids == (5,)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
-    assert load(folder).config.eos_token_ids == (3, 5)
+def logits_of(model, tokens):
+    return all_logits(PagedRunner(model), [tokens], 4)[0]
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, OlmoConfig], ids=["decoder", "transformers"])
+@pytest.mark.parametrize("held", ["both, equal", "both, different", "the head alone", "neither"])
+def test_a_tied_head_of_its_own_is_used_and_said_as_transformers_does(
+    tmp_path, caplog, config, held
+):
+    save_random(config(**SHAPE, tie_word_embeddings=True), tmp_path)
+    embedding = load_file(tmp_path / "model.safetensors")[EMBEDDING]
+    head = embedding.roll(1, 0) if held == "both, different" else embedding
+    has_head, has_embedding = held != "neither", held.startswith("both")
+    edit_tensors(
+        tmp_path,
+        **{HEAD: head.clone() if has_head else None},
+        **{EMBEDDING: embedding if has_embedding else None},
+    )
+    if held == "neither":
+        with pytest.raises(ValueError, match=rf"lacks the tensor '{EMBEDDING}'|missing"):
+            load(tmp_path)
+        return
+    with caplog.at_level("WARNING"), transformers_logs_reach(caplog):
+        model = load(tmp_path)
+    (tokens,) = random_prompts(lengths=(9,))
+    expected = reference_logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens)
+    torch.testing.assert_close(logits_of(model, tokens), expected, rtol=0, atol=1e-4)
+    assert ("tie" in caplog.text) == (held == "both, different")
+
+
+def test_rotary_frequencies_in_a_file_are_compared_with_the_configs(llama, caplog):
+    folder, name = llama[0], "model.layers.1.self_attn.rotary_emb.inv_freq"
+    own = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    edit_tensors(folder, **{name: own.bfloat16()})
+    load(folder)
+    assert caplog.text == ""
+    edit_tensors(folder, **{name: own / 4})
+    load(folder)
+    assert name in caplog.text
+
+
+def test_tensors_that_transformers_does_not_use_are_named(tmp_path, caplog):
+    save_random(OlmoConfig(**SHAPE), tmp_path)
+    edit_tensors(tmp_path, **{"model.layers.0.mystery.weight": torch.zeros(3)})
+    load(tmp_path)
+    assert "model.layers.0.mystery.weight" in caplog.text
 
 
 def test_the_spec_states_the_facts_of_the_model(tmp_path):
