@@ -114,8 +114,9 @@ class TransformersModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
-        with torch.no_grad():
-            output = self._model(input_ids=None, use_cache=False, **{HIDDEN: hidden[None]})
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        with torch.no_grad():  # some look at the shape of their ids; the inner model is passed over
+            output = self._model(input_ids=ids, use_cache=False, **{HIDDEN: hidden[None]})
         return as_logits(output.logits[0])
 
     @contextmanager

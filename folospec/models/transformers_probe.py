@@ -24,6 +24,7 @@ STEP = "folospec_step"
 HARMLESS = frozenset(
     ("dropout", "position_ids", "position_embeddings", "output_attentions", "use_cache")
     + ("output_hidden_states", "output_router_logits", "past_key_values", "is_causal", "debug_io")
+    + ("logits_to_keep",)
 )
 """Keyword arguments of attention that change nothing in a causal forward without a cache."""
 SINKS = ("s_aux", "sinks")
@@ -64,6 +65,9 @@ class ProbedMask:
     """Stands for a mask that was never built."""
 
     sees: Callable[..., Tensor]
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"it computes with its attention mask: {name}")
 
     def matches(self, window: int | None) -> bool:
         """Whether it is the causal mask with this window."""
@@ -137,7 +141,8 @@ def _check_call(call: AttentionCall, config: Any, name: str) -> None:
         raise refusal(name, f"its heads have {call.kv_shape[1]} keys and {call.value_size} values")
     if isinstance(call.mask, ProbedMask):
         windows = (None, call.window, getattr(config, "sliding_window", None))
-        matching = [window for window in windows if call.mask.matches(window)]
+        with refusing(name, "its mask depends on more than positions"):
+            matching = [window for window in windows if call.mask.matches(window)]
         if not matching:
             raise refusal(name, "its mask is more than causal with a sliding window")
         call.window = matching[0]
