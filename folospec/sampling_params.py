@@ -3,6 +3,8 @@ same."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,12 +88,18 @@ class SamplingParams:
         for name in ("stop", "bad_words", "stop_token_ids", "logits_processors"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, ())
-        for name in ("stop", "bad_words", "stop_token_ids", "logits_processors"):
-            _require(
-                isinstance(getattr(self, name), Collection), name, getattr(self, name), "a list"
-            )
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "_stop", stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "_stop", _frozen("stop", stop))
+        # Copies, so that nobody changes them after they were checked.
+        for name in ("bad_words", "stop_token_ids", "logits_processors"):
+            object.__setattr__(self, name, _frozen(name, getattr(self, name)))
+        for name in ("allowed_token_ids", "drafters"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _frozen(name, getattr(self, name)))
+        if is_token_list(self.prediction):
+            object.__setattr__(self, "prediction", tuple(self.prediction or ()))
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         self._check_counts()
         self._check_ranges()
         self._check_lists()
@@ -111,9 +119,9 @@ class SamplingParams:
         return self.temperature == 0.0
 
     def _check_counts(self) -> None:
-        _require(_is_int(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
+        _require(is_int(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
         _require(
-            self.best_of is None or (_is_int(self.best_of) and self.best_of >= self.n),
+            self.best_of is None or (is_int(self.best_of) and self.best_of >= self.n),
             "best_of",
             self.best_of,
             f"None or an integer of at least n={self.n}",
@@ -125,14 +133,14 @@ class SamplingParams:
             "1 at temperature 0, where every completion would be the same",
         )
         _require(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            self.max_tokens is None or (is_int(self.max_tokens) and self.max_tokens >= 1),
             "max_tokens",
             self.max_tokens,
             "None or an integer of at least 1",
         )
         upper = self.max_tokens if self.max_tokens is not None else float("inf")
         _require(
-            _is_int(self.min_tokens) and 0 <= self.min_tokens <= upper,
+            is_int(self.min_tokens) and 0 <= self.min_tokens <= upper,
             "min_tokens",
             self.min_tokens,
             f"an integer between 0 and max_tokens={self.max_tokens}",
@@ -140,24 +148,24 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs", "num_speculative_tokens"):
             value = getattr(self, name)
             _require(
-                value is None or (_is_int(value) and value >= 0),
+                value is None or (is_int(value) and value >= 0),
                 name,
                 value,
                 "None or an integer of at least 0",
             )
-        _require(self.seed is None or _is_int(self.seed), "seed", self.seed, "None or an integer")
+        _require(self.seed is None or is_int(self.seed), "seed", self.seed, "None or an integer")
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
 
     def _check_ranges(self) -> None:
         _require(
-            _is_number(self.temperature) and 0 <= self.temperature < float("inf"),
+            _is_number(self.temperature) and 0 <= self.temperature <= sys.float_info.max,
             "temperature",
             self.temperature,
             "a finite number of at least 0",
         )
         _require(
-            _is_int(self.top_k) and self.top_k >= -1,
+            is_int(self.top_k) and self.top_k >= -1,
             "top_k",
             self.top_k,
             "-1 or 0 (all), or a positive integer",
@@ -186,40 +194,28 @@ class SamplingParams:
 
     def _check_lists(self) -> None:
         for name, values in (("stop", self._stop), ("bad_words", self.bad_words)):
-            _require(
-                not isinstance(values, str) and all(isinstance(v, str) and v for v in values),
-                name,
-                values,
-                "a list of non-empty strings",
-            )
+            ok = all(isinstance(value, str) and value for value in values)
+            _require(ok, name, values, "a list of non-empty strings")
+            for value in values:
+                check_text(name, value)
         _require(
-            all(_is_int(t) for t in self.stop_token_ids),
+            all(is_int(t) for t in self.stop_token_ids),
             "stop_token_ids",
             self.stop_token_ids,
             "token ids",
         )
         allowed = self.allowed_token_ids
         _require(
-            allowed is None
-            or (
-                isinstance(allowed, Collection)
-                and len(allowed) > 0
-                and all(_is_int(t) for t in allowed)
-            ),
+            allowed is None or (len(allowed) > 0 and all(is_int(t) for t in allowed)),
             "allowed_token_ids",
             allowed,
             "None or a non-empty list of token ids",
         )
-        bias = self.logit_bias
         _require(
-            bias is None
-            or (
-                isinstance(bias, Mapping)
-                and all(_is_int(t) and _is_number(b) and b < float("inf") for t, b in bias.items())
-            ),
+            self.logit_bias is None or _is_bias(self.logit_bias),
             "logit_bias",
-            bias,
-            "None or a map from token ids to numbers below infinity",
+            self.logit_bias,
+            "None or a map from token ids to -inf or numbers that float32 holds",
         )
         _require(
             all(callable(p) for p in self.logits_processors),
@@ -228,28 +224,75 @@ class SamplingParams:
             "callables",
         )
         _require(
-            self.drafters is None or _is_list_of(str, self.drafters),
+            self.drafters is None or all(isinstance(name, str) for name in self.drafters),
             "drafters",
             self.drafters,
             "None or a list of names",
         )
-        _require(
-            self.prediction is None
-            or isinstance(self.prediction, str)
-            or _is_list_of(int, self.prediction),
-            "prediction",
-            self.prediction,
-            "None, a text or a list of token ids",
-        )
+        prediction = self.prediction
+        if isinstance(prediction, str):
+            check_text("prediction", prediction)
+        elif prediction is not None:
+            ok = is_token_list(prediction) and all(is_int(token_id) for token_id in prediction)
+            _require(ok, "prediction", prediction, "None, a text or a list of token ids")
 
 
-def _is_list_of(kind: type, values: Any) -> bool:
-    is_list = isinstance(values, Sequence) and not isinstance(values, str)
-    return is_list and all(isinstance(value, kind) for value in values)
-
-
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether it is an integer of Python: no bool, and no number of another library."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_token_list(value: object) -> bool:
+    """Whether it is a sequence that may hold token ids: not text, bytes, a set, an array."""
+    return isinstance(value, Sequence) and not isinstance(
+        value, (str, bytes, bytearray, memoryview)
+    )
+
+
+def check_text(name: str, text: str) -> None:
+    """
+    Raises:
+        ValueError: the text has half a surrogate pair, which no tokenizer reads.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be valid Unicode, got {text[error.start]!r} at position {error.start}"
+        ) from None
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: the beginning, if it is long."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+_MOST_SHOWN = 200
+_MAX_FLOAT32 = 3.4028234663852886e38
+
+
+def _frozen(name: str, values: Any) -> tuple[Any, ...]:
+    ok = isinstance(values, Collection) and not isinstance(
+        values, (str, bytes, bytearray, memoryview, Mapping)
+    )
+    _require(ok, name, values, "a list")
+    try:
+        return tuple(values)
+    except TypeError:  # an array without dimensions
+        raise ValueError(f"{name} must be a list, got {shown(values)}") from None
+
+
+def _is_bias(bias: object) -> bool:
+    return isinstance(bias, Mapping) and all(
+        is_int(token_id)
+        and _is_number(value)
+        and (value == -math.inf or abs(value) <= _MAX_FLOAT32)
+        for token_id, value in bias.items()
+    )
 
 
 def _is_number(value: object) -> bool:
@@ -258,4 +301,4 @@ def _is_number(value: object) -> bool:
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")

@@ -3,7 +3,7 @@ changes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from folospec.engine.speculation import Speculation
 from folospec.engine.token_decoder import token_decoder
 from folospec.sampling.constraints import check_token_ids
 from folospec.sampling.noise import derived_seed
-from folospec.sampling_params import SamplingParams
+from folospec.sampling_params import SamplingParams, check_text, is_int, is_token_list, shown
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -45,11 +45,22 @@ class InputProcessor:
         self.config, self.limits, self.tokenizer = config, limits, tokenizer
         self.speculation = speculation
 
+    def check_request_id(self, request_id: Any, in_use: Container[str]) -> None:
+        """
+        Raises:
+            ValueError: it is no text, or it is in use.
+        """
+        if not isinstance(request_id, str) or not request_id:
+            raise ValueError(f"request_id must be a non-empty string, got {shown(request_id)}")
+        check_text("request_id", request_id)
+        if request_id in in_use:
+            raise ValueError(f"request_id {request_id!r} is in use")
+
     def process(
         self, request_id: str, prompt: Prompt, params: SamplingParams, ordinal: int
     ) -> Request:
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
+            raise ValueError(f"sampling_params must be SamplingParams, got {shown(params)}")
         text, token_ids = self._read_prompt(prompt)
         self._check_prompt(token_ids)
         self._check_params(params)
@@ -86,18 +97,37 @@ class InputProcessor:
         if isinstance(prompt, Mapping):
             if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
                 raise ValueError(
-                    f"a prompt mapping has 'prompt' or 'prompt_token_ids', got {sorted(prompt)}"
+                    "a prompt mapping has 'prompt' or 'prompt_token_ids', got "
+                    f"{shown(list(prompt))}"
                 )
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         elif not isinstance(prompt, str):
             text, token_ids = None, prompt
-        if token_ids is not None and not isinstance(token_ids, str) and _is_list(token_ids):
+        if not (text is None or isinstance(text, str)) or (text is None and token_ids is None):
+            raise ValueError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}")
+        if text is not None:
+            check_text("prompt", text)
+        if token_ids is not None:
+            if not is_token_list(token_ids):
+                hint = "; use .tolist()" if hasattr(token_ids, "tolist") else ""
+                raise ValueError(
+                    f"a prompt must be a text or a list of token ids, got {shown(token_ids)} of "
+                    f"type {type(token_ids).__name__}{hint}"
+                )
             return text, list(token_ids)
-        if not isinstance(text, str):
-            raise ValueError(f"a prompt must be a text or a list of token ids, got {prompt!r}")
+        assert text is not None
         if self.tokenizer is None:
             raise ValueError("a text prompt needs a tokenizer, but skip_tokenizer_init is on")
-        return text, list(self.tokenizer(text)["input_ids"])
+        return text, self._tokenize("prompt", text)
+
+    def _tokenize(self, what: str, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text, whatever a tokenizer makes of it; the caller checks their
+        range."""
+        try:
+            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens)
+            return list(encoded["input_ids"])
+        except Exception as error:
+            raise ValueError(f"the tokenizer cannot read {what} {shown(text)}: {error}") from error
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -112,11 +142,10 @@ class InputProcessor:
 
     def _check_token_ids(self, what: str, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
-            is_int = isinstance(token_id, int) and not isinstance(token_id, bool)
-            if not is_int or not 0 <= token_id < self.limits.vocab_size:
+            if not is_int(token_id) or not 0 <= token_id < self.limits.vocab_size:
                 raise ValueError(
                     f"{what} token ids must be integers between 0 and "
-                    f"{self.limits.vocab_size - 1}, got {token_id!r}"
+                    f"{self.limits.vocab_size - 1}, got {shown(token_id)}"
                 )
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -164,7 +193,7 @@ class InputProcessor:
         if isinstance(params.prediction, str):
             if self.tokenizer is None:
                 raise ValueError("a text prediction needs a tokenizer; give token ids instead")
-            token_ids = list(self.tokenizer.encode(params.prediction, add_special_tokens=False))
+            token_ids = self._tokenize("prediction", params.prediction, add_special_tokens=False)
         else:
             token_ids = list(params.prediction)
         self._check_token_ids("prediction", token_ids)
@@ -192,11 +221,17 @@ class InputProcessor:
         return total
 
     def _bad_words(self, bad_words: Sequence[str]) -> list[list[int]]:
-        """Token sequences of each word, at the start of a text and after a space."""
+        """Token sequences of each word, at the start of a text and after a space, each once."""
         sequences: dict[tuple[int, ...], None] = {}
         for word in bad_words:
-            for text in (word, " " + word.lstrip()):
-                token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+            forms = [
+                self._tokenize("bad word", text, add_special_tokens=False)
+                for text in (word, " " + word.lstrip())
+            ]
+            if not any(forms):
+                raise ValueError(f"bad_words must be words with tokens, got {shown(word)}")
+            for token_ids in forms:
+                self._check_token_ids(f"bad word {shown(word)}:", token_ids)
                 if token_ids:
                     sequences[tuple(token_ids)] = None
         return [list(token_ids) for token_ids in sequences]
@@ -206,13 +241,10 @@ class InputProcessor:
         if not params.stop_strings or not params.skip_special_tokens:
             return {}
         ids = token_decoder(self.tokenizer).special_ids
-        return {ids[stop]: stop for stop in params.stop_strings if stop in ids}
+        found = {ids[stop]: stop for stop in params.stop_strings if stop in ids}
+        return {t: stop for t, stop in found.items() if t < self.limits.vocab_size}
 
     def _detokenizer(self, token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None:
             return None
         return Detokenizer(self.tokenizer, token_ids, params.skip_special_tokens)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Collection) and not isinstance(value, Mapping)
