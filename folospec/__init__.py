@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from folospec.config import EngineConfig, SpeculativeConfig
     from folospec.core.sequence import Sequence, SequenceGroup
+    from folospec.core.token_tree import TokenTree
     from folospec.engine.llm import LLM
     from folospec.engine.llm_engine import LLMEngine
     from folospec.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from folospec.sampling_params import SamplingParams
-    from folospec.core.token_tree import TokenTree
     from folospec.spec.drafters.base import (
         Drafter,
         DrafterContext,

@@ -1,5 +1,7 @@
 """What `folospec` offers at top level."""
 
+import pytest
+
 import folospec
 
 
@@ -10,9 +12,5 @@ def test_every_public_name_is_there_and_listed_once():
 
 
 def test_a_name_that_is_not_there_is_named():
-    try:
-        folospec.Outcomes
-    except AttributeError as error:
-        assert "'Outcomes'" in str(error)
-    else:
-        raise AssertionError("there is no such name")
+    with pytest.raises(AttributeError, match="'Outcomes'"):
+        getattr(folospec, "Outcomes")  # noqa: B009

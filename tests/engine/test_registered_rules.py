@@ -40,9 +40,7 @@ def test_a_rule_of_its_own_coins_is_called_for_every_proposal(models: Any, plain
 
 
 def test_a_lossy_rule_is_refused_unless_it_is_allowed(models: Any) -> None:
-    with pytest.raises(
-        ValueError, match="allow_lossy must be True, got 'likely'"
-    ):
+    with pytest.raises(ValueError, match="allow_lossy must be True, got 'likely'"):
         make_llm(models.target, speculative("likely"))
 
 
