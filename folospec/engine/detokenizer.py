@@ -22,8 +22,8 @@ _MAX_WINDOW = 16
 
 
 class Detokenizer:
-    """Follows one sequence; decodes when its text is asked for, every token once or twice however
-    often that is.
+    """Follows one sequence; decodes when its text is asked for, every token a few times at most
+    however often that is.
 
     The output's text is the part of `decode(prompt + output)` that begins where the complete
     characters of the prompt end: where the prompt ends inside a character, the whole character
@@ -34,6 +34,9 @@ class Detokenizer:
     A tokenizer with byte fallback (Llama 2) decodes a run of byte tokens as a whole: one wrong byte
     makes U+FFFD of every byte of the run. `text` has the characters of a run as they are complete,
     but they are not settled before the run ends.
+
+    Of a tokenizer written in Python nobody knows the bytes of a token. There up to three U+FFFD at
+    the end of a text count as an incomplete character.
 
     Args:
         tokenizer: a transformers tokenizer.
