@@ -213,6 +213,10 @@ def with_switches(texts: dict[str, str]) -> dict[str, str]:
 
 
 def _build(target: str | None, sources: Path, effort: str) -> native.Native:
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FOLOSPEC_CACHE_DIR", str(FOLDER))
         patch.setattr(build, "FLAGS", (effort, *build.FLAGS[1:]))

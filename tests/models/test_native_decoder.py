@@ -381,6 +381,8 @@ def _parameters(model: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_torchs_default_type_changes_nothing(default: torch.dtype) -> None:
+    require_native()
+
     def logits() -> torch.Tensor:
         model = load_model("folospec-demo", attention="native")
         runner = ModelRunner(model, max_num_batched_tokens=64)

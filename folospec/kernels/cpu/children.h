@@ -37,7 +37,7 @@ struct Scored {
 INLINE Vec rough_log(Vec x) {
     IntVec bits = as<IntVec>(x);
     IntVec exponent = (bits - 0x3f3504f3) >> 23;  // so that the mantissa is in sqrt(1/2) .. sqrt(2)
-    Vec mantissa = as<Vec>(bits - (exponent << 23));
+    Vec mantissa = as<Vec>(as<UintVec>(bits) - (as<UintVec>(exponent) << 23));
     Vec f = (mantissa - 1.0f) / (mantissa + 1.0f), square = f * f;
     Vec series = fma(square, fma(square, fma(square, splat(2 / 7.0f), splat(0.4f)), splat(2 / 3.0f)), splat(2.0f));
     return fma(__builtin_convertvector(exponent, Vec), splat(0.693147181f), f * series);

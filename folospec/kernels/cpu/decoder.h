@@ -63,7 +63,7 @@ INLINE int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }
 INLINE int64_t lay_out(const Model& m, const AttentionStep& a, float* base, Scratch& s) {
     int64_t at = 0, mlp_rows = std::min(a.rows, MLP_ROWS);
     auto take = [&](int64_t count) {
-        float* place = base + at;
+        float* place = base ? base + at : nullptr;
         at += padded(count);
         return place;
     };

@@ -1,5 +1,6 @@
-// The native CPU kernels: plain functions over data pointers, for ctypes. Every one has a form in torch or in Python that it is tested against. `threads` is torch's own number, and the
-// threads are torch's own OpenMP's: a second runtime would spin against it.
+// The native CPU kernels: plain functions over data pointers, for ctypes. Every one has a form in torch or
+// in Python that it is tested against. They trust their caller: kernels/checked.py looks first. `threads` is
+// torch's own number, and the threads are torch's own OpenMP's: a second runtime would spin against it.
 #include <omp.h>
 
 #include "children.h"

@@ -51,7 +51,7 @@ INLINE double exp_of_negative(double x) {
     y = fused(y, r, 0x1.5555555555555p-3);
     y = fused(y, r, 0.5);
     y = fused(y * r, r, r) + 1.0;
-    double power = as<double>((as<int64_t>(shifted) + 1023) << 52);
+    double power = as<double>((as<uint64_t>(shifted) + 1023) << 52);
     return x > -64.0 ? y * power : 0.0;
 }
 
