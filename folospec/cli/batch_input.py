@@ -57,6 +57,10 @@ class Source:
         return self.format in ("jsonl", "json", "lines")
 
     @property
+    def is_file(self) -> bool:
+        return self.format != "argument" and self.name != "-"
+
+    @property
     def title(self) -> str:
         return "stdin" if self.name == "-" else self.name
 
@@ -129,7 +133,7 @@ def count_records(sources: Sequence[Source]) -> int | None:
     for source in sources:
         if source.format == "argument":
             count += 1
-        elif source.name == "-" or not os.path.isfile(source.name) or source.format == "json":
+        elif not source.is_file or not os.path.isfile(source.name) or source.format == "json":
             return None
         elif source.holds_many:
             count += sum(1 for _ in _lines(source))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -127,7 +128,7 @@ def run_generate(options: GenerateOptions) -> int:
             if not first:
                 raise ValueError(f"no prompt in {', '.join(source.title for source in sources)}")
             records = chain(first, records)
-            journal = _journal(options)
+            journal = _journal(options, sources)
             if journal is not None:
                 stack.callback(journal.close)
                 records = journal.missing(records)
@@ -161,9 +162,12 @@ def run_generate(options: GenerateOptions) -> int:
         return interrupt.exit_code if totals.interrupted else code
 
 
-def _journal(options: GenerateOptions) -> Journal | None:
+def _journal(options: GenerateOptions, sources: list[Source]) -> Journal | None:
     if options.output is None:
         return None
+    for source in sources:
+        if source.is_file and os.path.realpath(source.name) == os.path.realpath(options.output):
+            raise ValueError(f"--output {options.output}: is an input, too")
     return Journal(
         options.output,
         options.settings,

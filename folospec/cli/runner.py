@@ -36,6 +36,8 @@ def bad_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (*_CANNOT_WRITE, errno.EPIPE):
+            raise  # no input is wrong
         typer.echo(f"folospec: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
 
@@ -53,9 +55,8 @@ def ends_quietly() -> Iterator[None]:
         if error.errno not in _CANNOT_WRITE:
             raise  # a pipe that nobody reads any more is typer's
         _discard_stdout()
-        typer.echo(
-            f"folospec: cannot write {error.filename or 'output'}: {error.strerror}", err=True
-        )
+        where = error.filename or "the output"
+        typer.echo(f"folospec: cannot write {where}: {error.strerror}", err=True)
         raise typer.Exit(EXIT_FAILED) from None
 
 
