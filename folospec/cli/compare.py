@@ -161,7 +161,7 @@ def _print(engine: LLMEngine, comparison: Comparison, law_only: bool) -> None:
     runs, config = comparison.speculative, engine.config.speculative
     if len(runs[0].outputs) == 1:
         print_run(out, runs[0])
-    out.print(rate_table(comparison.rows))
+    out.print(rate_table(comparison.rows, out.width))
     stats = engine.stats()
     assert config is not None
     most = stats["num_speculative_tokens"]

@@ -210,7 +210,7 @@ def _print(
     shown = trial.finished[0]
     name, prompt = trial.prompts[shown]
     out.print(_panel(name, prompt, trial.runs["draft_model", shown][0].outputs[0].outputs[0].text))
-    out.print(rate_table(rows))
+    out.print(rate_table(rows, out.width))
     stats = trial.engines["plain"].stats()
     num_runs = [len(trial.runs["plain", i]) for i in trial.finished]
     runs = (

@@ -79,6 +79,8 @@ class LLM:
             prompts: a text, a list of texts, token ids, a list of lists of token ids, or mappings
                 with "prompt" or "prompt_token_ids".
             sampling_params: one for all, or one for each prompt. Default: `SamplingParams()`.
+                Noise is keyed by seed and position: with one `seed` for all, prompts of one length
+                get correlated samples. Give each its own seed where that matters, or none.
             use_tqdm: show a progress bar.
 
         Raises:

@@ -53,7 +53,7 @@ def test_plain_and_speculative_have_the_same_tokens_and_fewer_passes(run, sampli
 
 def test_the_table_says_what_was_measured(run):
     result = run()
-    for words in ("plain", "draft_model", "speed-up", "1.00x", "acceptance length: 1 + accepted"):
+    for words in ("plain", "draft_model", "speed", "1.00x", "acceptance length: 1 + accepted"):
         assert words in result.stdout
     assert result.stdout.endswith("tokens equal: yes\n")
     assert max(map(len, result.stdout.splitlines())) <= 100
