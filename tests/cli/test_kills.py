@@ -24,7 +24,10 @@ def run_command(arguments, stderr):
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = sys.stderr = open(stderr, "a")  # noqa: SIM115 - as long as the process
-    app(arguments)
+    try:
+        app(arguments)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command has ended
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +98,13 @@ def kill_until(num_kills, processes, pile, target, folder, seed):
             )
             process.start()
             if killed < num_kills:
+                signum = rng.choice([signal.SIGKILL, signal.SIGINT])
                 size = rng.randrange(reference.stat().st_size // 2)
-                wait_for(process, out, (out.stat().st_size if out.exists() else 0) + size, rng)
+                # A process that is only being forked does not know what to do with SIGINT.
+                size += (out.stat().st_size if out.exists() else 0) + (signum == signal.SIGINT)
+                wait_for(process, out, size, rng)
                 if process.is_alive():
-                    os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGINT]))
+                    os.kill(process.pid, signum)
             process.join(300)
             ended = process.exitcode
             assert ended in (*FINISHED, -signal.SIGKILL, 130, -signal.SIGINT)
