@@ -12,5 +12,5 @@ def test_every_public_name_is_there_and_listed_once():
 
 
 def test_a_name_that_is_not_there_is_named():
-    with pytest.raises(AttributeError, match="'Outcomes'"):
-        getattr(folospec, "Outcomes")  # noqa: B009
+    with pytest.raises(AttributeError, match="'NoSuchName'"):
+        folospec.NoSuchName  # noqa: B018
