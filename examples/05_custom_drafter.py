@@ -9,15 +9,15 @@ class FollowerDrafter(Drafter):
         super().__init__(context)
         self.follower, self.num_read = {}, {}
 
-    def propose(self, rows):
-        return [self.chain(row) for row in rows]
+    def propose(self, requests):
+        return [self.chain(request) for request in requests]
 
-    def chain(self, row):
-        for i in range(self.num_read.get(row.seq_id, 1), len(row.token_ids)):
-            self.follower[row.token_ids[i - 1]] = row.token_ids[i]
-        self.num_read[row.seq_id] = len(row.token_ids)
-        draft, token = [], row.token_ids[-1]
-        while token in self.follower and len(draft) < row.max_draft_tokens:
+    def chain(self, request):
+        for i in range(self.num_read.get(request.seq_id, 1), len(request.token_ids)):
+            self.follower[request.token_ids[i - 1]] = request.token_ids[i]
+        self.num_read[request.seq_id] = len(request.token_ids)
+        draft, token = [], request.token_ids[-1]
+        while token in self.follower and len(draft) < request.max_draft_tokens:
             token = self.follower[token]
             draft.append(token)
         return Proposal(TokenTree.chain(draft)) if draft else None

@@ -2,15 +2,15 @@
 
 import torch
 
-from folospec import LLM, Drafter, Needs, Proposal, SamplingParams, TokenTree, register_drafter
-
-LAYER = 5  # the hidden states before this layer
+import folospec
+from folospec import LLM, Drafter, DrafterNeeds, Proposal, SamplingParams, TokenTree
 
 
 class LearningDrafter(Drafter):
     """From the target's state at a position and the token after it: the token after that."""
 
-    needs = Needs(taps=(LAYER,))
+    layer = 5  # the hidden states before it
+    needs = DrafterNeeds(aux_hidden_state_layers=(layer,))
 
     def __init__(self, context):
         super().__init__(context)
@@ -24,20 +24,20 @@ class LearningDrafter(Drafter):
         states = torch.nn.functional.layer_norm(states, states.shape[-1:])
         return self.head(states + self.embed(torch.tensor(token_ids)))
 
-    def propose(self, rows):
-        return [self.guess(row) for row in rows]
+    def propose(self, requests):
+        return [self.guess(request.seq_id, request.token_ids) for request in requests]
 
-    def guess(self, row):
-        self.token_ids[row.seq_id] = row.token_ids  # a view, which grows
-        scores = self.scores(self.states[row.seq_id][-1:], row.token_ids[-1:])
+    def guess(self, seq_id, token_ids):
+        self.token_ids[seq_id] = token_ids  # a view, which grows
+        scores = self.scores(self.states[seq_id][-1:], token_ids[-1:])
         return Proposal(TokenTree.chain([int(scores.argmax())]))
 
-    def observe(self, outcomes):
-        for outcome in outcomes:
-            new = outcome.taps[LAYER].float()
-            before = self.states.get(outcome.seq_id, new)[: outcome.start]
-            self.states[outcome.seq_id] = states = torch.cat([before, new])
-            if token_ids := self.token_ids.get(outcome.seq_id):
+    def observe(self, results):
+        for result in results:
+            new = result.aux_hidden_states[self.layer].float()
+            before = self.states.get(result.seq_id, new)[: result.start]
+            self.states[result.seq_id] = states = torch.cat([before, new])
+            if token_ids := self.token_ids.get(result.seq_id):
                 last = min(32, len(states) - 1)
                 self.learn(states[-last - 1 : -1], token_ids[-last - 1 : -1], token_ids[-last:])
 
@@ -50,7 +50,7 @@ class LearningDrafter(Drafter):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    register_drafter("learning", LearningDrafter)
+    folospec.register_drafter("learning", LearningDrafter)
     llm = LLM("folospec-demo", speculative="learning", enable_prefix_caching=False)
     params = SamplingParams(temperature=0.5, seed=1, max_tokens=64)
     for name in ("Stack", "Queue", "Graph", "Point", "Matrix", "Server"):

@@ -15,7 +15,7 @@ from folospec.engine.planning import Planning
 from folospec.engine.request import Request
 from folospec.spec.checks import AnswerLimits, ProposalChecks, take_answers, take_progress
 from folospec.spec.drafter_handle import DrafterHandle
-from folospec.spec.drafters.base import DraftRow
+from folospec.spec.drafters.base import DraftRequest
 from folospec.spec.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
 from folospec.spec.read_only import ReadOnlyList
@@ -98,13 +98,15 @@ class Asking:
     def max_depth(self, candidate: Candidate) -> int:
         return candidate.request.room(candidate.seq) - 1
 
-    def _row(self, drafter: DrafterHandle, candidate: Candidate, limits: AnswerLimits) -> DraftRow:
+    def _row(
+        self, drafter: DrafterHandle, candidate: Candidate, limits: AnswerLimits
+    ) -> DraftRequest:
         seq, request = candidate.seq, candidate.request
-        owner, max_depth, min_path_chance = drafter.kv_owner, self.max_depth(candidate), 0.0
+        owner, max_depth, min_path_probability = drafter.kv_owner, self.max_depth(candidate), 0.0
         if self._planning is not None:
             max_depth = min(max_depth, self._planning.max_depth(seq.seq_id, drafter))
-            min_path_chance = self._planning.min_path_chance(seq.seq_id, drafter)
-        return DraftRow(
+            min_path_probability = self._planning.min_path_probability(seq.seq_id, drafter)
+        return DraftRequest(
             seq_id=seq.seq_id,
             token_ids=ReadOnlyList(seq.token_ids),
             num_prompt_tokens=seq.num_prompt_tokens,
@@ -119,7 +121,7 @@ class Asking:
             prompt_token_ids=ReadOnlyList(seq.prompt_token_ids),
             output_token_ids=ReadOnlyList(seq.output_token_ids),
             num_draft_computed=seq.draft_progress.get(owner, 0) if owner else 0,
-            min_path_chance=min_path_chance,
+            min_path_probability=min_path_probability,
         )
 
     def _ask_all(self, drafter: DrafterHandle, asked: list[Candidate]) -> list[_Answer]:
@@ -145,7 +147,7 @@ class Asking:
         self,
         drafter: DrafterHandle,
         candidate: Candidate,
-        row: DraftRow,
+        row: DraftRequest,
         answer: object,
         limits: AnswerLimits,
     ) -> _Answer:

@@ -107,7 +107,7 @@ class LLMEngine:
         self.parts.target.warm_up(
             max_num_seqs=config.max_num_seqs,
             max_rows_each=1 + speculation.limit,
-            taps=speculation.needs.taps,
+            taps=speculation.needs.aux_hidden_state_layers,
         )
         self.run_ahead.warm_up(config.max_num_seqs)
         for drafter in self.parts.drafters:

@@ -135,7 +135,7 @@ class _Loader:
         )
         return runner
 
-    def view_of_target(self, **changes: Any) -> ModelRunner:
+    def self_draft_model(self, **changes: Any) -> ModelRunner:
         model = view_of(self.target.model, **changes)
         budget = self.target.max_num_batched_tokens
         self.views.append(ModelRunner(model, max_num_batched_tokens=budget))
@@ -203,7 +203,7 @@ def _make_drafters(config: EngineConfig, loader: _Loader) -> list[DrafterHandle]
             encode=tokenizer and partial(tokenizer.encode, add_special_tokens=False),
             default_draft_model=BUNDLED_DRAFTS.get(config.model),
             load_draft_model=loader.load_draft_model,
-            view_of_target=loader.view_of_target,
+            self_draft_model=loader.self_draft_model,
         )
         before = set(loader.runners)
         made = make_drafter(context)

@@ -218,12 +218,12 @@ class Planning:
         self.planner.record_draft(name, counts, depths, behind, now - begin)
         self._unpaid.clear()
 
-    def min_path_chance(self, seq_id: str, drafter: DrafterHandle) -> float:
+    def min_path_probability(self, seq_id: str, drafter: DrafterHandle) -> float:
         """The chance below which a draft should not be made longer; probes go on."""
         name = self.source_of(drafter)
         if not drafter.drafts_in_passes or self.planner.probing.is_probing(name, seq_id):
             return 0.0
-        return self.planner.min_path_chance(name)
+        return self.planner.min_path_probability(name)
 
     def take(self, seq_id: str, name: str, answer: Found | None, found: dict[str, Found]) -> None:
         """Take an answer in, and note it in `found` unless what is there brings more."""
@@ -236,7 +236,7 @@ class Planning:
         if proposal.draft_probs is not None and not self._shares_noise:
             # A ratio rule judges drawn tokens: neither what the drafter says of them nor what
             # hangs behind them may decide.
-            stated, follows_draws = None, not self._has_fixed_shape(answer)
+            stated, follows_draws = None, not self._has_static_tree(answer)
         answer.offer = self.planner.offer(
             *(name, seq_id, tree.parents, tree.depths, stated, proposal.candidate),
             follows_draws=follows_draws,
@@ -246,9 +246,9 @@ class Planning:
             found[seq_id] = answer
             self._offers[seq_id] = answer.offer
 
-    def _has_fixed_shape(self, answer: Found) -> bool:
+    def _has_static_tree(self, answer: Found) -> bool:
         """Whether all who had a part in the proposal promise that its shape is not drawn."""
-        return all(d.has_fixed_shape for d in self._drafters if d.name in answer.own_nodes)
+        return all(d.has_static_tree for d in self._drafters if d.name in answer.own_nodes)
 
     def prune(self, found: dict[str, Found]) -> dict[str, Found]:
         """Keep of every proposal what the target is to judge; who keeps nothing is left out."""

@@ -21,7 +21,7 @@ from folospec.engine.judgement import Judgement
 from folospec.engine.request import Request
 from folospec.kernels.native_sampling import pack_law
 from folospec.spec.draft_runner import ChainLaw, ForwardResult
-from folospec.spec.drafters.base import Needs
+from folospec.spec.drafters.base import DrafterNeeds
 from folospec.spec.verify import Verdict
 from folospec.worker.model_runner import ModelRunner
 
@@ -43,7 +43,7 @@ class RunAhead:
         self,
         config: EngineConfig,
         target: ModelRunner,
-        needs: Needs,
+        needs: DrafterNeeds,
         request_of: Callable[[Sequence], Request],
     ) -> None:
         self.target, self._request = target, request_of
@@ -53,7 +53,7 @@ class RunAhead:
             obstacle = "where no CUDA graphs run"
         elif speculative is not None and not speculative.is_adaptive:
             obstacle = "with drafters that are asked in every step"
-        elif needs.taps or needs.num_top_logits:
+        elif needs.aux_hidden_state_layers or needs.num_top_tokens:
             obstacle = "with a drafter that reads the target's logits or hidden states"
         elif config.logprobs_mode == "processed_logprobs":
             obstacle = "with logprobs_mode='processed_logprobs'"

@@ -45,7 +45,7 @@ class TargetPass:
         self.run_ahead = run_ahead
         self.num_passes = 1
         """Of the last step."""
-        self.rule, self.taps = speculation.rule, speculation.needs.taps
+        self.rule, self.taps = speculation.rule, speculation.needs.aux_hidden_state_layers
         self.acceptance = config.speculative.acceptance if config.speculative else "coupled"
         self.shows_law = config.logprobs_mode == "processed_logprobs"
         self._request, self._fail = request_of, fail

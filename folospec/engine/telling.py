@@ -15,7 +15,7 @@ from folospec.engine.asking import Asking
 from folospec.engine.request import Request
 from folospec.spec.draft_runner import ForwardResult
 from folospec.spec.drafter_handle import DrafterHandle
-from folospec.spec.drafters.base import Needs, Outcome
+from folospec.spec.drafters.base import DrafterNeeds, StepResult
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import Verdict
 
@@ -62,19 +62,23 @@ class Telling:
     def tell(self, observed: Seq[Observed], result: ForwardResult, own_nodes: OwnNodes) -> None:
         """Tell every drafter what became of the step, if that concerns it."""
         has_proposals = any(seen.proposal is not None for seen in observed)
-        if not (has_proposals or self.needs.taps or self.needs.num_top_logits):
+        if not (has_proposals or _is_for_all(self.needs)):
             return
         top_token_ids = self._top_token_ids(observed, result)
         for drafter in self._drafters:
             needs = drafter.needs
             told = [
-                _outcome(drafter, seen, result, top, own_nodes)
+                _step_result(drafter, seen, result, top, own_nodes)
                 for seen, top in zip(observed, top_token_ids, strict=True)
-                if seen.proposal is not None or needs.taps or needs.num_top_logits
+                if seen.proposal is not None
+                or needs.aux_hidden_state_layers
+                or needs.num_top_tokens
             ]
             self._tell(drafter, told, observed)
 
-    def _tell(self, drafter: DrafterHandle, told: list[Outcome], observed: Seq[Observed]) -> None:
+    def _tell(
+        self, drafter: DrafterHandle, told: list[StepResult], observed: Seq[Observed]
+    ) -> None:
         try:
             if told:
                 drafter.drafter.observe(told)
@@ -92,42 +96,51 @@ class Telling:
     def _top_token_ids(self, observed: Seq[Observed], result: ForwardResult) -> Seq[Tensor | None]:
         """The likeliest tokens after the judged rows of each, as many as the most demanding drafter
         needs; on the host, in one copy."""
-        if not self.needs.num_top_logits:
+        if not self.needs.num_top_tokens:
             return [None] * len(observed)
-        count = min(self.needs.num_top_logits, result.logits.shape[1])
+        count = min(self.needs.num_top_tokens, result.logits.shape[1])
         top = result.logits.topk(count).indices.cpu()
         judged = (seen.judged_rows for seen in observed)
         return [top[rows.start : rows.stop] if len(rows) else None for rows in judged]
 
 
-def _outcome(
+def _step_result(
     drafter: DrafterHandle,
     seen: Observed,
     result: ForwardResult,
     top: Tensor | None,
     own_nodes: OwnNodes,
-) -> Outcome:
+) -> StepResult:
     """What one drafter is told of a sequence; the tensors, lists and mappings are its own."""
     needs, verdict = drafter.needs, seen.verdict
     if verdict is not None:
         verdict = replace(verdict, path=list(verdict.path))
     if top is not None:
-        top = top[:, : needs.num_top_logits].clone() if needs.num_top_logits else None
-    return Outcome(
+        top = top[:, : needs.num_top_tokens].clone() if needs.num_top_tokens else None
+    return StepResult(
         seen.seq.seq_id,
         seen.proposal,
         verdict,
         tuple(seen.new_token_ids),
         own_nodes=dict(own_nodes.get((drafter.name, seen.seq.seq_id), {})),
         start=seen.start,
-        taps={layer: result.taps[layer][seen.rows] for layer in needs.taps},
+        aux_hidden_states={
+            layer: result.taps[layer][seen.rows] for layer in needs.aux_hidden_state_layers
+        },
         top_token_ids=top,
     )
 
 
-def _union(needs: list[Needs]) -> Needs:
-    return Needs(
-        taps=tuple(sorted({tap for need in needs for tap in need.taps})),
-        num_top_logits=max((need.num_top_logits for need in needs), default=0),
+def _is_for_all(needs: DrafterNeeds) -> bool:
+    """Whether every sequence of a step matters, not only those with a proposal."""
+    return bool(needs.aux_hidden_state_layers or needs.num_top_tokens)
+
+
+def _union(needs: list[DrafterNeeds]) -> DrafterNeeds:
+    return DrafterNeeds(
+        aux_hidden_state_layers=tuple(
+            sorted({layer for need in needs for layer in need.aux_hidden_state_layers})
+        ),
+        num_top_tokens=max((need.num_top_tokens for need in needs), default=0),
         prediction=any(need.prediction for need in needs),
     )

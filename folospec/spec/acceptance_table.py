@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from folospec.core.token_tree import ROOT
 
 if TYPE_CHECKING:
-    from folospec.spec.drafters.base import Outcome
+    from folospec.spec.drafters.base import StepResult
 
 
 class AcceptanceTable:
@@ -57,14 +57,14 @@ class AcceptanceTable:
         return key if key in self._counts or len(self._counts) < self._limit else None
 
 
-def tried_nodes(outcome: Outcome) -> Iterator[tuple[int, bool]]:
+def tried_nodes(result: StepResult) -> Iterator[tuple[int, bool]]:
     """The drafter's own nodes that were put to the test, and whether each was accepted: those whose
     parent is the root or was accepted."""
-    if outcome.proposal is None or outcome.verdict is None:
+    if result.proposal is None or result.verdict is None:
         return
-    tree, path = outcome.proposal.tree, {ROOT, *outcome.verdict.path}
-    for own, node in outcome.own_nodes.items():
-        if tree.parents[node] in path and outcome.proposal.is_candidate(node):
+    tree, path = result.proposal.tree, {ROOT, *result.verdict.path}
+    for own, node in result.own_nodes.items():
+        if tree.parents[node] in path and result.proposal.is_candidate(node):
             yield own, node in path
 
 

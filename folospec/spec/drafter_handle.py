@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from folospec.config import DrafterConfig
-from folospec.spec.drafters.base import Drafter, Needs, check_count
+from folospec.spec.drafters.base import Drafter, DrafterNeeds, check_count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,10 +20,10 @@ class DrafterHandle:
     config: DrafterConfig
     num_speculative_tokens: int
     max_scratch_slots: int
-    needs: Needs
+    needs: DrafterNeeds
     kv_owner: str | None
     drafts_in_passes: bool
-    has_fixed_shape: bool
+    has_static_tree: bool
 
 
 def hold(
@@ -49,11 +49,11 @@ def hold(
         needs=drafter.needs,
         kv_owner=drafter.kv_owner,
         drafts_in_passes=drafter.drafts_in_passes,
-        has_fixed_shape=drafter.has_fixed_shape,
+        has_static_tree=drafter.has_static_tree,
     )
     check_count(f"num_speculative_tokens of {name}", handle.num_speculative_tokens)
     check_count(f"max_scratch_slots of {name}", handle.max_scratch_slots, least=0)
-    for fact in ("drafts_in_passes", "has_fixed_shape"):
+    for fact in ("drafts_in_passes", "has_static_tree"):
         if not isinstance(getattr(handle, fact), bool):
             raise ValueError(
                 f"{fact} of {name} must be True or False, got {getattr(handle, fact)!r}"
@@ -68,14 +68,15 @@ def hold(
 
 
 def _check_needs(needs: object, name: str, num_layers: int) -> None:
-    if not isinstance(needs, Needs):
-        raise ValueError(f"needs of {name} must be a Needs, got a {type(needs).__name__}")
-    layers = needs.taps
+    if not isinstance(needs, DrafterNeeds):
+        raise ValueError(f"needs of {name} must be a DrafterNeeds, got a {type(needs).__name__}")
+    layers = needs.aux_hidden_state_layers
     ok = isinstance(layers, tuple) and all(type(layer) is int for layer in layers)
     if not ok or not all(0 <= layer <= num_layers for layer in layers):
         raise ValueError(
-            f"taps of {name} must be a tuple of integers in 0..{num_layers}, got {layers!r}"
+            f"aux_hidden_state_layers of {name} must be a tuple of integers in 0..{num_layers}, "
+            f"got {layers!r}"
         )
-    check_count(f"num_top_logits of {name}", needs.num_top_logits, least=0)
+    check_count(f"num_top_tokens of {name}", needs.num_top_tokens, least=0)
     if not isinstance(needs.prediction, bool):
         raise ValueError(f"prediction of {name} must be True or False, got {needs.prediction!r}")

@@ -34,13 +34,13 @@ from folospec.spec.drafting import Drafting
 
 if TYPE_CHECKING:
     from folospec.kernels.gpu.sampling import DeviceSampling
-    from folospec.spec.drafters.base import DraftRow
+    from folospec.spec.drafters.base import DraftRequest
 
 
 class DraftLaw:
     """What the drafts of a sequence are drawn with."""
 
-    def __init__(self, row: DraftRow, plan: Drafting) -> None:
+    def __init__(self, row: DraftRequest, plan: Drafting) -> None:
         params = row.params
         self.row, self.temperature = row, params.temperature
         self.is_noisy = plan.is_sampled and not params.greedy

@@ -24,14 +24,14 @@ from folospec.spec.drawing import DraftLaw, Spot
 from folospec.spec.proposal import Proposal
 
 if TYPE_CHECKING:
-    from folospec.spec.drafters.base import DraftRow
+    from folospec.spec.drafters.base import DraftRequest
 
 
 @dataclass(slots=True)
 class Chain:
     """The draft of one sequence while it grows by a token in every pass."""
 
-    row: DraftRow
+    row: DraftRequest
     law: DraftLaw
     least: float
     """Of a path that is less likely the end is not drafted on."""
@@ -81,7 +81,7 @@ class Growth:
     """The tree of one sequence while it grows. `frontier` holds the nodes whose children are drawn
     next."""
 
-    row: DraftRow
+    row: DraftRequest
     law: DraftLaw
     least: float
     """Nodes that are reached with a smaller chance have no children."""

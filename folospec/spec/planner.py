@@ -140,7 +140,7 @@ class Planner:
             return True
         return self._since_plain >= _REFERENCE_EVERY
 
-    def min_path_chance(self, name: str) -> float:
+    def min_path_probability(self, name: str) -> float:
         """The chance below which a draft with a model is not worth another level."""
         num_rows = self._plan.num_rows(name)
         if not num_rows or not self.beliefs.sources[name].in_passes:

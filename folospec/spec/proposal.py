@@ -1,7 +1,8 @@
-"""What a drafter hands over for one sequence: a token tree, and the law each node was drawn from.
+"""What a drafter hands over for one sequence: a token tree, and the distribution that
+each node was drawn from.
 
 A proposal knows nothing of KV, requests or batches. It is made in `propose`, may lose nodes to the
-planner, and is judged by one of the rules in `spec.verify`.
+planner, and is verified by one of the rules in `spec.verify`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Proposal:
     tuples; the engine checks and copies what a drafter hands over, see `spec.checks`.
 
     Siblings are tried in row order. Under the rules `rejection` and `block` that order must be the
-    order in which they were drawn, and every row of `draft_probs` must be the law its node was
-    really drawn from; where a drafter lies about either, the output law is no longer the target's.
+    order in which they were drawn, and every row of `draft_probs` must be the distribution that its
+    node was drawn from; where either is wrong, the output no longer has the target's distribution.
     Under `coupled` neither matters.
 
     Raises:
@@ -30,15 +31,16 @@ class Proposal:
 
     tree: TokenTree
     draft_probs: torch.Tensor | None = None  # [num_nodes, vocab_size], float
-    """Row i is the law node i was drawn from, given its context *and its earlier siblings*: the
-    same row for i.i.d. children, earlier siblings zeroed and renormalised for children without
-    replacement, one-hot for a child that is a function of its context. None: all are one-hot."""
+    """Row i is the distribution that node i was drawn from, given its context *and its earlier
+    siblings*: the same row for i.i.d. children, earlier siblings zeroed and renormalised for
+    children without replacement, one-hot for a child that is a function of its context. None: all
+    are one-hot."""
     confidence: Sequence[float] | None = None  # [num_nodes]
     """The chance that a node is accepted, given that its parent was: in [0, 1], as far as the
     drafter can tell before the target's pass. Siblings exclude each other, so theirs add up to at
     most 1. None when it has no opinion."""
     candidate: Sequence[bool] | None = None  # [num_nodes]
-    """False: the row is computed but never judged (scratch). None: all are judged."""
+    """False: the row is computed but never verified (scratch). None: all are verified."""
     draft_slots: Mapping[str, Sequence[int | None]] = field(default_factory=dict)  # [num_nodes]
     """By KV owner, where the drafter's own KV row of each node lies, as an offset from the root's
     slot index (node i's own row is at i + 1); None for a node it has not run."""
@@ -70,12 +72,12 @@ class Proposal:
         return len(self.tree)
 
     def is_candidate(self, node: int) -> bool:
-        """Whether the node is judged; a judged node under a scratch node is never reached."""
+        """Whether the node is verified; one under a scratch node is never reached."""
         return self.candidate is None or self.candidate[node]
 
     @property
     def num_draft_tokens(self) -> int:
-        """Nodes that are judged."""
+        """Nodes that are verified."""
         return len(self) if self.candidate is None else sum(self.candidate)
 
     def prune(self, keep: Iterable[int]) -> Proposal:

@@ -17,7 +17,7 @@ from harness import VOCAB_SIZE
 
 from folospec import Drafter, Proposal, register_drafter
 from folospec.core.token_tree import TokenTree
-from folospec.spec.drafters.base import Needs
+from folospec.spec.drafters.base import DrafterNeeds
 
 
 class LyingTree(TokenTree):
@@ -155,17 +155,17 @@ WRONG_LISTS: dict[str, Callable[[list[Any]], Any]] = {
 }
 
 
-def spoil(outcomes: list[Any]) -> None:
+def spoil(results: list[Any]) -> None:
     """Change whatever there is of a step's results."""
-    for outcome in outcomes:
-        for rows in outcome.taps.values():
+    for result in results:
+        for rows in result.aux_hidden_states.values():
             rows.fill_(math.nan)
-        if outcome.top_token_ids is not None:
-            outcome.top_token_ids.fill_(-5)
-        if outcome.verdict is not None:
-            outcome.verdict.path.append(99)
-        outcome.own_nodes.update({7: 99})
-    outcomes.clear()
+        if result.top_token_ids is not None:
+            result.top_token_ids.fill_(-5)
+        if result.verdict is not None:
+            result.verdict.path.append(99)
+        result.own_nodes.update({7: 99})
+    results.clear()
 
 
 class HostileDrafter(Drafter):
@@ -178,8 +178,8 @@ class HostileDrafter(Drafter):
     num_asked = 0
 
     @property
-    def needs(self) -> Needs:
-        return Needs(taps=(0, 1), num_top_logits=2)
+    def needs(self) -> DrafterNeeds:
+        return DrafterNeeds(aux_hidden_state_layers=(0, 1), num_top_tokens=2)
 
     def propose(self, requests: list[Any]) -> Any:
         answers = [self._answer(request) for request in requests]
@@ -221,8 +221,8 @@ class HostileDrafter(Drafter):
             return Proposal(TokenTree.chain([1]))
         return Proposal(TokenTree(token_ids, parents), confidence=[0.3] * len(token_ids))
 
-    def observe(self, outcomes: list[Any]) -> None:
-        spoil(outcomes)
+    def observe(self, results: list[Any]) -> None:
+        spoil(results)
         if self.fault == "observe" or (self.fault is None and self.random.random() < 0.2):
             raise RuntimeError("cannot learn")
 

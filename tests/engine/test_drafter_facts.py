@@ -9,7 +9,7 @@ from harness import PROMPTS, Run, make_llm, run
 
 from folospec import Drafter, Proposal, register_drafter
 from folospec.core.token_tree import TokenTree
-from folospec.spec.drafters.base import Needs
+from folospec.spec.drafters.base import DrafterNeeds
 
 
 class Plain(Drafter):
@@ -20,10 +20,10 @@ class Plain(Drafter):
 FACTS: dict[str, tuple[Any, str]] = {
     "num_speculative_tokens": (2.5, "integer of at least 1"),
     "max_scratch_slots": (-1, "integer of at least 0"),
-    "needs": ({"prediction": True}, "must be a Needs"),
+    "needs": ({"prediction": True}, "must be a DrafterNeeds"),
     "kv_owner": ("target", "None or a name under which it has loaded a model"),
     "drafts_in_passes": (1, "True or False"),
-    "has_fixed_shape": (None, "True or False"),
+    "has_static_tree": (None, "True or False"),
 }
 
 
@@ -37,7 +37,13 @@ def test_a_fact_out_of_range_is_refused_when_the_engine_is_made(fact: str, model
 
 
 @pytest.mark.parametrize(
-    "needs", [Needs(taps=(9,)), Needs(taps=[0]), Needs(num_top_logits=1.0), Needs(prediction=1)]
+    "needs",
+    [
+        DrafterNeeds(aux_hidden_state_layers=(9,)),
+        DrafterNeeds(aux_hidden_state_layers=[0]),
+        DrafterNeeds(num_top_tokens=1.0),
+        DrafterNeeds(prediction=1),
+    ],
 )
 def test_needs_out_of_range_are_refused(needs: Any, models: Any) -> None:
     name = f"wrong {needs}"

@@ -1,4 +1,5 @@
-"""A drafter that needs taps or top logits is told of every committed position, once, in order."""
+"""A drafter that needs hidden states or top tokens gets those of every committed position, once, in
+order."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from harness import OracleTreeDrafter, make_llm, run
 from transformers import LlamaForCausalLM
 
 from folospec import register_drafter
-from folospec.spec.drafters.base import Needs, Outcome
+from folospec.spec.drafters.base import DrafterNeeds, StepResult
 
 LAYERS = (0, 1, 2)
 
@@ -20,18 +21,18 @@ class Watcher(OracleTreeDrafter):
     """Proposes trees like its parent and keeps what it is told, by sequence."""
 
     seen: dict[str, dict[int, list[torch.Tensor]]] = {}
-    tops: dict[str, list[Outcome]] = {}
+    tops: dict[str, list[StepResult]] = {}
 
     @property
-    def needs(self) -> Needs:
-        return Needs(taps=LAYERS, num_top_logits=3)
+    def needs(self) -> DrafterNeeds:
+        return DrafterNeeds(aux_hidden_state_layers=LAYERS, num_top_tokens=3)
 
-    def observe(self, outcomes: list[Outcome]) -> None:
+    def observe(self, outcomes: list[StepResult]) -> None:
         for outcome in outcomes:
             if outcome.seq_id.startswith("request-2"):
                 continue  # its siblings begin where the first sequence has computed the prompt
             taps = self.seen.setdefault(outcome.seq_id, {layer: [] for layer in LAYERS})
-            for layer, rows in outcome.taps.items():
+            for layer, rows in outcome.aux_hidden_states.items():
                 del taps[layer][outcome.start :]
                 assert len(taps[layer]) == outcome.start
                 taps[layer].extend(rows)
@@ -42,7 +43,7 @@ register_drafter("watcher", Watcher)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 16}, {"deterministic": True}])
-def test_taps_are_the_targets_hidden_states(
+def test_aux_hidden_states_are_the_targets_hidden_states(
     options: dict[str, Any], models: Any, plain: harness.Run
 ) -> None:
     Watcher.seen.clear()
@@ -65,7 +66,7 @@ def test_taps_are_the_targets_hidden_states(
             assert not torch.allclose(seen[1:], states[layer][0, : len(seen) - 1], atol=1e-3)
 
 
-def test_top_logits_are_those_of_every_judged_row(models: Any, plain: harness.Run) -> None:
+def test_top_tokens_are_those_of_every_judged_row(models: Any, plain: harness.Run) -> None:
     Watcher.tops.clear()
     settings = {"method": "watcher", "num_speculative_tokens": 12}
     result = run(make_llm(models.target, settings))

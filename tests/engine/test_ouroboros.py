@@ -17,7 +17,7 @@ from folospec.core.token_tree import TokenTree
 from folospec.engine import commit
 from folospec.engine.speculation import Speculation
 from folospec.spec.children import Children
-from folospec.spec.drafters.base import Outcome
+from folospec.spec.drafters.base import StepResult
 from folospec.spec.drafters.draft_model import DraftModelDrafter
 from folospec.spec.drafters.ouroboros import OuroborosDrafter, _Drafted
 from folospec.spec.proposal import Proposal
@@ -223,7 +223,7 @@ def test_the_draft_goes_on_with_phrases_and_the_target_takes_some(
     counts: Counter[str] = Counter()
     real = OuroborosDrafter.observe
 
-    def watching(self: Any, outcomes: list[Outcome]) -> None:
+    def watching(self: Any, outcomes: list[StepResult]) -> None:
         for outcome in outcomes:
             if outcome.seq_id in self._drafted and outcome.verdict is not None:
                 length = self._drafted[outcome.seq_id].length
@@ -288,7 +288,7 @@ def test_rejected_drafts_become_phrases_as_the_target_goes_on(models: Any) -> No
     tree = TokenTree([5, 6, 7, 8, 20], [-1, 0, 1, 2, 0])
     drafter._drafted["a"] = _Drafted(tree, 4, [(0, 1)], [])
     top = torch.tensor([5, 9, 7, 11, 12, 13])[:, None]
-    outcome = Outcome("a", Proposal(tree), Verdict([0], 9), [5, 9], {n: n for n in range(5)})
+    outcome = StepResult("a", Proposal(tree), Verdict([0], 9), [5, 9], {n: n for n in range(5)})
     outcome.top_token_ids = top
     drafter.observe([outcome])
     assert {t: drafter._pool.lookup(t) for t in (5, 6, 7, 8, 9, 20)} == {

@@ -22,7 +22,7 @@ class WholeTargetDrafter(ModelDrafter):
 
     def __init__(self, context: Any) -> None:
         options = context.read_options(DRAFTING_OPTIONS)
-        super().__init__(context, options, context.view_of_target())
+        super().__init__(context, options, context.self_draft_model())
 
 
 register_drafter("whole_target", WholeTargetDrafter)

@@ -19,7 +19,7 @@ from folospec.core.token_tree import ROOT
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.spec.draft_runner import ForwardResult, RowChains
-from folospec.spec.drafters.base import DrafterContext, DraftRow
+from folospec.spec.drafters.base import DrafterContext, DraftRequest
 from folospec.spec.drafters.model_drafter import DRAFTING_OPTIONS, ModelDrafter
 
 VOCAB_SIZE, BLOCK_SIZE = 9, 4
@@ -111,7 +111,7 @@ def make_drafter(acceptance="coupled", stream=0, num_speculative_tokens=None, **
         encode=None,
         default_draft_model=None,
         load_draft_model=None,
-        view_of_target=None,
+        self_draft_model=None,
     )
     return FakeDrafter(context, {**DRAFTING_OPTIONS, **options}, FakeRunner())
 
@@ -121,7 +121,7 @@ def make_row(number=0, *, temperature=0.0, length=6, nodes=16, depth=9, slots=40
     rng = random.Random(f"row {number}")
     blocks = rng.sample(range(100 * number, 100 * number + 80), 60)
     token_ids = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
-    return DraftRow(
+    return DraftRequest(
         seq_id=f"seq-{number}",
         token_ids=token_ids,
         num_prompt_tokens=length,
@@ -158,8 +158,8 @@ def mixed_rows(**limits):
 
 def make_copy(row):
     """The same sequence with no draft KV."""
-    names = [name for name in DraftRow.__slots__ if name != "num_draft_computed"]
-    return DraftRow(**{name: getattr(row, name) for name in names})
+    names = [name for name in DraftRequest.__slots__ if name != "num_draft_computed"]
+    return DraftRequest(**{name: getattr(row, name) for name in names})
 
 
 def penalised_logits(row, path):

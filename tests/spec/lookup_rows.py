@@ -11,7 +11,13 @@ import torch
 
 from folospec import SamplingParams
 from folospec.config import DrafterConfig
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome, make_drafter
+from folospec.spec.drafters.base import (
+    Drafter,
+    DrafterContext,
+    DraftRequest,
+    StepResult,
+    make_drafter,
+)
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import Verdict
 
@@ -27,12 +33,12 @@ def make(method: str, *, acceptance: str = "coupled", vocab_size: int = 61, **se
         encode=None,
         default_draft_model=None,
         load_draft_model=None,
-        view_of_target=None,
+        self_draft_model=None,
     )
     return make_drafter(context)
 
 
-def row_of(token_ids: Sequence[int], seq_id: str = "a", **facts: Any) -> DraftRow:
+def row_of(token_ids: Sequence[int], seq_id: str = "a", **facts: Any) -> DraftRequest:
     nodes = facts.pop("max_draft_tokens", 5)
     given: dict[str, Any] = {
         "num_prompt_tokens": len(token_ids),
@@ -43,7 +49,7 @@ def row_of(token_ids: Sequence[int], seq_id: str = "a", **facts: Any) -> DraftRo
         "sample_index": 0,
         "block_table": (),
     }
-    return DraftRow(seq_id, token_ids, max_draft_tokens=nodes, **{**given, **facts})
+    return DraftRequest(seq_id, token_ids, max_draft_tokens=nodes, **{**given, **facts})
 
 
 def ask(drafter: Drafter, token_ids: Sequence[int], seq_id: str = "a", **facts: Any) -> Any:
@@ -75,7 +81,7 @@ def tell(
     own = {} if proposal is None or not is_own else {node: node for node in range(len(proposal))}
     tops = None if top_token_ids is None else torch.tensor(top_token_ids)
     told = None if proposal is None else verdict
-    drafter.observe([Outcome(seq_id, proposal, told, new, own, top_token_ids=tops)])
+    drafter.observe([StepResult(seq_id, proposal, told, new, own, top_token_ids=tops)])
     return new
 
 
@@ -97,7 +103,7 @@ class CountingList(list):
 def num_read_per_step(drafter: Drafter, num_tokens: int) -> int:
     """Items of the context that a drafter reads in its second step, 4 tokens after the first."""
     token_ids = CountingList([i % 7 for i in range(num_tokens)])
-    assert ask(drafter, token_ids) is not None or drafter.needs.num_top_logits
+    assert ask(drafter, token_ids) is not None or drafter.needs.num_top_tokens
     token_ids.extend((num_tokens + i) % 7 for i in range(4))
     token_ids.num_read = 0
     ask(drafter, token_ids)

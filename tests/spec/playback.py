@@ -10,7 +10,13 @@ from typing import Any
 import folospec.spec.drafters  # noqa: F401 - registers them
 from folospec import SamplingParams
 from folospec.config import DrafterConfig
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome, make_drafter
+from folospec.spec.drafters.base import (
+    Drafter,
+    DrafterContext,
+    DraftRequest,
+    StepResult,
+    make_drafter,
+)
 from folospec.spec.verify import Verdict, verify_coupled
 
 
@@ -35,7 +41,7 @@ def drafter(
             encode=encode,
             default_draft_model=None,
             load_draft_model=none,
-            view_of_target=none,
+            self_draft_model=none,
         )
     )
 
@@ -48,8 +54,8 @@ def row(
     max_depth: int = 1000,
     prediction: Sequence[int] = (),
     seq_id: str = "s",
-) -> DraftRow:
-    return DraftRow(
+) -> DraftRequest:
+    return DraftRequest(
         seq_id=seq_id,
         token_ids=token_ids,
         num_prompt_tokens=num_prompt_tokens,
@@ -120,7 +126,7 @@ def play(
         tokens += new
         _count(played, proposal, verdict)
         nodes = {node: node for node in range(len(tree))}
-        source.observe([Outcome(asked.seq_id, proposal, verdict, new, own_nodes=nodes)])
+        source.observe([StepResult(asked.seq_id, proposal, verdict, new, own_nodes=nodes)])
     source.finish("s", tokens, len(prompt))
     source.drop("s")
     return played

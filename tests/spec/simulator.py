@@ -115,7 +115,7 @@ class Planned:
 
     @property
     def min_chance(self) -> float:
-        return self.planner.min_path_chance("draft")
+        return self.planner.min_path_probability("draft")
 
     def depths(self, jobs: Sequence[Job]) -> dict[str, int]:
         names = [job.name for job in jobs]

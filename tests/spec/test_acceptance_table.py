@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
-from folospec.spec.drafters.base import Outcome
+from folospec.spec.drafters.base import StepResult
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import Verdict
 
@@ -81,7 +81,7 @@ def test_a_table_that_could_not_learn_is_refused(arguments, said):
 def outcome(path, candidate=None, own_nodes=None):
     own_nodes = {n: n for n in range(5)} if own_nodes is None else own_nodes
     proposal = Proposal(TREE, candidate=candidate)
-    return Outcome("s", proposal, Verdict(path, 0), [], own_nodes=own_nodes)
+    return StepResult("s", proposal, Verdict(path, 0), [], own_nodes=own_nodes)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_nodes_are_named_as_the_drafter_knows_them():
 
 
 def test_nothing_was_tried_where_nothing_was_judged():
-    assert list(tried_nodes(Outcome("s", None, None, [1], own_nodes={0: 0}))) == []
-    assert list(tried_nodes(Outcome("s", Proposal(TREE), None, [1], own_nodes={0: 0}))) == []
+    assert list(tried_nodes(StepResult("s", None, None, [1], own_nodes={0: 0}))) == []
+    assert list(tried_nodes(StepResult("s", Proposal(TREE), None, [1], own_nodes={0: 0}))) == []
 
 
 # Siblings

@@ -20,7 +20,7 @@ from folospec.core.token_tree import ROOT
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.spec import children as children_module
-from folospec.spec.drafters.base import Outcome
+from folospec.spec.drafters.base import StepResult
 from folospec.spec.drafting import DRAFTING_OPTIONS, RankAcceptance, Sharpness, read_drafting
 from folospec.spec.tree_shapes import sequoia
 from folospec.spec.verify import Verdict
@@ -275,7 +275,7 @@ def test_acceptance_is_learned_by_rank_of_the_nodes_that_were_tried():
         [proposal] = drafter.propose([row])
         second = proposal.tree.children()[1]
         own = {node: node for node in range(len(proposal))}
-        drafter.observe([Outcome("seq-0", proposal, Verdict([second], 0), [], own_nodes=own)])
+        drafter.observe([StepResult("seq-0", proposal, Verdict([second], 0), [], own_nodes=own)])
     ranks = drafter.stats()["rank_acceptance"]
     # Of rank 0 two were tried in each step: the first child, and the one below the second child.
     prior, weight = drafter.ranks.PRIOR, drafter.ranks.WEIGHT
@@ -297,7 +297,7 @@ def test_a_pruned_tree_learns_by_the_rank_at_which_a_node_was_drawn():
     drafter.ranks.record = lambda trials: seen.extend(trials)
     own = {node: node for node in range(len(proposal))}
     path = proposal.tree.path(len(proposal) - 1)
-    drafter.observe([Outcome("seq-2", proposal, Verdict(path, 0), [], own_nodes=own)])
+    drafter.observe([StepResult("seq-2", proposal, Verdict(path, 0), [], own_nodes=own)])
     tried = [n for n, parent in enumerate(proposal.tree.parents) if parent in {ROOT, *path}]
     assert seen == [(expected[node], node in path) for node in tried]
     assert len(path) > 1
@@ -307,7 +307,7 @@ def test_a_pruned_tree_learns_by_the_rank_at_which_a_node_was_drawn():
 def test_what_was_dropped_is_not_learned_from():
     drafter = make_drafter(tree=[2])
     [proposal] = drafter.propose([make_row()])
-    outcome = Outcome("seq-0", proposal, Verdict([0], 0), [], own_nodes={0: 0, 1: 1})
+    outcome = StepResult("seq-0", proposal, Verdict([0], 0), [], own_nodes={0: 0, 1: 1})
     learned = []
     drafter.ranks.record = lambda trials: learned.extend(trials)
     drafter.drop("seq-0")

@@ -88,7 +88,7 @@ def test_a_path_below_the_least_chance_is_not_drafted_on(tree, temperature):
     drafter = make_drafter(tree=tree)
     row = make_row(3, temperature=temperature)
     joint = math.prod(full.confidence[:1])
-    row.min_path_chance = least = joint * 0.9
+    row.min_path_probability = least = joint * 0.9
     [short] = drafter.propose([row])
     assert paths_end_where_they_become_unlikely(short, least)
     assert not paths_end_where_they_become_unlikely(full, least)
@@ -100,7 +100,7 @@ def test_under_a_ratio_rule_the_length_of_a_sampled_draft_is_settled_before_it_i
     drafter = make_drafter(acceptance, num_speculative_tokens=5)
     rows = [make_row(3, temperature=0.9, nodes=5), make_row(3, nodes=5)]
     for row in rows:
-        row.min_path_chance = 0.9999
+        row.min_path_probability = 0.9999
     sampled, greedy = drafter.propose(rows)
     assert len(sampled) == 5
     assert len(greedy) == 1

@@ -44,7 +44,7 @@ def make(drafter: Any, *, early_exit_layer: int | None = None, model: Any = None
         encode=None,
         default_draft_model=None,
         load_draft_model=None,
-        view_of_target=views,
+        self_draft_model=views,
     )
     made = drafter(context)
     (asked,) = views.asked

@@ -14,7 +14,7 @@ import torch
 from folospec import SamplingParams
 from folospec.config import DrafterConfig
 from folospec.core.token_tree import TokenTree
-from folospec.spec.drafters.base import DrafterContext, DraftRow, Outcome
+from folospec.spec.drafters.base import DrafterContext, DraftRequest, StepResult
 from folospec.spec.drafters.lookahead import LookaheadDrafter, Window
 from folospec.spec.merge import merge_proposals
 from folospec.spec.proposal import Proposal
@@ -49,7 +49,7 @@ def make_drafter(
         encode=None,
         default_draft_model=None,
         load_draft_model=None,  # type: ignore[arg-type]
-        view_of_target=None,  # type: ignore[arg-type]
+        self_draft_model=None,  # type: ignore[arg-type]
     )
     return LookaheadDrafter(context)
 
@@ -63,8 +63,8 @@ class Decoding:
         self.num_prompt_tokens = len(prompt)
         self.num_steps = 1
 
-    def row(self, **limits: int) -> DraftRow:
-        return DraftRow(
+    def row(self, **limits: int) -> DraftRequest:
+        return DraftRequest(
             seq_id="a",
             token_ids=self.token_ids,
             num_prompt_tokens=self.num_prompt_tokens,
@@ -107,7 +107,7 @@ class Decoding:
         self.token_ids += new_token_ids
         own_nodes = {} if own is None else sources[-1]
         top = torch.tensor(said)[:, None]
-        outcome = Outcome("a", merged, verdict, new_token_ids, own_nodes, top_token_ids=top)
+        outcome = StepResult("a", merged, verdict, new_token_ids, own_nodes, top_token_ids=top)
         self.drafter.observe([outcome])
         return own
 
@@ -276,7 +276,7 @@ def test_a_proposal_that_was_not_used_leaves_the_window_where_it_is() -> None:
     other = Proposal(TokenTree([3], [-1]))
     verdict = verify_coupled(other.tree, [3, 4])
     top = torch.tensor([[3], [4]])
-    seq.drafter.observe([Outcome("a", other, verdict, [3, 4], {}, top_token_ids=top)])
+    seq.drafter.observe([StepResult("a", other, verdict, [3, 4], {}, top_token_ids=top)])
     assert seq.window == before
 
 

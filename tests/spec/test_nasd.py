@@ -100,9 +100,9 @@ def test_a_step_without_a_draft_teaches_too():
 
 
 def test_only_a_filler_asks_the_target_for_its_top_tokens():
-    assert make("nasd").needs.num_top_logits == 1
-    assert make("nasd", filler_top_k=4).needs.num_top_logits == 4
-    assert make("nasd", filler_top_k=0).needs.num_top_logits == 0
+    assert make("nasd").needs.num_top_tokens == 1
+    assert make("nasd", filler_top_k=4).needs.num_top_tokens == 4
+    assert make("nasd", filler_top_k=0).needs.num_top_tokens == 0
 
 
 @pytest.mark.parametrize("store", ["basic", "one_level"])

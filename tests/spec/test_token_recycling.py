@@ -158,7 +158,7 @@ def test_sizes_are_reported_and_a_dropped_sequence_leaves_nothing_of_its_own():
 
 def test_a_vocabulary_smaller_than_the_rows_is_served():
     drafter = make("token_recycling", vocab_size=3)
-    assert drafter.needs.num_top_logits == 3
+    assert drafter.needs.num_top_tokens == 3
     teach(drafter, {1: [2, 0, 1]})
     assert set(ask(drafter, [1], max_draft_tokens=3).tree.token_ids) <= {0, 1, 2}
 

@@ -1,9 +1,9 @@
 """The drafter interface and its registry. A new drafter is one file: subclass `Drafter`, register
 it, name it in `speculative=`.
 
-A drafter proposes and learns. It never sees blocks being allocated or freed, never judges its own
-tokens, and cannot change the output: whatever it proposes, the verifier emits what plain decoding
-would have.
+A drafter proposes tokens and learns from results. It allocates and frees no blocks, does not verify
+its own tokens, and does not change the output: the engine checks what it hands over
+(`spec.checks`), and what it is given is read-only or a copy.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class DraftRow:
-    """What a drafter is told of one sequence: its committed tokens (the last of them is the root),
-    and how much it may propose.
+class DraftRequest:
+    """One sequence to draft for: its committed tokens (the last of them is the root), and how much
+    may be proposed. The token lists are read-only views that grow with the sequence.
 
     A drafter that keeps KV finds in `num_draft_computed` how many committed tokens have it, and
     writes its new progress there.
@@ -38,7 +38,7 @@ class DraftRow:
     token_ids: Sequence[int]
     num_prompt_tokens: int
     max_draft_tokens: int
-    """Most nodes that are judged."""
+    """Most nodes that are verified."""
     max_depth: int
     """Depth of the deepest node that could still be used; the engine leaves out what is deeper."""
     num_slots: int
@@ -54,8 +54,8 @@ class DraftRow:
     prompt_token_ids: Sequence[int] = ()
     output_token_ids: Sequence[int] = ()
     num_draft_computed: int = 0
-    min_path_chance: float = 0.0
-    """A node that is reached with less than this chance is not worth having children."""
+    min_path_probability: float = 0.0
+    """A node that is reached with a smaller probability is not worth having children."""
 
     @property
     def root_position(self) -> int:
@@ -63,12 +63,13 @@ class DraftRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class DrafterNeeds:
     """What a drafter asks of the target's forward passes, besides its tokens."""
 
-    taps: tuple[int, ...] = ()
-    """Layers: the residual stream before each of them, at every committed position."""
-    num_top_logits: int = 0
+    aux_hidden_state_layers: tuple[int, ...] = ()
+    """Layers in 0..`num_layers`: the hidden states (residual stream) before each of them, at every
+    committed position."""
+    num_top_tokens: int = 0
     """The target's most likely tokens after every row of a proposal, accepted or not, by its raw
     logits: no sampling parameter is applied."""
     prediction: bool = False
@@ -76,11 +77,12 @@ class Needs:
 
 
 @dataclass(slots=True)
-class Outcome:
+class StepResult:
     """What a step did to a sequence.
 
-    Without `needs`, one for each verified proposal. A drafter that needs taps or top logits gets
-    one for every sequence of the step, `proposal` and `verdict` None where there was none.
+    Without `needs`, one for each verified proposal. A drafter that needs hidden states or top
+    tokens gets one for every sequence of the step, `proposal` and `verdict` None where there was
+    none. Tensors, lists and mappings are the drafter's own.
     """
 
     seq_id: str
@@ -92,16 +94,16 @@ class Outcome:
     """Where this drafter's nodes are in `proposal`, which may be merged from several drafters'; a
     node that was left out is missing, and all are where another drafter's proposal was taken."""
     start: int = 0
-    """Position of the first row of `taps`."""
-    taps: Mapping[int, Tensor] = field(default_factory=dict)
+    """Position of the first row of `aux_hidden_states`."""
+    aux_hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> [num_committed_rows, hidden_size], for positions `start`, `start` + 1, ... A sibling
-    of n > 1 begins at the end of the prompt, whose rows the request's first sequence was told."""
+    of n > 1 begins at the end of the prompt; the request's first sequence has the rows before."""
     top_token_ids: Tensor | None = None
-    """int64 [num_nodes + 1, num_top_logits], most likely first; row 0 is the root, row i + 1 is
-    node i. None where nothing was judged."""
+    """int64 [num_nodes + 1, num_top_tokens], most likely first; row 0 is the root, row i + 1 is
+    node i. None where nothing was verified."""
 
 
-class TargetView(Protocol):
+class SelfDraftModel(Protocol):
     """Gives a runner for a cheaper copy of the target, which reads and writes the target's KV."""
 
     def __call__(
@@ -124,7 +126,7 @@ class DrafterContext:
     stream: int
     """Number of the drafter in this engine; part of the key of its own noise."""
     acceptance: str
-    """The rule that judges proposals, a key of `spec.verify.ACCEPTANCE`."""
+    """The rule that verifies proposals, a key of `spec.verify.ACCEPTANCE`."""
     target: ModelSpec
     encode: Callable[[str], list[int]] | None
     """Text to token ids without special tokens; None without a tokenizer."""
@@ -133,7 +135,7 @@ class DrafterContext:
     load_draft_model: Callable[[str, str], DraftRunner]
     """`load_draft_model(path, owner)`: a runner for the model at `path`, whose KV belongs to
     `owner`, the drafter's `kv_owner`."""
-    view_of_target: TargetView
+    self_draft_model: SelfDraftModel
     """A runner for a cheaper copy of the target. It has no progress to keep: whatever it writes at
     the root's slot and behind, verification writes again. Raises ValueError for a target that
     cannot be copied so."""
@@ -175,7 +177,7 @@ class Drafter(ABC):
     its own, on the class or on the instance."""
     max_scratch_slots = 0
     """Slots a drafter can use beside those of its draft tokens: for rows that are computed and
-    never judged, or for draft KV of nodes that it does not propose in the end."""
+    never verified, or for draft KV of nodes that it does not propose in the end."""
 
     def __init__(self, context: DrafterContext) -> None:
         self.config = context.config
@@ -192,15 +194,15 @@ class Drafter(ABC):
         return False
 
     @property
-    def has_fixed_shape(self) -> bool:
+    def has_static_tree(self) -> bool:
         """Whether the shape of a sampled draft is known before its first token is drawn. Where it
-        is not, a planner leaves sampled drafts whole under a ratio rule."""
+        is not, a planner prunes no sampled drafts under a ratio rule."""
         return False
 
     @property
-    def needs(self) -> Needs:
-        """What it is to be told."""
-        return Needs()
+    def needs(self) -> DrafterNeeds:
+        """What it needs of the target's passes. Read once, when the engine is made."""
+        return DrafterNeeds()
 
     @property
     def kv_owner(self) -> str | None:
@@ -212,15 +214,15 @@ class Drafter(ABC):
         if that takes time."""
 
     @abstractmethod
-    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        """Return a proposal within the limits of the row for each row, or None where there is
-        nothing to say."""
+    def propose(self, requests: list[DraftRequest]) -> list[Proposal | None]:
+        """Return a proposal for each request, within its limits, or None where there is nothing to
+        propose."""
 
-    def observe(self, outcomes: list[Outcome]) -> None:  # noqa: B027 - most drafters learn nothing
-        """Learn from what became of the step."""
+    def observe(self, results: list[StepResult]) -> None:  # noqa: B027 - most learn nothing
+        """Learn from the results of a step."""
 
     def finish(self, seq_id: str, token_ids: Sequence[int], num_prompt_tokens: int) -> None:  # noqa: B027
-        """A sequence has all its tokens: what is worth keeping of it for others. `drop` follows."""
+        """The sequence ended: store whatever helps to draft for other requests. `drop` follows."""
 
     def drop(self, seq_id: str) -> None:  # noqa: B027 - most drafters keep no state
         """Forget a sequence: it is finished, or was preempted."""

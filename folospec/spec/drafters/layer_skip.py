@@ -47,7 +47,9 @@ class LayerSkipDrafter(ModelDrafter):
             {**DRAFTING_OPTIONS, "exit_layer": None, "skip_attention": None, "skip_mlp": None}
         )
         self.skip_attention, self.skip_mlp = _skipped(options, context)
-        runner = context.view_of_target(skip_attention=self.skip_attention, skip_mlp=self.skip_mlp)
+        runner = context.self_draft_model(
+            skip_attention=self.skip_attention, skip_mlp=self.skip_mlp
+        )
         super().__init__(context, options, runner)
 
     def stats(self) -> dict[str, Any]:

@@ -39,9 +39,9 @@ from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
-    DraftRow,
-    Needs,
-    Outcome,
+    DrafterNeeds,
+    DraftRequest,
+    StepResult,
     check_count,
 )
 from folospec.spec.phrase_pool import PhrasePool, phrase_confidence, phrase_tree
@@ -155,13 +155,13 @@ class LookaheadDrafter(Drafter):
         self._acceptance = AcceptanceTable()
 
     @property
-    def needs(self) -> Needs:
-        return Needs(num_top_logits=1)
+    def needs(self) -> DrafterNeeds:
+        return DrafterNeeds(num_top_tokens=1)
 
-    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        return [self._propose(row) for row in rows]
+    def propose(self, requests: list[DraftRequest]) -> list[Proposal | None]:
+        return [self._propose(row) for row in requests]
 
-    def _propose(self, row: DraftRow) -> Proposal | None:
+    def _propose(self, row: DraftRequest) -> Proposal | None:
         state = self._states.get(row.seq_id)
         if state is None:
             window = Window(row.token_ids, self.ngram_size - 1, self.window)
@@ -187,31 +187,31 @@ class LookaheadDrafter(Drafter):
             candidate=[True] * num_judged + [False] * len(scratch),
         )
 
-    def observe(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            state = self._states.get(outcome.seq_id)
-            if state is None or outcome.proposal is None or not outcome.own_nodes:
+    def observe(self, results: list[StepResult]) -> None:
+        for result in results:
+            state = self._states.get(result.seq_id)
+            if state is None or result.proposal is None or not result.own_nodes:
                 continue
-            for node, accepted in tried_nodes(outcome):
+            for node, accepted in tried_nodes(result):
                 # Where drafts were merged, a window place may have become a judged node.
                 if node < len(state.kinds):
                     self._acceptance.record(state.kinds[node], accepted)
-            for ngram in state.window.advance(self._new_token_ids(state, outcome)):
+            for ngram in state.window.advance(self._new_token_ids(state, result)):
                 self._pool.insert(ngram)
 
-    def _new_token_ids(self, state: _State, outcome: Outcome) -> list[int]:
+    def _new_token_ids(self, state: _State, result: StepResult) -> list[int]:
         """The target's guess after the last place of each column that was run."""
-        if outcome.top_token_ids is None:
+        if result.top_token_ids is None:
             return []
-        guesses = outcome.top_token_ids[:, 0].tolist()
+        guesses = result.top_token_ids[:, 0].tolist()
         new_token_ids = []
         for column in range(state.num_columns):
             node = state.window.node(self.ngram_size - 2, column)
             if node != ROOT:
                 own = len(state.kinds) + node
-                if own not in outcome.own_nodes:  # left out, and so are the columns behind it
+                if own not in result.own_nodes:  # left out, and so are the columns behind it
                     break
-                node = outcome.own_nodes[own]
+                node = result.own_nodes[own]
             new_token_ids.append(guesses[node + 1])
         return new_token_ids
 

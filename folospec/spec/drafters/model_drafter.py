@@ -23,7 +23,7 @@ from torch import Tensor
 from folospec.spec.acceptance_table import tried_nodes
 from folospec.spec.children import Children
 from folospec.spec.draft_runner import DraftRunner, Rows
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome
+from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRequest, StepResult
 from folospec.spec.drafting import DRAFTING_OPTIONS, RankAcceptance, Sharpness, read_drafting
 from folospec.spec.drawing import DraftLaw, Drawer, Spot, chain_law
 from folospec.spec.growth import Chain, Growth
@@ -79,7 +79,7 @@ class ModelDrafter(Drafter):
         return True
 
     @property
-    def has_fixed_shape(self) -> bool:
+    def has_static_tree(self) -> bool:
         # Without replacement there are no more children than the law has tokens, and behind a drawn
         # token that tells of it.
         return self.plan.kind == "chain" or self.plan.children == "iid"
@@ -89,19 +89,19 @@ class ModelDrafter(Drafter):
             length = self.num_speculative_tokens
             self.runner.warm_up_chains(max_num_seqs, length, self.target_vocab_size)
 
-    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        drafts = [self._begin(row) for row in rows]
-        logits = self.catch_up(rows)
+    def propose(self, requests: list[DraftRequest]) -> list[Proposal | None]:
+        drafts = [self._begin(row) for row in requests]
+        logits = self.catch_up(requests)
         if self.plan.kind == "chain":
             self._draft_chains(cast("list[Chain]", drafts), logits)
         else:
             self._draft_trees(cast("list[Growth]", drafts), logits)
         return [self._proposal(draft) for draft in drafts]
 
-    def _begin(self, row: DraftRow) -> Chain | Growth:
+    def _begin(self, row: DraftRequest) -> Chain | Growth:
         law = DraftLaw(row, self.plan)
         # Under a ratio rule the length of a draft must not depend on what is drawn.
-        least = row.min_path_chance if self.shares_noise or not law.is_noisy else 0.0
+        least = row.min_path_probability if self.shares_noise or not law.is_noisy else 0.0
         if self.plan.kind == "chain":
             return Chain(row, law, least)
         return Growth(row, law, least, self.plan, self.ranks)
@@ -178,7 +178,7 @@ class ModelDrafter(Drafter):
                 children.confidence = [estimates[min(rank, last)] for rank in range(count)]
         return drawn
 
-    def catch_up(self, rows: Sequence[DraftRow]) -> Tensor:
+    def catch_up(self, rows: Sequence[DraftRequest]) -> Tensor:
         """Run the committed tokens that the model has not seen, and the root, whose logits are the
         first draft's even where its KV exists: float [num_rows, vocab_size of the target]."""
         logits = self.run([self._catch_up_rows(row) for row in rows])
@@ -199,7 +199,7 @@ class ModelDrafter(Drafter):
         )
 
     def draw(
-        self, logits: Tensor, places: Sequence[tuple[DraftRow, Sequence[int]]]
+        self, logits: Tensor, places: Sequence[tuple[DraftRequest, Sequence[int]]]
     ) -> list[Children]:
         """Draw one draft token after each place, as a chain would; none where the request leaves
         none.
@@ -215,12 +215,12 @@ class ModelDrafter(Drafter):
         spots = [Spot(laws[row.seq_id], path, len(path)) for row, path in places]
         return self.drawer.draw(logits, spots, self.sharpness.value)
 
-    def observe(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            proposed = self._proposed.pop(outcome.seq_id, None)
+    def observe(self, results: list[StepResult]) -> None:
+        for result in results:
+            proposed = self._proposed.pop(result.seq_id, None)
             if proposed is None:
                 continue
-            tried = list(tried_nodes(outcome))
+            tried = list(tried_nodes(result))
             self.ranks.record((proposed.ranks[node], won) for node, won in tried)
             if proposed.scores_known:
                 first = [(node, won) for node, won in tried if proposed.ranks[node] == 0]
@@ -232,7 +232,7 @@ class ModelDrafter(Drafter):
     def stats(self) -> dict[str, Any]:
         return {"rank_acceptance": self.ranks.estimates(), "sharpness": self.sharpness.value}
 
-    def _catch_up_rows(self, row: DraftRow) -> Rows:
+    def _catch_up_rows(self, row: DraftRequest) -> Rows:
         computed = row.root_position if self.kv_owner is None else row.num_draft_computed
         start = min(computed, row.root_position)
         return Rows(self._fit(row.token_ids[start:]), start, row.block_table)

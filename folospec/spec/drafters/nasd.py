@@ -27,9 +27,9 @@ from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
-    DraftRow,
-    Needs,
-    Outcome,
+    DrafterNeeds,
+    DraftRequest,
+    StepResult,
     check_count,
 )
 from folospec.spec.ngram_store import Match, NgramStore
@@ -121,13 +121,13 @@ class NasdDrafter(Drafter):
         self._acceptance = AcceptanceTable(prior=0.4)
 
     @property
-    def needs(self) -> Needs:
-        return Needs(num_top_logits=self.filler_top_k)
+    def needs(self) -> DrafterNeeds:
+        return DrafterNeeds(num_top_tokens=self.filler_top_k)
 
-    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        return [self._propose(row) for row in rows]
+    def propose(self, requests: list[DraftRequest]) -> list[Proposal | None]:
+        return [self._propose(row) for row in requests]
 
-    def _propose(self, row: DraftRow) -> Proposal | None:
+    def _propose(self, row: DraftRequest) -> Proposal | None:
         state = self._states.get(row.seq_id) or self._begin(row)
         state.store.update(row.token_ids, state.num_counted)
         state.num_counted = len(row.token_ids)
@@ -152,7 +152,7 @@ class NasdDrafter(Drafter):
         confidence = [self._chance(evidence) for evidence in state.evidence]
         return Proposal(TokenTree.chain(draft_token_ids), confidence=confidence)
 
-    def _begin(self, row: DraftRow) -> _State:
+    def _begin(self, row: DraftRequest) -> _State:
         if self._shared is None:
             state = _State(self._new_store(), 0)
         else:
@@ -165,7 +165,7 @@ class NasdDrafter(Drafter):
     def _new_store(self) -> NgramStore:
         return NgramStore(*self._store_settings)
 
-    def _guess(self, row: DraftRow, depth: int) -> int:
+    def _guess(self, row: DraftRequest, depth: int) -> int:
         """A uniform token; keyed, so that a run can be repeated."""
         purpose = noise.purpose_code(noise.Purpose.DRAFT, row=depth, stream=self._stream)
         key = noise.key(row.seed, row.sample_index, row.root_position, purpose)
@@ -175,26 +175,26 @@ class NasdDrafter(Drafter):
         guessed = 1.0 / max(2, self._vocab_size) if evidence is None else None
         return self._acceptance.estimate(evidence, prior=guessed)
 
-    def observe(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            state = self._states.get(outcome.seq_id)
+    def observe(self, results: list[StepResult]) -> None:
+        for result in results:
+            state = self._states.get(result.seq_id)
             if state is None:
                 continue
-            for node, accepted in tried_nodes(outcome):
+            for node, accepted in tried_nodes(result):
                 self._acceptance.record(state.evidence[node], accepted)
-            self._fill(state, outcome)
-            state.tail = [*state.tail, *outcome.new_token_ids][1 - self.n :]
+            self._fill(state, result)
+            state.tail = [*state.tail, *result.new_token_ids][1 - self.n :]
 
-    def _fill(self, state: _State, outcome: Outcome) -> None:
+    def _fill(self, state: _State, result: StepResult) -> None:
         """Note the target's likeliest tokens after the root and every judged node, but for those
         that it said: they are counted."""
-        if outcome.top_token_ids is None:
+        if result.top_token_ids is None:
             return
-        proposal = outcome.proposal
+        proposal = result.proposal
         tree = TokenTree() if proposal is None else proposal.tree
-        path = [-1] if outcome.verdict is None else [-1, *outcome.verdict.path]
-        said = dict(zip(path, outcome.new_token_ids, strict=False))
-        for node, token_ids in enumerate(outcome.top_token_ids.tolist(), start=-1):
+        path = [-1] if result.verdict is None else [-1, *result.verdict.path]
+        said = dict(zip(path, result.new_token_ids, strict=False))
+        for node, token_ids in enumerate(result.top_token_ids.tolist(), start=-1):
             if node < 0 or (proposal is not None and proposal.is_candidate(node)):
                 context = [*state.tail, *tree.path_token_ids(node)][1 - self.n :]
                 state.store.fill(context, token_ids, said.get(node))

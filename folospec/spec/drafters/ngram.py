@@ -23,7 +23,13 @@ from typing import Any
 
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome, check_count
+from folospec.spec.drafters.base import (
+    Drafter,
+    DrafterContext,
+    DraftRequest,
+    StepResult,
+    check_count,
+)
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE
 
@@ -109,10 +115,10 @@ class NgramDrafter(Drafter):
         """Per node of a sequence's last draft: match length, rank among siblings, depth."""
         self._acceptance = AcceptanceTable()
 
-    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        return [self._propose(row) for row in rows]
+    def propose(self, requests: list[DraftRequest]) -> list[Proposal | None]:
+        return [self._propose(row) for row in requests]
 
-    def _propose(self, row: DraftRow) -> Proposal | None:
+    def _propose(self, row: DraftRequest) -> Proposal | None:
         index = self._indexes.get(row.seq_id)
         if index is None:
             index = self._indexes[row.seq_id] = NgramIndex(self.min_n, self.max_n, self.num_matches)
@@ -125,10 +131,10 @@ class NgramDrafter(Drafter):
         chances = [self._acceptance.estimate(kind) for kind in evidence]
         return Proposal(tree, confidence=share_among_siblings(tree.parents, chances))
 
-    def observe(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            evidence = self._evidence.pop(outcome.seq_id, [])
-            for node, accepted in tried_nodes(outcome):
+    def observe(self, results: list[StepResult]) -> None:
+        for result in results:
+            evidence = self._evidence.pop(result.seq_id, [])
+            for node, accepted in tried_nodes(result):
                 self._acceptance.record(evidence[node], accepted)
 
     def drop(self, seq_id: str) -> None:
@@ -140,7 +146,7 @@ class NgramDrafter(Drafter):
 
 
 def _merged_copies(
-    row: DraftRow, matches: list[_Match]
+    row: DraftRequest, matches: list[_Match]
 ) -> tuple[TokenTree, list[tuple[int, int, int]]]:
     """Copy from all places at once, a level at a time; equal paths are one. Evidence per node."""
     known = len(row.token_ids)

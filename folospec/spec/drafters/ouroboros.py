@@ -40,7 +40,13 @@ from folospec.core.token_tree import TokenTree
 from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
 from folospec.spec.children import Children
 from folospec.spec.draft_runner import Rows
-from folospec.spec.drafters.base import DrafterContext, DraftRow, Needs, Outcome, check_count
+from folospec.spec.drafters.base import (
+    DrafterContext,
+    DrafterNeeds,
+    DraftRequest,
+    StepResult,
+    check_count,
+)
 from folospec.spec.drafters.draft_model import find_draft_model
 from folospec.spec.drafters.model_drafter import DRAFTING_OPTIONS, ModelDrafter
 from folospec.spec.phrase_pool import (
@@ -67,7 +73,7 @@ _OPTIONS: dict[str, Any] = {
 class _Draft:
     """The chain of one sequence while it grows."""
 
-    row: DraftRow
+    row: DraftRequest
     length: int
     """Draft tokens that are wanted."""
     token_ids: list[int] = field(default_factory=list)
@@ -145,21 +151,22 @@ class OuroborosDrafter(ModelDrafter):
         return self.name
 
     @property
-    def needs(self) -> Needs:
-        return Needs(num_top_logits=1)
+    def needs(self) -> DrafterNeeds:
+        return DrafterNeeds(num_top_tokens=1)
 
     @property
-    def has_fixed_shape(self) -> bool:
+    def has_static_tree(self) -> bool:
         return False  # the phrases hang behind the last drawn token
 
-    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        for row in rows:
+    def propose(self, requests: list[DraftRequest]) -> list[Proposal | None]:
+        for row in requests:
             self._pool.insert_ngrams(
                 row.token_ids, self._num_seen.get(row.seq_id, 0), self.phrase_length
             )
             self._num_seen[row.seq_id] = len(row.token_ids)
         drafts = [
-            _Draft(row, min(self.draft_length, row.max_draft_tokens, row.max_depth)) for row in rows
+            _Draft(row, min(self.draft_length, row.max_draft_tokens, row.max_depth))
+            for row in requests
         ]
         while active := [d for d in drafts if len(d.token_ids) < d.length and not d.is_done]:
             self._extend(active)
@@ -256,29 +263,29 @@ class OuroborosDrafter(ModelDrafter):
             draft_slots={self.kv_owner: slots},
         )
 
-    def observe(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            drafted = self._drafted.pop(outcome.seq_id, None)
-            if drafted is None or not outcome.own_nodes:
+    def observe(self, results: list[StepResult]) -> None:
+        for result in results:
+            drafted = self._drafted.pop(result.seq_id, None)
+            if drafted is None or not result.own_nodes:
                 continue
-            for node, accepted in tried_nodes(outcome):
+            for node, accepted in tried_nodes(result):
                 if node >= drafted.length:
                     self._acceptance.record(drafted.kinds[node - drafted.length], accepted)
                     continue
                 self.ranks.record([(0, accepted)])
                 if drafted.scores:
                     self.sharpness.record([(drafted.scores[node], accepted)])
-            self._learn_from_target(drafted.tree, outcome)
+            self._learn_from_target(drafted.tree, result)
 
-    def _learn_from_target(self, tree: TokenTree, outcome: Outcome) -> None:
-        if outcome.top_token_ids is None or outcome.verdict is None:
+    def _learn_from_target(self, tree: TokenTree, result: StepResult) -> None:
+        if result.top_token_ids is None or result.verdict is None:
             return
-        top_token_ids = outcome.top_token_ids[:, 0].tolist()
+        top_token_ids = result.top_token_ids[:, 0].tolist()
         said = [NOTHING] * len(tree)
-        for own, node in outcome.own_nodes.items():
+        for own, node in result.own_nodes.items():
             said[own] = top_token_ids[node + 1]
-        accepted = set(outcome.verdict.path)
-        self._learn(tree, said, [o for o, n in outcome.own_nodes.items() if n not in accepted])
+        accepted = set(result.verdict.path)
+        self._learn(tree, said, [o for o, n in result.own_nodes.items() if n not in accepted])
 
     def drop(self, seq_id: str) -> None:
         super().drop(seq_id)

@@ -26,9 +26,9 @@ from folospec.spec.best_first import grow_best_first, read_tree_option
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
-    DraftRow,
-    Needs,
-    Outcome,
+    DrafterNeeds,
+    DraftRequest,
+    StepResult,
     check_count,
 )
 from folospec.spec.proposal import Proposal
@@ -76,13 +76,13 @@ class PredictionDrafter(Drafter):
         self._keys: dict[str, list[tuple]] = {}
 
     @property
-    def needs(self) -> Needs:
-        return Needs(prediction=True)
+    def needs(self) -> DrafterNeeds:
+        return DrafterNeeds(prediction=True)
 
-    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        return [self._propose(row) if row.prediction_token_ids else None for row in rows]
+    def propose(self, requests: list[DraftRequest]) -> list[Proposal | None]:
+        return [self._propose(row) if row.prediction_token_ids else None for row in requests]
 
-    def _propose(self, row: DraftRow) -> Proposal | None:
+    def _propose(self, row: DraftRequest) -> Proposal | None:
         alignment = self._alignments.get(row.seq_id)
         if alignment is None:
             alignment = Alignment(row.prediction_token_ids, self.min_match, self.max_match)
@@ -126,10 +126,10 @@ class PredictionDrafter(Drafter):
             followed = [(weight / mass, after) for weight, _, after in ways]
             yield token_id, chance, _State(followed, key, chance)
 
-    def observe(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            keys = self._keys.get(outcome.seq_id, [])
-            for node, accepted in tried_nodes(outcome):
+    def observe(self, results: list[StepResult]) -> None:
+        for result in results:
+            keys = self._keys.get(result.seq_id, [])
+            for node, accepted in tried_nodes(result):
                 self._acceptance.record(keys[node], accepted)
 
     def drop(self, seq_id: str) -> None:

@@ -32,4 +32,4 @@ class QuantizedDrafter(ModelDrafter):
     def __init__(self, context: DrafterContext) -> None:
         context.refuse_model()
         options = context.read_options(DRAFTING_OPTIONS)
-        super().__init__(context, options, context.view_of_target(quantized=True))
+        super().__init__(context, options, context.self_draft_model(quantized=True))

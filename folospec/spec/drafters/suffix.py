@@ -24,7 +24,13 @@ from folospec.core.token_tree import TokenTree
 from folospec.kernels.native_suffix import SuffixAsk, SuffixDraft, SuffixRules
 from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
 from folospec.spec.best_first import read_tree_option
-from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRow, Outcome, check_count
+from folospec.spec.drafters.base import (
+    Drafter,
+    DrafterContext,
+    DraftRequest,
+    StepResult,
+    check_count,
+)
 from folospec.spec.proposal import Proposal
 from folospec.spec.suffix_index import make_index
 from folospec.spec.suffix_store import check_token_ids, load_texts, save_texts
@@ -96,12 +102,12 @@ class SuffixDrafter(Drafter):
         for text in texts:
             self.index.add(text)
 
-    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        asks = [SuffixAsk(r.seq_id, r.token_ids, r.max_draft_tokens, r.max_depth) for r in rows]
+    def propose(self, requests: list[DraftRequest]) -> list[Proposal | None]:
+        asks = [SuffixAsk(r.seq_id, r.token_ids, r.max_draft_tokens, r.max_depth) for r in requests]
         drafts = self.index.draft(asks)
         return [
             None if draft is None else self._proposal(row.seq_id, draft)
-            for row, draft in zip(rows, drafts, strict=True)
+            for row, draft in zip(requests, drafts, strict=True)
         ]
 
     def _proposal(self, seq_id: str, draft: SuffixDraft) -> Proposal:
@@ -116,11 +122,11 @@ class SuffixDrafter(Drafter):
             confidence=share_among_siblings(draft.parents, chances),
         )
 
-    def observe(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            draft = self._drafts.get(outcome.seq_id)
+    def observe(self, results: list[StepResult]) -> None:
+        for result in results:
+            draft = self._drafts.get(result.seq_id)
             if draft is not None:
-                for node, accepted in tried_nodes(outcome):
+                for node, accepted in tried_nodes(result):
                     self._acceptance.record(_evidence(draft, draft.ratios[node]), accepted)
 
     def finish(self, seq_id: str, token_ids: Sequence[int], num_prompt_tokens: int) -> None:

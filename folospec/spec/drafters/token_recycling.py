@@ -30,9 +30,9 @@ from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
-    DraftRow,
-    Needs,
-    Outcome,
+    DrafterNeeds,
+    DraftRequest,
+    StepResult,
     check_count,
 )
 from folospec.spec.proposal import Proposal
@@ -81,13 +81,13 @@ class TokenRecyclingDrafter(Drafter):
         self._acceptance = AcceptanceTable()
 
     @property
-    def needs(self) -> Needs:
-        return Needs(num_top_logits=self.top_k)
+    def needs(self) -> DrafterNeeds:
+        return DrafterNeeds(num_top_tokens=self.top_k)
 
-    def propose(self, rows: list[DraftRow]) -> list[Proposal | None]:
-        return [self._propose(row) for row in rows]
+    def propose(self, requests: list[DraftRequest]) -> list[Proposal | None]:
+        return [self._propose(row) for row in requests]
 
-    def _propose(self, row: DraftRow) -> Proposal | None:
+    def _propose(self, row: DraftRequest) -> Proposal | None:
         self._roots[row.seq_id] = row.token_ids[-1]
         tree, kinds = self._fill_shape(row)
         self._kinds[row.seq_id] = kinds
@@ -96,7 +96,7 @@ class TokenRecyclingDrafter(Drafter):
         chances = [self._acceptance.estimate(k, prior=FIRST * FALL ** k[1]) for k in kinds]
         return Proposal(tree, confidence=share_among_siblings(tree.parents, chances))
 
-    def _fill_shape(self, row: DraftRow) -> tuple[TokenTree, list[tuple[int, int]]]:
+    def _fill_shape(self, row: DraftRequest) -> tuple[TokenTree, list[tuple[int, int]]]:
         """Follow the matrix from the root; what it does not know has no child there."""
         shape = self._shape
         here = {ROOT: ROOT}  # node of the shape -> node
@@ -124,34 +124,34 @@ class TokenRecyclingDrafter(Drafter):
                 kinds.append((depth, rank))
         return TokenTree(token_ids, parents), kinds
 
-    def observe(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            kinds = self._kinds.pop(outcome.seq_id, [])
-            for node, accepted in tried_nodes(outcome):
+    def observe(self, results: list[StepResult]) -> None:
+        for result in results:
+            kinds = self._kinds.pop(result.seq_id, [])
+            for node, accepted in tried_nodes(result):
                 self._acceptance.record(kinds[node], accepted)
-            self._recycle(outcome)
-            if outcome.seq_id in self._roots and outcome.new_token_ids:
-                self._roots[outcome.seq_id] = outcome.new_token_ids[-1]
+            self._recycle(result)
+            if result.seq_id in self._roots and result.new_token_ids:
+                self._roots[result.seq_id] = result.new_token_ids[-1]
 
-    def _recycle(self, outcome: Outcome) -> None:
+    def _recycle(self, result: StepResult) -> None:
         """Take over the candidates after every judged row; of several rows with one token the
         latest on the accepted path is kept, or else the last."""
         rows: list[tuple[int, int]] = []  # (token, its row)
-        if outcome.seq_id in self._roots:  # else it was never asked about: its root is not known
-            rows.append((self._roots[outcome.seq_id], 0))
-        if outcome.proposal is not None and outcome.verdict is not None:
-            token_ids, path = outcome.proposal.tree.token_ids, outcome.verdict.path
-            judged = [n for n in range(len(token_ids)) if outcome.proposal.is_candidate(n)]
+        if result.seq_id in self._roots:  # else it was never asked about: its root is not known
+            rows.append((self._roots[result.seq_id], 0))
+        if result.proposal is not None and result.verdict is not None:
+            token_ids, path = result.proposal.tree.token_ids, result.verdict.path
+            judged = [n for n in range(len(token_ids)) if result.proposal.is_candidate(n)]
             missed = [node for node in judged if node not in path]
             rows = [(token_ids[node], node + 1) for node in missed] + rows
             rows += [(token_ids[node], node + 1) for node in path]
-        if outcome.top_token_ids is None or not rows:
+        if result.top_token_ids is None or not rows:
             return
-        candidates = outcome.top_token_ids.tolist()
+        candidates = result.top_token_ids.tolist()
         latest = {token_id: candidates[row] for token_id, row in rows}
         self._adjacency[list(latest), : len(candidates[0])] = list(latest.values())
-        if outcome.seq_id in self._own:
-            self._own[outcome.seq_id].update(latest)
+        if result.seq_id in self._own:
+            self._own[result.seq_id].update(latest)
 
     def drop(self, seq_id: str) -> None:
         self._roots.pop(seq_id, None)
