@@ -206,6 +206,7 @@ class RandomCheckpoint(Checkpoint):
         self.config = json.loads((self.folder / "config.json").read_text())
         outline = random_tensors(self.config, "meta")
         self.shapes = {name: tuple(tensor.shape) for name, tensor in outline}
+        self.types = dict.fromkeys(self.shapes, "BF16")
 
     def read(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
         return random_tensors(self.config, self.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class Checkpoint:
     """The safetensors files of a folder.
 
-    `shapes` has the shape of every tensor by name. `folder` is where the files are.
+    `shapes` has the shape of every tensor by name, `types` the name of its type in safetensors.
+    `folder` is where the files are.
 
     Raises:
         ValueError: there is no such file, one is damaged, or the index is wrong; the message names
@@ -53,7 +54,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._types: dict[str, str] = {}
+        self.types: dict[str, str] = {}
         self._files: dict[str, str] = {}
         for file in _files(folder):
             with ExitStack() as stack:
@@ -66,7 +67,7 @@ class Checkpoint:
                         )
                     described = shard.get_slice(name)
                     self.shapes[name] = tuple(described.get_shape())
-                    self._types[name] = described.get_dtype()
+                    self.types[name] = described.get_dtype()
                     self._files[name] = file
 
     def read(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
@@ -102,13 +103,19 @@ class Checkpoint:
                     f"tensor {name!r} in {self.folder} must be {list(wanted)} by the config, "
                     f"got {list(shape)}"
                 )
-            if (kind := self._types.get(name, FLOATS[0])) not in FLOATS:
+        self.check_types(expected)
+        if missing := sorted(set(expected) - set(self.shapes)):
+            raise ValueError(f"{self.folder} lacks the tensor {', '.join(map(repr, missing))}")
+
+    def check_types(self, names: Iterable[str]) -> None:
+        """Raise ValueError if a tensor of such a name is there and is not of a floating type:
+        without a scale of its own it would be read as what it is not."""
+        for name in names:
+            if (kind := self.types.get(name, FLOATS[0])) not in FLOATS:
                 raise ValueError(
                     f"tensor {name!r} in {self.folder} must be one of {', '.join(FLOATS)}, "
                     f"got {kind}"
                 )
-        if missing := sorted(set(expected) - set(self.shapes)):
-            raise ValueError(f"{self.folder} lacks the tensor {', '.join(map(repr, missing))}")
 
     def fill(
         self, destinations: Mapping[str, Tensor], device: torch.device, frequencies: Tensor
@@ -137,6 +144,10 @@ class Checkpoint:
     def ties(self, tie_word_embeddings: bool) -> bool:
         """Whether embedding and output matrix are one, as transformers decides it: the config says
         so, and the files do not hold two that differ. Where they do, a warning says so."""
+        if not isinstance(tie_word_embeddings, bool):
+            raise ValueError(
+                f"tie_word_embeddings must be true or false, got {tie_word_embeddings!r}"
+            )
         if not tie_word_embeddings or not {HEAD, EMBEDDING} <= set(self.shapes):
             return tie_word_embeddings
         if torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):

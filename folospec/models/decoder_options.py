@@ -19,6 +19,7 @@ from folospec.models import rope
 
 logger = logging.getLogger(__name__)
 
+LARGEST_SIZE, LARGEST_HEAD = (1 << 31) - 1, 1 << 16
 Windows = tuple[int | None, ...]
 
 
@@ -44,6 +45,8 @@ class DecoderOptions:
     """By layer; None: the layer sees everything."""
     ties: bool
     """Embedding and output matrix are one."""
+    early_exit_layer: int | None
+    """See `ModelSpec`."""
     frequencies: Tensor
     """Of the rotation, float32 [head_size / 2]."""
     rope_scaling: float
@@ -103,8 +106,13 @@ def decoder_options(hf_config: Any, max_model_len: int, ties: bool) -> DecoderOp
     head_size = getattr(hf_config, "head_dim", None)
     if head_size is None:
         head_size = hf_config.hidden_size // heads
-    if not isinstance(head_size, int) or head_size < 2 or head_size % 2:
-        raise ValueError(f"head_dim must be a positive even number, got {head_size}")
+    if not 2 <= head_size <= LARGEST_HEAD or head_size % 2:
+        raise ValueError(f"head_dim must be an even number in 2..{LARGEST_HEAD}, got {head_size}")
+    early_exit = getattr(hf_config, "early_exit_layer", None)
+    if early_exit is not None and early_exit not in range(1, hf_config.num_hidden_layers + 1):
+        raise ValueError(
+            f"early_exit_layer must be in 1..{hf_config.num_hidden_layers}, got {early_exit!r}"
+        )
     eps = hf_config.rms_norm_eps
     if not 0 <= eps < float("inf"):
         raise ValueError(f"rms_norm_eps must be a number of at least 0, got {eps}")
@@ -117,6 +125,7 @@ def decoder_options(hf_config: Any, max_model_len: int, ties: bool) -> DecoderOp
         eps=eps,
         hidden_act=_activation(hf_config.hidden_act),
         ties=ties,
+        early_exit_layer=early_exit,
         frequencies=frequencies,
         rope_scaling=scaling,
         **SERVED[name](hf_config),
@@ -200,5 +209,6 @@ def _activation(name: Any) -> str:
 
 def _require_count(config: Any, field: str) -> None:
     value = getattr(config, field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field} must be an integer of at least 1, got {value!r}")
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not 1 <= value <= LARGEST_SIZE:
+        raise ValueError(f"{field} must be an integer in 1..{LARGEST_SIZE}, got {value!r}")

@@ -29,7 +29,7 @@ BUNDLED_DRAFTS = {"folospec-demo": "folospec-demo-draft"}
 """The draft model that was made for a bundled target."""
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST = 100_000
+MOST = 10_000
 """No config has more layers or experts; to loop over more would take for ever."""
 
 
@@ -60,9 +60,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
     folder = resolve_model(name)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer.encode("a")
+    except Exception as error:  # whatever its files make of the libraries that read them
         raise ValueError(f"model {name!r} has no tokenizer that loads: {error}") from error
+    return tokenizer
 
 
 def load_model(
@@ -165,9 +167,13 @@ def _load_decoder(
     device: torch.device,
 ) -> Decoder:
     """Load what the Llama-family decoder serves. Shapes are compared before memory is taken."""
-    options = decoder_options(
-        hf_config, max_model_len, checkpoint.ties(hf_config.tie_word_embeddings)
-    )
+    if hf_config.num_hidden_layers > len(checkpoint.shapes):
+        raise ValueError(
+            f"{checkpoint.folder} lacks the tensors of {hf_config.num_hidden_layers} layers: its "
+            f"files hold {len(checkpoint.shapes)} tensors"
+        )
+    ties = checkpoint.ties(hf_config.tie_word_embeddings)
+    options = decoder_options(hf_config, max_model_len, ties)
     spec = ModelSpec(
         architecture=architecture(hf_config),
         vocab_size=hf_config.vocab_size,
@@ -178,9 +184,12 @@ def _load_decoder(
         sliding_windows=options.sliding_windows,
         eos_token_ids=read_eos_token_ids(checkpoint.folder, hf_config, hf_config.vocab_size),
         dtype=dtype,
-        early_exit_layer=getattr(hf_config, "early_exit_layer", None),
+        early_exit_layer=options.early_exit_layer,
     )
-    outline = Decoder(options, spec, TorchAttention(), torch.device("meta"))
+    try:
+        outline = Decoder(options, spec, TorchAttention(), torch.device("meta"))
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint.folder}: the config's sizes overflow: {error}") from error
     checkpoint.check(_places(outline, options, checkpoint))
     model = Decoder(options, spec, attention(spec), device)
     checkpoint.fill(_places(model, options, checkpoint), device, options.frequencies)
@@ -203,8 +212,8 @@ def architecture(hf_config: Any) -> str:
     what the config says."""
     if is_served(hf_config):
         return str(model_class(hf_config))
-    names = getattr(hf_config, "architectures", None) or [type(hf_config).__name__]
-    return str(names[0])
+    names = getattr(hf_config, "architectures", None)
+    return str(names[0]) if isinstance(names, list) and names else type(hf_config).__name__
 
 
 def runs_own_code(hf_config: Any, trust_remote_code: bool) -> bool:
@@ -220,7 +229,7 @@ def resolve_dtype(dtype: torch.dtype | str, hf_config: Any, device: torch.device
     """
     if dtype == "auto":
         checkpoint = getattr(hf_config, "dtype", None) or torch.float32
-        return torch.float32 if device.type == "cpu" else checkpoint
+        dtype = torch.float32 if device.type == "cpu" else checkpoint
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
@@ -254,13 +263,16 @@ def _check_counts(found: dict[str, Any], path: Path) -> None:
 
 def _resolve_length(name: str, hf_config: Any, max_model_len: int | None) -> int:
     text_config = hf_config.get_text_config(decoder=True)
+    rope.check_parameters(getattr(text_config, "rope_parameters", None))
     default = getattr(text_config, "max_position_embeddings", None)
     if default is None:
         if max_model_len is None:
             raise ValueError(f"model {name!r} states no max_position_embeddings; set max_model_len")
         return max_model_len
+    if not isinstance(default, int) or default < 1:
+        raise ValueError(f"max_position_embeddings of {name!r} must be at least 1, got {default!r}")
     if max_model_len is None:
-        return int(default)
+        return default
     limit = rope.position_limit(text_config)
     if not 1 <= max_model_len <= limit:
         raise ValueError(f"max_model_len must be in 1..{limit} for {name!r}, got {max_model_len}")

@@ -7,6 +7,7 @@ max_model_len: as transformers would choose for a sequence of exactly that lengt
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def frequencies(config: Any, head_size: int, max_model_len: int) -> tuple[Tensor
 
     parameters = config.rope_parameters or {}
     rope_type = parameters.get("rope_type", "default")
-    if "rope_theta" not in parameters:
+    if parameters.get("rope_theta") is None:
         raise ValueError(f"rope needs one rope_theta for all layers, got {parameters}")
     if rope_type == "default":
         exponents = torch.arange(0, head_size, 2, dtype=torch.float) / head_size
@@ -43,16 +44,35 @@ def frequencies(config: Any, head_size: int, max_model_len: int) -> tuple[Tensor
     elif rope_type in ROPE_INIT_FUNCTIONS:
         try:
             inverse, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, None, seq_len=max_model_len)
-        except KeyError as error:
+        except Exception as error:  # it takes its parameters to be there, and to be right
             raise ValueError(f"rope type {rope_type!r} needs {error}, got {parameters}") from error
     else:
         known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
         raise ValueError(f"rope_type must be one of {known}, got {rope_type!r}")
+    if not inverse.isfinite().all():
+        raise ValueError(f"rope_parameters must give finite frequencies, got {parameters}")
     if inverse.shape != (head_size // 2,):
         raise ValueError(
             f"rope must rotate whole heads of {head_size}, got {len(inverse)} frequencies"
         )
     return inverse, float(scaling)
+
+
+def check_parameters(parameters: Any) -> None:
+    """Raise ValueError unless every number in a config's `rope_parameters` is finite, and every
+    rope_theta and factor above 0."""
+    if isinstance(parameters, dict):
+        for name, value in parameters.items():
+            if name in ("rope_theta", "factor"):
+                ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+                if not ok and value is not None:
+                    raise ValueError(f"{name} must be a number above 0, got {value!r}")
+            check_parameters(value)
+    elif isinstance(parameters, (list, tuple)):
+        for value in parameters:
+            check_parameters(value)
+    elif isinstance(parameters, float) and not math.isfinite(parameters):
+        raise ValueError(f"rope_parameters must be finite numbers, got {parameters!r}")
 
 
 def position_limit(config: Any) -> int:

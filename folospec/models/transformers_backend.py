@@ -220,7 +220,7 @@ def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> Any:
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     folder = checkpoint.folder
     try:
-        _check_size(checkpoint, options["config"], options["trust_remote_code"])
+        _check_outline(checkpoint, options["config"], options["trust_remote_code"])
         model, report = load(
             folder,
             attn_implementation=PROBE,
@@ -242,11 +242,14 @@ def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> Any:
     return model
 
 
-def _check_size(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> None:
-    """Refuse a model that is far larger than its files: transformers would allocate it before it
-    says that tensors are missing or misshapen."""
+def _check_outline(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> None:
+    """Refuse weights that are no floating numbers, and a model that is far larger than its files:
+    transformers would allocate it before it says that tensors are missing or misshapen."""
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    names = [name for name, _ in outline.named_parameters()]
+    # A checkpoint of the inner model alone has its names without the first part.
+    checkpoint.check_types([*names, *(name.partition(".")[2] for name in names)])
     asked = sum(parameter.numel() for parameter in outline.parameters())
     held = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     if asked > 2 * held + 1000:  # tied matrices may be there once
