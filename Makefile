@@ -1,4 +1,4 @@
-# make install | demo | test | matrix | sanitize | lint | bench | train
+# make install | demo | test | soak | matrix | sanitize | lint | bench | train
 PYTHON ?= python3
 PIP_ARGS ?=
 TRAIN_STEPS ?= 1700
@@ -6,7 +6,7 @@ TRAIN_STEPS ?= 1700
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test matrix sanitize lint bench train
+.PHONY: install demo test soak matrix sanitize lint bench train
 
 install: $(INSTALLED)
 
@@ -24,6 +24,12 @@ test: export OMP_NUM_THREADS := 1
 test: export TOKENIZERS_PARALLELISM := false
 test: demo
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# Long forms of the tests that run under load: threads, servers, fuzz.
+soak: export OMP_NUM_THREADS := 1
+soak: export TOKENIZERS_PARALLELISM := false
+soak: install
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 # The suite under every setting that no test may depend on: hours. MATRIX_ARGS="--only openblas".
 matrix: install

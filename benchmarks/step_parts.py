@@ -36,7 +36,7 @@ class StepClock:
             (runner.model, "logits", "model"),
             (engine.target_pass, "judge", "sample"),
             (engine.committer, "commit", "commit"),
-            (engine, "_take_outputs", "output"),
+            (engine.open, "deliver", "output"),
         ):
             setattr(owner, name, self._timed(getattr(owner, name), part))
 

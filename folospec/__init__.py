@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from folospec.core.token_tree import TokenTree
     from folospec.engine.llm import LLM
     from folospec.engine.llm_engine import LLMEngine
+    from folospec.errors import EngineBrokenError, RequestError
     from folospec.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from folospec.sampling_params import SamplingParams
     from folospec.spec.drafters.base import (
@@ -39,6 +40,8 @@ _HOMES = {
     "EngineConfig": "folospec.config",
     "SpeculativeConfig": "folospec.config",
     "SamplingParams": "folospec.sampling_params",
+    "EngineBrokenError": "folospec.errors",
+    "RequestError": "folospec.errors",
     "CompletionOutput": "folospec.outputs",
     "Logprob": "folospec.outputs",
     "RequestMetrics": "folospec.outputs",
@@ -64,6 +67,7 @@ __all__ = [
     "DraftRequest",
     "Drafter",
     "DrafterContext",
+    "EngineBrokenError",
     "EngineConfig",
     "LLM",
     "LLMEngine",
@@ -71,6 +75,7 @@ __all__ = [
     "DrafterNeeds",
     "StepResult",
     "Proposal",
+    "RequestError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",

@@ -24,9 +24,10 @@ class CompletionOutput:
     """One completion of a request.
 
     `logprobs[i]` maps token ids to `Logprob`s for output token i: the token itself and the most
-    likely ones. `finish_reason` is None while running, then "stop", "length" or "abort";
+    likely ones. `finish_reason` is None while running, then "stop", "length", "abort" or "error";
     `stop_reason` is the stop string or the stop token id that matched, None for EOS and for the
-    other reasons.
+    other reasons. `error` says what went wrong where `finish_reason` is "error"; text and tokens
+    are then those from before.
     """
 
     index: int
@@ -36,6 +37,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -111,3 +113,5 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    error: str | None = None
+    """Why the request ended early, None unless an error ended it."""

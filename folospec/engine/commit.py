@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -30,6 +31,9 @@ class Committer:
                                 ^                 |
         commit       | root | node 0 | node 2 |   '-> its row moves to slot root + 2
         roll back    blocks past the last committed token go back to the pool
+
+    An error that comes from one request (its text, its logprobs) ends that request with `fail`; the
+    caller frees its blocks.
     """
 
     def __init__(
@@ -39,7 +43,9 @@ class Committer:
         target_kv: KVCache,
         stats: EngineStats,
         logprobs: LogprobsTaker,
+        fail: Callable[[Request, Exception], None],
     ) -> None:
+        self._fail = fail
         self.scheduler, self.manager = scheduler, scheduler.manager
         self.speculation, self.target_kv = speculation, target_kv
         self.stats, self.logprobs = stats, logprobs
@@ -62,9 +68,18 @@ class Committer:
         observed: list[Observed] = []
         emitted: list[tuple[Request, Sequence]] = []
         for judgement in judgements:
-            sequences = self._commit(judgement, shown, observed)
-            emitted.extend((judgement.request, seq) for seq in sequences)
+            request = judgement.request
+            if request.error is not None:
+                continue  # A sibling has failed.
+            try:
+                sequences = self._commit(judgement, shown, observed)
+            except Exception as error:
+                self._fail(request, error)
+            else:
+                emitted.extend((request, seq) for seq in sequences)
         self._moves.make()
+        emitted = [(request, seq) for request, seq in emitted if request.error is None]
+        observed = [seen for seen in observed if seen.request.error is None]
         for request, seq in emitted:
             reason = request.outputs[seq.seq_id].finish_reason
             if reason is not None:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from folospec.config import EngineConfig, SpeculativeConfig
+from folospec.engine.chat import Message, conversations_of
+from folospec.engine.inbox import Snapshots
 from folospec.engine.input_processor import Prompt
 from folospec.engine.llm_engine import LLMEngine
+from folospec.errors import RequestError
 from folospec.outputs import RequestOutput
-from folospec.sampling_params import SamplingParams
+from folospec.sampling_params import SamplingParams, is_token_list, shown
 from folospec.spec.drafters.base import Drafter
-
-Message = Mapping[str, Any]
 
 
 class LLM:
     """A model that completes prompts, in batches, with or without speculation, with the same
     tokens.
+
+    Its methods may be called from several threads: the engine serves all calls together, a step at
+    a time, and each call returns its own results.
 
     Args:
         model: folder, hub id, or a bundled name such as "folospec-demo".
@@ -72,6 +76,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        raise_on_error: bool = False,
     ) -> list[RequestOutput]:
         """Complete every prompt; results come in the order of the prompts.
 
@@ -82,62 +88,57 @@ class LLM:
                 Noise is keyed by seed and position: with one `seed` for all, prompts of one length
                 get correlated samples. Give each its own seed where that matters, or none.
             use_tqdm: show a progress bar.
+            raise_on_error: raise when a request ends with an error; otherwise its `error` says
+                why, its `finish_reason` is "error", and the others go on.
 
         Raises:
             ValueError: a prompt or parameter cannot be served. Every request is checked before any
-            runs.
-            KeyboardInterrupt: on Ctrl-C, after the unfinished requests were aborted; the engine
-                stays usable.
+                runs.
+            RequestError: with `raise_on_error`; the unfinished requests are aborted.
+            EngineBrokenError: a step failed, and no request is the cause.
+            KeyboardInterrupt: on Ctrl-C, at the end of the step, after the unfinished requests of
+                this call were aborted; the engine stays usable.
         """
         prompt_list = _as_list(prompts)
         params = _params_list(sampling_params, len(prompt_list))
-        request_ids: list[str] = []
-        results: dict[str, RequestOutput] = {}
+        inbox, results, num_tokens = Snapshots(), dict[str, RequestOutput](), 0
         try:
-            for prompt, one in zip(prompt_list, params, strict=True):
-                request_ids.append(self.engine.add_request(prompt, one))
-            self._run(results, set(request_ids), use_tqdm)
-        finally:
-            for request_id in request_ids:
-                self.engine.abort(request_id)
-        return [results[request_id] for request_id in request_ids]
-
-    def _run(self, results: dict[str, RequestOutput], wanted: set[str], use_tqdm: bool) -> None:
-        num_tokens, total = 0, len(wanted)
-        with tqdm(total=total, desc="Prompts", unit="prompt", disable=not use_tqdm) as bar:
-            while len(results) < total:
-                for output in self.engine.step(finished_only=True):
-                    if output.request_id in wanted:
+            ids = self.engine.add_requests(list(zip(prompt_list, params, strict=True)), inbox)
+            with tqdm(total=len(ids), desc="Prompts", unit="prompt", disable=not use_tqdm) as bar:
+                while len(results) < len(ids):
+                    for output in self.engine.collect(inbox):
                         results[output.request_id] = output
+                        if raise_on_error and output.error is not None:
+                            place = ids.index(output.request_id)
+                            raise RequestError(f"prompts[{place}] failed: {output.error}", output)
                         num_tokens += sum(len(c.token_ids) for c in output.outputs)
                         bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
                         bar.update()
+        finally:
+            self.engine.discard(inbox)
+        return [results[request_id] for request_id in ids]
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        raise_on_error: bool = False,
     ) -> list[RequestOutput]:
         """Complete one conversation or several, written with the tokenizer's chat template.
 
+        Args:
+            messages: a conversation, a list of mappings with "role" and "content", or a list of
+                conversations.
+
         Raises:
-            ValueError: no messages, or the tokenizer has no chat template.
+            ValueError: a message is wrong, there is none, or the tokenizer has no chat template or
+                its template refuses the messages; and see `generate`.
         """
-        if not messages:
-            raise ValueError("messages must hold at least one message, got none")
-        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError("chat needs a tokenizer with a chat template; use generate")
-        conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
-        prompts = [
-            {
-                "prompt_token_ids": self.tokenizer.apply_chat_template(
-                    conversation, add_generation_prompt=True, return_dict=True
-                )["input_ids"]
-            }
-            for conversation in conversations
-        ]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        conversations = conversations_of(messages)
+        prompts = [self.engine.render_chat(conversation) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm, raise_on_error=raise_on_error)
 
     def stats(self) -> dict[str, Any]:
         """Counts, times and settings of the engine; see `LLMEngine.stats`."""
@@ -147,8 +148,12 @@ class LLM:
 def _as_list(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if not isinstance(prompts, Collection):
-        raise ValueError(f"prompts must be a prompt or a list of them, got {prompts!r}")
+    if not is_token_list(prompts):
+        hint = "; use .tolist()" if hasattr(prompts, "tolist") else ""
+        raise ValueError(
+            f"prompts must be a prompt or a list of them, got {shown(prompts)} of type "
+            f"{type(prompts).__name__}{hint}"
+        )
     items = list(prompts)
     return [items] if items and all(isinstance(item, int) for item in items) else items
 
@@ -160,6 +165,8 @@ def _params_list(
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, Sequence):
+        raise ValueError(f"sampling_params must be SamplingParams, or a list, got {shown(params)}")
     if len(params) != count:
         raise ValueError(f"{count} prompts need one SamplingParams or {count}, got {len(params)}")
     return list(params)

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,28 +19,39 @@ from folospec.core.scheduler import ScheduledSequence, Scheduler, SchedulerOutpu
 from folospec.core.sequence import Sequence
 from folospec.core.stats import EngineStats
 from folospec.engine.asking import Candidate
+from folospec.engine.chat import Message, render
 from folospec.engine.commit import Committer
+from folospec.engine.exclusive import Exclusive, exclusive
+from folospec.engine.inbox import Inbox, Increments, Snapshots
 from folospec.engine.input_processor import InputProcessor, Limits, Prompt
 from folospec.engine.loading import load_parts
 from folospec.engine.logprobs import LogprobsTaker
-from folospec.engine.output_processor import Increment, Stream, make_output
+from folospec.engine.open_requests import OpenRequests
+from folospec.engine.output_processor import Increment
 from folospec.engine.request import Request
 from folospec.engine.run_ahead import RunAhead
 from folospec.engine.speculation import Speculation
 from folospec.engine.step_timing import measured_costs
 from folospec.engine.target_pass import TargetPass, add_time
 from folospec.engine.trace import StepTrace, check_path
-from folospec.engine.tracer import Tracer
+from folospec.engine.tracer import StepRecorder, Tracer
 from folospec.outputs import RequestOutput
 from folospec.sampling_params import SamplingParams
 from folospec.spec.proposal import Proposal
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class LLMEngine:
     """Continuous batching over paged KV, with speculation: add requests, then call `step` until
     none is unfinished.
+
+    Its methods may be called from several threads: a step serves the requests of all of them, and
+    each thread gets the outputs of its own. An error that one request causes ends that request
+    with `finish_reason="error"`. After any other error in a step the engine is broken: `step` and
+    the methods that add requests raise `EngineBrokenError`. A Ctrl-C waits for the end of the step.
 
     Raises:
         ValueError: the model, drafter, tokenizer, a size or the trace file cannot be used.
@@ -77,10 +91,16 @@ class LLMEngine:
             costs=measured_costs(config, parts),
         )
         self.speculation.kv = {o: r.kv for o, r in parts.runners.items() if r.kv is not None}
-        self.inputs = InputProcessor(config, limits, parts.tokenizer, self.speculation)
+        inputs = InputProcessor(config, limits, parts.tokenizer, self.speculation)
+        self.open = OpenRequests(inputs, self.scheduler)
         assert parts.target.kv is not None
         self.committer = Committer(
-            self.scheduler, self.speculation, parts.target.kv, self.engine_stats, self.logprobs
+            self.scheduler,
+            self.speculation,
+            parts.target.kv,
+            self.engine_stats,
+            self.logprobs,
+            self.open.fail,
         )
         self.run_ahead = RunAhead(config, parts.target, self.speculation.needs, self._request)
         self.target_pass = TargetPass(
@@ -90,16 +110,19 @@ class LLMEngine:
             self.run_ahead,
             self.logprobs,
             self._request,
-            self._fail,
+            self.open.fail,
         )
         self._warm_up()
         self.tracer = Tracer(
             config, self.manager, self.engine_stats, self.speculation, parts.tokenizer
         )
-        self._failed: list[Request] = []
-        self._streams: dict[str, Stream] = {}
-        self.requests: dict[str, Request] = {}
-        self._num_requests = 0
+        self._by_hand = Snapshots()
+        """Of the requests from `add_request`; `step` empties it."""
+        self._exclusive = Exclusive()
+        self._is_stepping = False
+        self._discarded: deque[Inbox[Any]] = deque()
+        """By a thread that was inside already: the garbage collector closes streams anywhere."""
+        self._drafter_error: Exception | None = None
 
     def _warm_up(self) -> None:
         """Record the CUDA graphs that plain steps and steps with drafts will want."""
@@ -115,6 +138,7 @@ class LLMEngine:
         for runner in self.parts.all_runners:
             runner.close_graphs()
 
+    @exclusive
     def add_request(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
     ) -> str:
@@ -122,54 +146,125 @@ class LLMEngine:
 
         Raises:
             ValueError: the request cannot be served, or the id is in use. Nothing has changed then.
+            EngineBrokenError: a step has failed before.
         """
-        if request_id is None:
-            request_id = f"request-{self._num_requests}"
-            while request_id in self.requests:
-                request_id += "'"
-        if request_id in self.requests:
-            raise ValueError(f"request_id {request_id!r} is in use")
-        request = self.inputs.process(
-            request_id, prompt, params or SamplingParams(), self._num_requests
-        )
-        request.group.metrics.arrival_time = time.monotonic()
-        self.scheduler.add(request.group)
-        self._num_requests += 1
-        self.requests[request_id] = request
-        return request_id
+        return self.open.admit([(prompt, params)], self._by_hand, request_id)[0]
 
+    @exclusive
+    def add_requests(
+        self, requests: list[tuple[Prompt, SamplingParams | None]], inbox: Inbox[Any]
+    ) -> list[str]:
+        """Queue requests whose outputs go to `inbox`, and return their ids. `collect` runs them,
+        and `discard` must follow, whatever happens.
+
+        Raises:
+            ValueError: one of them cannot be served. None is queued then.
+            EngineBrokenError: a step has failed before.
+        """
+        return self.open.admit(requests, inbox)
+
+    @exclusive
+    def collect(self, inbox: Inbox[T]) -> list[T]:
+        """Return the outputs that wait in an inbox; run one step first if there are none.
+
+        Raises:
+            EngineBrokenError: a step has failed, now or before.
+        """
+        if inbox.unfinished and not inbox.outputs:
+            self._advance()
+        return inbox.take()
+
+    def discard(self, inbox: Inbox[Any]) -> None:
+        """Abort what is unfinished of an inbox; from inside a step, when the next one begins."""
+        self._discarded.append(inbox)
+        if self._exclusive.depth == 0:
+            self._end_discarded()
+
+    @exclusive
+    def _end_discarded(self) -> None:
+        while self._discarded:
+            inbox = self._discarded.popleft()
+            requests = [self.requests[request_id] for request_id in inbox.unfinished]
+            for request in requests:
+                self.open.end(request)
+            self._drop(requests)
+
+    @exclusive
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request, free its blocks, and return what it has; None if there is no such
-        request."""
-        request = self.requests.pop(request_id, None)
+        request.
+
+        Raises:
+            RuntimeError: it is called from inside a step, by a logits processor or a drafter.
+        """
+        self._refuse_inside_step("abort")
+        request = self.requests.get(request_id)
         if request is None:
             return None
-        for seq in request.group.sequences:
-            if not seq.status.is_finished:
-                request.outputs[seq.seq_id].finish_reason = "abort"
-        self.scheduler.abort(request_id)
-        self.speculation.drop(request.group.sequences, finished=True)
-        request.group.metrics.finished_time = time.monotonic()
-        return make_output(request)
+        inbox = self.open.inbox_of(request)
+        output = self.open.end(request)
+        if inbox is not self._by_hand:
+            inbox.put(output)
+        self._drop([request])
+        return output
+
+    def _drop(self, requests: list[Request]) -> None:
+        sequences = [seq for request in requests for seq in request.group.sequences]
+        if sequences and self.open.broken_by is None:
+            self.speculation.drop(sequences, finished=True)
+
+    @property
+    def requests(self) -> dict[str, Request]:
+        """The unfinished requests by id, to look at."""
+        return self.open.requests
 
     @property
     def has_unfinished_requests(self) -> bool:
-        return bool(self.requests)
+        """Whether `step` has something to run, or an output to return."""
+        return bool(self.requests or self._by_hand.outputs)
 
+    @exclusive
     def step(self, *, finished_only: bool = False) -> list[RequestOutput]:
         """Run one step and return a snapshot of every request that got tokens or finished; with
-        `finished_only` of those alone that are finished."""
-        if not self.requests:
-            return []
-        recorder, begin = self.tracer.begin(), time.perf_counter()
+        `finished_only` of those alone that are finished. Requests of `LLM.generate` and `stream`
+        run too; their outputs go to their callers.
+
+        Raises:
+            EngineBrokenError: the step has failed, or one before.
+        """
+        inbox = self._by_hand
+        inbox.every_step = not finished_only
+        try:
+            if self.requests and not (self.open.broken_by and inbox.outputs):
+                self._advance()
+        finally:
+            inbox.every_step = False
+        return inbox.take()
+
+    def _advance(self) -> None:
+        """Run one step; outputs go to the inboxes."""
+        self._refuse_inside_step("step")
+        self.open.require_unbroken()
+        self._end_discarded()
+        recorder = self.tracer.begin()
+        try:
+            with self._breaking_on_error():
+                self._run_step(recorder)
+        finally:
+            if recorder is not None and recorder.is_complete:
+                self.tracer.finish(recorder)
+
+    def _run_step(self, recorder: StepRecorder | None) -> None:
+        begin = time.perf_counter()
         if self.parts.device.type == "cuda":  # kernels are launched where the thread is
             torch.cuda.set_device(self.parts.device)
         self.speculation.plan(self.scheduler.running, self._request)
         # A trace shows every pass.
         goes_ahead = self.run_ahead.is_on and self.speculation.is_idle and recorder is None
-        schedule = self._schedule(goes_ahead)
-        assert schedule.scheduled, "there are requests, and the oldest can always run"
-        proposals = self._propose(schedule.scheduled)
+        with self._calling_drafters():
+            schedule = self._schedule(goes_ahead)
+            assert schedule.scheduled, "there are requests, and the oldest can always run"
+            proposals = self._propose(schedule.scheduled)
         judgements, result = self.target_pass.run(schedule.scheduled, proposals, goes_ahead)
         if recorder is not None:
             recorder.add_forward(schedule, judgements)
@@ -178,16 +273,43 @@ class LLMEngine:
         if recorder is not None:
             recorder.add_commit(observed)
         self.engine_stats.num_steps += 1
-        outputs = self._take_outputs(touched, finished_only)
+        failed = self.open.deliver(touched)
         # Last, when every request is in order: in strict mode a drafter's failure ends the step.
-        try:
+        with self._calling_drafters():
+            self._drop(failed)
             self.speculation.observe(observed, result)
-            spent = time.perf_counter() - begin
-            self.speculation.record_step(spent / self.target_pass.num_passes)
+        spent = time.perf_counter() - begin
+        self.speculation.record_step(spent / self.target_pass.num_passes)
+
+    @contextmanager
+    def _breaking_on_error(self) -> Iterator[None]:
+        """Whatever leaves a step breaks the engine, except a drafter's error in strict mode."""
+        self._is_stepping, self._drafter_error = True, None
+        try:
+            yield
+        except BaseException as error:
+            if error is self._drafter_error:
+                raise
+            self.open.broken_by = error
+            if isinstance(error, Exception):
+                self.open.require_unbroken()
+            raise
         finally:
-            if recorder is not None:
-                self.tracer.finish(recorder)
-        return outputs
+            self._is_stepping = False
+
+    @contextmanager
+    def _calling_drafters(self) -> Iterator[None]:
+        """Where drafters run: a step can end here, and the next one goes on."""
+        try:
+            yield
+        except Exception as error:
+            if self.config.strict_drafters:
+                self._drafter_error = error
+            raise
+
+    def _refuse_inside_step(self, what: str) -> None:
+        if self._is_stepping:
+            raise RuntimeError(f"{what} cannot be called from inside a step")
 
     @property
     def on_step(self) -> Callable[[StepTrace], None] | None:
@@ -199,38 +321,27 @@ class LLMEngine:
     def on_step(self, listener: Callable[[StepTrace], None] | None) -> None:
         self.tracer.on_step = listener
 
-    def _take_outputs(self, touched: list[Request], finished_only: bool) -> list[RequestOutput]:
-        """End what failed, forget what is finished, and take a snapshot of both, and of the rest
-        where it is wanted."""
-        failed, self._failed = self._failed, []
-        outputs = [self.abort(request.group.request_id) for request in failed]
-        for request in touched:
-            request_id, is_finished = request.group.request_id, request.group.is_finished
-            if is_finished:
-                del self.requests[request_id]
-            if is_finished or not finished_only:
-                outputs.append(make_output(request))
-        for request in [*failed, *touched] if self._streams else ():
-            if (stream := self._streams.get(request.group.request_id)) is not None:
-                stream.take(request)
-        return [output for output in outputs if output is not None]
-
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
         """Run one request, yielding its text and tokens as they come. Closing the iterator aborts
         the request."""
-        request_id = self.add_request(prompt, params)
-        # Whoever calls `step`, another stream among them, this one's increments come here.
-        stream = self._streams[request_id] = Stream()
+        inbox = Increments()
         try:
-            while stream.arrived or request_id in self.requests:
-                if stream.arrived:
-                    yield stream.arrived.popleft()
-                else:
-                    self.step(finished_only=True)
+            self.add_requests([(prompt, params)], inbox)
+            while inbox.unfinished or inbox.outputs:
+                yield from self.collect(inbox)
         finally:
-            del self._streams[request_id]
-            self.abort(request_id)
+            self.discard(inbox)
 
+    @exclusive
+    def render_chat(self, conversation: Seq[Message]) -> list[int]:
+        """The token ids of a conversation, by the tokenizer's chat template.
+
+        Raises:
+            ValueError: there is no template, or it refuses the conversation.
+        """
+        return render(self.tokenizer, conversation)
+
+    @exclusive
     def stats(self) -> dict[str, Any]:
         """Counts and times since the engine was made, the sizes it runs with, and the promise that
         holds."""
@@ -290,13 +401,6 @@ class LLMEngine:
         self.speculation.count_undrafted(scheduled, proposals, self._request)
         add_time(self.engine_stats, "draft_time", begin, [c.seq for c in candidates])
         return proposals
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        logger.error("request %s is aborted: %s", request.group.request_id, error)
-        for seq in request.group.sequences:
-            if not seq.status.is_finished:
-                request.outputs[seq.seq_id].stop_reason = str(error)
-        self._failed.append(request)
 
     def _request(self, seq: Sequence) -> Request:
         assert seq.group is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from folospec.core.sequence import Sequence
@@ -64,6 +63,7 @@ def make_output(request: Request) -> RequestOutput:
                 logprobs=list(output.logprobs) if params.logprobs is not None else None,
                 finish_reason=output.finish_reason,
                 stop_reason=output.stop_reason,
+                error=output.error,
             )
             for index, (seq, output) in enumerate(_completions(request))
         ],
@@ -75,6 +75,7 @@ def make_output(request: Request) -> RequestOutput:
             acceptance_histogram=list(group.metrics.acceptance_histogram),
             num_undrafted=dict(group.metrics.num_undrafted),
         ),
+        error=request.error,
     )
 
 
@@ -92,12 +93,13 @@ def _completions(request: Request) -> list[tuple[Sequence, SequenceOutput]]:
 @dataclass(frozen=True, slots=True)
 class Increment:
     """What `stream` yields: new text and tokens of completion `index`; the last one has a finish
-    reason."""
+    reason, and the error where that is "error"."""
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -118,17 +120,24 @@ class Stream:
 
     def take(self, request: Request) -> None:
         """Add what a request has beyond what was taken, by completion; an end is taken once."""
-        self.arrived.extend(self._increments(request))
-
-    def _increments(self, request: Request) -> Iterator[Increment]:
         for index, (seq, output) in enumerate(_completions(request)):
             sent = self._sent.setdefault(index, Sent())
-            if sent.finished:
-                continue
             text = output.new_text(sent.num_chars)
             token_ids = seq.output_token_ids[sent.num_tokens :]
-            sent.finished = output.finish_reason is not None
-            if text or token_ids or sent.finished:
-                sent.num_chars += len(text)
-                sent.num_tokens += len(token_ids)
-                yield Increment(index, text, token_ids, output.finish_reason)
+            self._add(Increment(index, text, token_ids, output.finish_reason, output.error))
+
+    def take_last(self, output: RequestOutput) -> None:
+        """Add what the last output of a request has beyond what was taken."""
+        for c in output.outputs:
+            sent = self._sent.setdefault(c.index, Sent())
+            text, token_ids = c.text[sent.num_chars :], c.token_ids[sent.num_tokens :]
+            self._add(Increment(c.index, text, token_ids, c.finish_reason, c.error))
+
+    def _add(self, increment: Increment) -> None:
+        sent, is_last = self._sent[increment.index], increment.finish_reason is not None
+        if sent.finished or not (increment.text or increment.token_ids or is_last):
+            return
+        sent.num_chars += len(increment.text)
+        sent.num_tokens += len(increment.token_ids)
+        sent.finished = is_last
+        self.arrived.append(increment)

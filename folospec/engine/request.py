@@ -31,6 +31,7 @@ class SequenceOutput:
     stop_reason: str | int | None = None
     token_counts: TokenCounts = field(default_factory=TokenCounts)
     """Of the output, for penalties."""
+    error: str | None = None
 
     def fork(self) -> SequenceOutput:
         detokenizer = self.detokenizer.copy() if self.detokenizer else None
@@ -57,6 +58,18 @@ class SequenceOutput:
         num_safe = search.num_safe if search is not None else detokenizer.num_settled
         return detokenizer.text_from(start)[: max(0, num_safe - start)]
 
+    def fail(self, error: str, *, is_finished: bool) -> None:
+        """End the output with an error; one that is finished and can be read stays as it is."""
+        try:
+            text = self.text
+        except Exception:
+            text = ""  # The detokenizer is what failed.
+        else:
+            if is_finished:
+                return
+        self.cut_text, self.stop_reason = text, None
+        self.finish_reason, self.error = "error", error
+
 
 @dataclass(slots=True)
 class Request:
@@ -75,6 +88,8 @@ class Request:
     special_stops: dict[int, str] = field(default_factory=dict)
     """Token id -> stop string, of stop strings that are the text of one special token which the
     output's text leaves out."""
+    error: str | None = None
+    """What has ended the request, where it did not end by itself."""
 
     params: SamplingParams = field(init=False)
     draft_params: SamplingParams = field(init=False)
@@ -120,6 +135,13 @@ class Request:
         """Whether prompt logprobs were asked for and some are still missing."""
         taken = self.prompt_logprobs
         return taken is not None and len(taken) < len(self.group.prompt_token_ids)
+
+    def fail(self, error: str) -> None:
+        """End the outputs that are not finished with an error; the blocks are the caller's."""
+        self.error = error
+        for seq in self.group.sequences:
+            output = self.outputs.setdefault(seq.seq_id, SequenceOutput(None))
+            output.fail(error, is_finished=seq.status.is_finished)
 
     def room(self, seq: Sequence) -> int:
         """How many tokens the sequence may still generate."""

@@ -28,7 +28,7 @@ class TargetPass:
 
     Args:
         request_of: the request of a sequence.
-        fail: ends a request for which no token is possible.
+        fail: ends a request with the error that it caused.
     """
 
     def __init__(
@@ -85,14 +85,17 @@ class TargetPass:
             request, last = judgement.request, last + rows.num_logits
             if request.wants_prompt_logprobs:
                 logits = result.logits[last - rows.num_logits : last]
-                self.logprobs.take_prompt(request, judgement.start, logits)
+                try:
+                    self.logprobs.take_prompt(request, judgement.start, logits)
+                except Exception as error:
+                    self._fail(request, error)
             request.group.metrics.num_target_passes += self.num_passes
             self.stats.num_scheduled_tokens += len(rows.token_ids) + len(judgement.run_ahead or ())
-        return judgements, result
+        return [j for j in judgements if j.request.error is None], result
 
     def judge(self, judgements: list[Judgement], result: ForwardResult) -> Tensor:
         """Fill in the verdicts that are not there yet; return the rows that logprobs are taken
-        from. A request for which no token is possible is ended, and the others go on."""
+        from. A request that cannot be verified is ended, and the others go on."""
         begin, sequences = time.perf_counter(), [j.seq for j in judgements]
         logits, walked, log_probs = result.logits, result.walked, None
         while True:
@@ -110,8 +113,37 @@ class TargetPass:
                 for judgement in open_ones:
                     judgement.verdicts = None
                 walked = None  # it is of all of them
+            except Exception as error:
+                log_probs = self._judge_one_by_one(open_ones, logits, error)
+                judgements[:] = [j for j in judgements if j.request.error is None]
+                break
         add_time(self.stats, "sampling_time", begin, sequences)
         return log_probs if self.shows_law and log_probs is not None else logits
+
+    def _judge_one_by_one(
+        self, judgements: list[Judgement], logits: Tensor, error: Exception
+    ) -> Tensor:
+        """Judge each by itself and end the requests that fail. The verdicts are the same: a row's
+        does not depend on the others.
+
+        Raises:
+            Exception: `error`, if every one fails, since then none is the cause.
+        """
+        shown = logits.clone()
+        failed: dict[int, tuple[Request, Exception]] = {}
+        for judgement in judgements:
+            try:
+                found = judge([judgement], logits, self.acceptance, wants_law=self.shows_law)
+                if found is not None:
+                    rows = slice(judgement.rows.start, judgement.rows.stop)
+                    shown[rows] = found[rows]
+            except Exception as one:
+                failed[id(judgement.request)] = judgement.request, one
+        if len(failed) == len({id(judgement.request) for judgement in judgements}) > 1:
+            raise error
+        for request, its_own in failed.values():
+            self._fail(request, its_own)
+        return shown
 
     def _judgements(
         self,

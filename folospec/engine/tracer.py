@@ -81,13 +81,18 @@ class Tracer:
         )
 
     def finish(self, recorder: StepRecorder) -> None:
-        """Tell of a step that is over. A file that cannot be written any more ends there, with an
-        error in the log; what `on_step` raises is the caller's."""
-        trace = recorder.finish()
+        """Tell of a step that is over. A step that cannot be recorded is left out, and a file that
+        cannot be written ends there, with an error in the log; what `on_step` raises is the
+        caller's."""
+        try:
+            trace = recorder.finish()
+        except Exception:
+            logger.exception("step %d is missing in the trace", self._stats.num_steps)
+            return
         if self._file is not None:
             try:
                 self._file.write(trace)
-            except OSError as error:
+            except Exception as error:
                 logger.error("the trace ends before step %d: %s", trace.step, error)
                 self._file = None
         if self.on_step is not None:
@@ -112,6 +117,8 @@ class StepRecorder:
         self._before = _counts(stats)
         self._unix_time = time.time()
         self._begin = time.perf_counter()
+        self.is_complete = False
+        """Whether the step came as far as its commit."""
 
     def add_forward(self, schedule: SchedulerOutput, judgements: list[Judgement]) -> None:
         """To be called when the target has run, and nothing is judged yet."""
@@ -127,6 +134,7 @@ class StepRecorder:
         `observed`."""
         self._committed_at = time.perf_counter()
         self._observed = {seen.seq.seq_id: seen for seen in observed}
+        self.is_complete = True
 
     def finish(self) -> StepTrace:
         """The step's trace, when the drafters have been told of it and failed requests are
@@ -199,7 +207,7 @@ class StepRecorder:
             num_blocks_kept=len(seq.block_table),
             draft_progress=dict(seq.draft_progress),
             finish_reason=output.finish_reason,
-            stop_reason=output.stop_reason,
+            stop_reason=output.stop_reason if output.error is None else output.error,
         )
 
     def _token(self, token_id: int) -> TokenTrace:

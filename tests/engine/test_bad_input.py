@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from harness import make_llm, run, save_tiny_llama
 
 from folospec import LLM, SamplingParams, SpeculativeConfig
@@ -40,6 +42,33 @@ BAD_PARAMS = [
     ({"ignore_eos": "no"}, "ignore_eos must be"),
     ({"include_stop_str_in_output": 3}, "include_stop_str_in_output must be"),
     ({"num_speculative_tokens": -1}, "num_speculative_tokens must be"),
+    ({"logit_bias": {1: 1e300}}, "logit_bias must be"),
+    ({"logit_bias": {1: 10**400}}, "logit_bias must be"),
+    ({"logit_bias": [(1, 2.0)]}, "logit_bias must be"),
+    ({"temperature": 10**400}, "temperature must be"),
+    ({"n": True}, "n must be"),
+    ({"max_tokens": np.int64(3)}, "max_tokens must be"),
+    ({"stop": b"x"}, "stop must be"),
+    ({"stop": {"x": 1}}, "stop must be"),
+    ({"stop": ["a", "\ud83d"]}, "stop must be valid Unicode"),
+    ({"stop": [["a"]]}, "stop must be"),
+    ({"bad_words": ["\ud83d"]}, "bad_words must be valid Unicode"),
+    ({"bad_words": (word for word in "ab")}, "bad_words must be"),
+    ({"stop_token_ids": b"abc"}, "stop_token_ids must be"),
+    ({"stop_token_ids": {1: 2}}, "stop_token_ids must be"),
+    ({"stop_token_ids": [True]}, "stop_token_ids must be"),
+    ({"stop_token_ids": np.array([1])}, "stop_token_ids must be"),
+    ({"stop_token_ids": np.array(1)}, "stop_token_ids must be"),
+    ({"allowed_token_ids": torch.tensor([1])}, "allowed_token_ids must be"),
+    ({"allowed_token_ids": [[1]]}, "allowed_token_ids must be"),
+    ({"logits_processors": len}, "logits_processors must be"),
+    ({"drafters": "ngram"}, "drafters must be"),
+    ({"drafters": [["ngram"]]}, "drafters must be"),
+    ({"prediction": "\ud83d"}, "prediction must be valid Unicode"),
+    ({"prediction": {1, 2}}, "prediction must be"),
+    ({"prediction": [True]}, "prediction must be"),
+    ({"seed": 1.0}, "seed must be"),
+    ({"seed": [1]}, "seed must be"),
 ]
 
 BAD_REQUESTS = [
@@ -53,6 +82,19 @@ BAD_REQUESTS = [
     ({"prompt": None}, {}, "a list of token ids"),
     ([1] * 192, {}, "at most 191"),
     ({"tokens": [1]}, {}, "prompt_token_ids"),
+    ({1: 2, "prompt": 3}, {}, "prompt_token_ids"),
+    ({"prompt": 5, "prompt_token_ids": [1]}, {}, "a text or a list"),
+    ({"prompt": "\ud83d", "prompt_token_ids": [1]}, {}, "prompt must be valid Unicode"),
+    ({"prompt_token_ids": "ab"}, {}, "of type str"),
+    ({"prompt_token_ids": b"ab"}, {}, "of type bytes"),
+    ({"prompt_token_ids": {1, 2}}, {}, "of type set"),
+    ({"prompt_token_ids": {1: 2}}, {}, "of type dict"),
+    ({"prompt_token_ids": (token_id for token_id in [1])}, {}, "of type generator"),
+    ({"prompt_token_ids": np.array([1, 2])}, {}, "of type ndarray; use .tolist"),
+    ({"prompt_token_ids": torch.tensor([1, 2])}, {}, "of type Tensor; use .tolist"),
+    ([np.int64(1)], {}, "must be integers"),
+    ([10**30], {}, "between 0 and 60"),
+    ([[1]], {}, "must be integers"),
     ("text", {}, "skip_tokenizer_init"),
     ([1], {"stop": "x"}, "need a tokenizer"),
     ([1], {"bad_words": ["x"]}, "need a tokenizer"),
@@ -144,10 +186,54 @@ def test_a_request_id_is_used_once(engine: LLM) -> None:
     engine.engine.abort("twin")
 
 
-@pytest.mark.parametrize("prompts", [None, 5])
-def test_prompts_are_a_prompt_or_a_list(prompts: Any, engine: LLM) -> None:
-    with pytest.raises(ValueError, match=f"got {prompts}"):
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "got None"),
+        (5, "got 5"),
+        (b"abc", "of type bytes"),
+        ({1, 2}, "of type set"),
+        (iter([[1]]), "of type list_iterator"),
+        (np.array([1, 2]), "of type ndarray; use .tolist"),
+        (torch.tensor([[1, 2]]), "of type Tensor; use .tolist"),
+        ([np.array([1, 2])], "of type ndarray; use .tolist"),
+        ([True], "got True"),
+    ],
+)
+def test_prompts_are_a_prompt_or_a_list(prompts: Any, message: str, engine: LLM) -> None:
+    with pytest.raises(ValueError, match=message):
         engine.generate(prompts, use_tqdm=False)
+
+
+@pytest.mark.parametrize("request_id", ["", 5, ["a"], "\ud83d"])
+def test_a_request_id_is_a_text(request_id: Any, engine: LLM) -> None:
+    with pytest.raises(ValueError, match="request_id must be"):
+        engine.engine.add_request([1], request_id=request_id)
+
+
+def test_the_bad_prompt_of_a_batch_is_named(engine: LLM) -> None:
+    with pytest.raises(ValueError, match=r"prompts\[1\]: prompt token ids"):
+        engine.generate([[1], [61], [2]], use_tqdm=False)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, 5, [SamplingParams(), None]])
+def test_params_are_sampling_params(params: Any, engine: LLM) -> None:
+    with pytest.raises(ValueError, match="sampling_params must be|need one SamplingParams"):
+        engine.generate([[1], [2], [3]], params, use_tqdm=False)
+
+
+def test_lists_that_change_after_their_check_change_nothing() -> None:
+    stops, bias = [1], {1: 1.0}
+    params = SamplingParams(stop_token_ids=stops, allowed_token_ids=stops, logit_bias=bias)
+    stops.append(10**6)
+    bias[10**6] = 1.0
+    assert params == SamplingParams(stop_token_ids=[1], allowed_token_ids=[1], logit_bias={1: 1.0})
+
+
+def test_an_error_shows_the_beginning_of_a_long_value() -> None:
+    with pytest.raises(ValueError, match=r"got \(0, 1") as caught:
+        SamplingParams(stop_token_ids=[*range(100_000), "x"])
+    assert len(str(caught.value)) < 300
 
 
 def test_none_stands_for_no_stops() -> None:

@@ -148,9 +148,9 @@ def test_a_request_without_a_token_ends_alone(
     host = run_on_host(models.target, **settings)
     assert device.tokens == host.tokens
     failed = device.outputs[2].outputs[0]
-    assert failed.finish_reason == "abort"
+    assert failed.finish_reason == "error"
     assert len(failed.token_ids) == 2
-    assert failed.stop_reason == host.outputs[2].outputs[0].stop_reason
+    assert failed.error == host.outputs[2].outputs[0].error
     assert calls["walk" if acceptance == "coupled" else "law"] > 0
 
 

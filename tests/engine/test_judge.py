@@ -87,10 +87,10 @@ def test_a_request_without_a_token_ends_alone(monkeypatch: pytest.MonkeyPatch, m
         assert num_native > 0
         assert native.tokens == law.tokens
         failed = native.outputs[4].outputs[0]
-        assert failed.finish_reason == "abort"
+        assert failed.finish_reason == "error"
         assert len(failed.token_ids) == 2
-        assert "must leave a token possible" in failed.stop_reason
-        assert failed.stop_reason == law.outputs[4].outputs[0].stop_reason
+        assert "must leave a token possible" in failed.error
+        assert failed.error == law.outputs[4].outputs[0].error
         others = [o for i, o in enumerate(native.outputs) if i != 4]
         assert all(c.finish_reason == "length" for o in others for c in o.outputs)
 
@@ -105,5 +105,5 @@ def test_a_broken_processor_is_named_and_ends_its_request_alone(
     params[3] = SamplingParams(temperature=0, max_tokens=6, logits_processors=[broken])
     native, law, _ = run_both(monkeypatch, models.target, params=params)
     assert native.tokens == law.tokens
-    assert [o.outputs[0].finish_reason for o in native.outputs].count("abort") == 1
-    assert "logits_processors[0] failed" in native.outputs[3].outputs[0].stop_reason
+    assert [o.outputs[0].finish_reason for o in native.outputs].count("error") == 1
+    assert "logits_processors[0] failed" in native.outputs[3].outputs[0].error

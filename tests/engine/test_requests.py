@@ -12,7 +12,6 @@ from harness import VOCAB_SIZE, as_prompts, make_llm, run
 
 from folospec import LLM, Drafter, Proposal, SamplingParams, register_drafter
 from folospec.core.token_tree import TokenTree
-from folospec.engine.llm_engine import LLMEngine
 
 
 def sampled(**settings: Any) -> SamplingParams:
@@ -96,28 +95,12 @@ def test_a_request_without_a_possible_token_ends_alone(models: Any) -> None:
         llm = make_llm(models.target, speculative)
         outputs = llm.generate(as_prompts(harness.PROMPTS[:2]), params, use_tqdm=False)
         assert outputs[0].outputs[0].finish_reason == "length"
-        assert outputs[1].outputs[0].finish_reason == "abort"
-        assert "logits_processors" in outputs[1].outputs[0].stop_reason
+        assert outputs[1].outputs[0].finish_reason == "error"
+        assert outputs[1].outputs[0].stop_reason is None
+        assert "logits_processors" in outputs[1].outputs[0].error
+        assert outputs[1].error == outputs[1].outputs[0].error
         assert len(outputs[1].outputs[0].token_ids) == 3
         assert llm.engine.manager.num_free_blocks == llm.engine.manager.num_blocks
-
-
-def test_ctrl_c_leaves_a_usable_engine(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = make_llm(models.target, "ngram")
-    step, calls = LLMEngine.step, []
-
-    def interrupted(self: LLMEngine, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(self, **options)
-
-    monkeypatch.setattr(LLMEngine, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(as_prompts(harness.PROMPTS), sampled(), use_tqdm=False)
-    assert not llm.engine.has_unfinished_requests
-    assert llm.engine.manager.num_free_blocks == llm.engine.manager.num_blocks
-    assert len(llm.generate(as_prompts(harness.PROMPTS), sampled(), use_tqdm=False)) == 6
 
 
 def test_a_stream_yields_every_token_once(models: Any) -> None:
@@ -186,7 +169,7 @@ def test_a_drafter_that_cannot_learn_or_forget_harms_nobody(
 ) -> None:
     llm = make_llm(models.target, "forgetless", strict_drafters=False, num_blocks=16, block_size=4)
     for _ in range(2):
-        llm.engine._num_requests = 0
+        llm.engine.open.num_admitted = 0
         result = run(llm)
         assert result.tokens == plain.tokens
     assert result.stats["num_preemptions"] > 0
@@ -226,14 +209,14 @@ def test_a_request_without_an_id_gets_a_free_one(models: Any) -> None:
     assert len(engine.requests) == 2
 
 
-def test_a_stream_says_so_when_its_request_is_aborted(models: Any) -> None:
+def test_a_stream_says_so_when_its_request_ends_with_an_error(models: Any) -> None:
     def nothing_after_two(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         return logits if len(token_ids) < 2 else torch.full_like(logits, -torch.inf)
 
     engine = make_llm(models.target).engine
     params = sampled(logits_processors=[nothing_after_two])
     reasons = [i.finish_reason for i in engine.stream(as_prompts(harness.PROMPTS)[0], params)]
-    assert reasons == [None, None, "abort"]
+    assert reasons == [None, None, "error"]
 
 
 def test_prompt_logprobs_are_the_same_in_chunks_and_after_preemption(models: Any) -> None:

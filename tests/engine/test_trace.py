@@ -286,7 +286,7 @@ def test_a_request_that_fails_shows_its_end(models: Any, tmp_path: Path) -> None
         llm.engine.add_request({"prompt_token_ids": [1, 2, 3]}, params)
     llm.engine.step()
     [failed, other] = next(read_trace(tmp_path / "t")[1]).sequences
-    assert (failed.finish_reason, failed.new_tokens, failed.next_token) == ("abort", [], None)
+    assert (failed.finish_reason, failed.new_tokens, failed.next_token) == ("error", [], None)
     assert str(failed.stop_reason).startswith("logits_processors must leave a token possible")
     assert len(other.new_tokens) == 1
 

@@ -1,0 +1,130 @@
+"""One thread at a time inside the engine, and no Ctrl-C in the middle of a change."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from functools import wraps
+from types import FrameType
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_POLL = 0.1
+"""Seconds between two looks at a Ctrl-C that arrived while the thread waits for its turn."""
+
+
+class Exclusive:
+    """A re-entrant lock. A thread that leaves it and comes back lets those that wait go first.
+
+        thread A    [ step ]          [ step ]          [ step ]
+        thread B      waits [ step ]    waits [ step ]
+
+    A Ctrl-C that arrives inside is raised when the thread leaves; a second one is raised at once.
+    """
+
+    def __init__(self) -> None:
+        # Whoever waits for the lock holds the turn, so a thread that just left has to queue.
+        self._turn, self._lock = threading.Lock(), threading.Lock()
+        self._thread = _ThreadState()
+
+    @property
+    def depth(self) -> int:
+        """How often this thread has entered, counted before it waits and until it has left."""
+        return self._thread.depth
+
+    def __enter__(self) -> None:
+        thread = self._thread
+        if thread.depth > 0:
+            thread.depth += 1
+            return
+        held = _HeldInterrupt()
+        held.hold()
+        thread.depth, thread.held = 1, held
+        try:
+            _acquire(self._turn, held)
+            try:
+                _acquire(self._lock, held)
+            finally:
+                self._turn.release()
+        except BaseException:
+            thread.depth = 0
+            held.release()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        thread = self._thread
+        if thread.depth > 1:
+            thread.depth -= 1
+            return
+        self._lock.release()
+        thread.depth = 0
+        thread.held.release()
+
+
+class _ThreadState(threading.local):
+    """What `Exclusive` knows of the thread that asks."""
+
+    depth = 0
+    held: _HeldInterrupt
+
+
+class Guarded(Protocol):
+    """What has an `Exclusive` for its methods."""
+
+    _exclusive: Exclusive
+
+
+S = TypeVar("S", bound=Guarded)
+
+
+def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Run a method inside its object's `Exclusive`."""
+
+    @wraps(method)
+    def inside(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._exclusive:
+            return method(self, *args, **kwargs)
+
+    return inside
+
+
+def _acquire(lock: threading.Lock, held: _HeldInterrupt) -> None:
+    while not lock.acquire(timeout=_POLL):
+        held.raise_now()
+
+
+class _HeldInterrupt:
+    """Keeps a Ctrl-C back between `hold` and `release`; Python raises it in the main thread."""
+
+    def __init__(self) -> None:
+        self._previous: Callable[[int, FrameType | None], Any] | None = None
+        self._signum: int | None = None
+
+    def hold(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            previous = signal.getsignal(signal.SIGINT)
+            if callable(previous):
+                self._previous = previous
+                signal.signal(signal.SIGINT, self._note)
+
+    def release(self) -> None:
+        """Give the handler back, and let it have what was kept from it."""
+        if self._previous is not None:
+            previous, self._previous = self._previous, None
+            signal.signal(signal.SIGINT, previous)
+            if self._signum is not None:
+                previous(self._signum, None)
+
+    def raise_now(self) -> None:
+        """Hand over a kept Ctrl-C, where that does no harm."""
+        if self._previous is not None and self._signum is not None:
+            signum, self._signum = self._signum, None
+            self._previous(signum, None)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum is not None and self._previous is not None:
+            self._previous(signum, frame)
+        self._signum = signum
