@@ -93,9 +93,10 @@ class SamplingParams:
         # Copies, so that nobody changes them after they were checked.
         for name in ("bad_words", "stop_token_ids", "logits_processors"):
             object.__setattr__(self, name, _frozen(name, getattr(self, name)))
-        for name in ("allowed_token_ids", "drafters"):
+        for name, items in (("allowed_token_ids", "token ids"), ("drafters", "names")):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _frozen(name, getattr(self, name)))
+                frozen = _frozen(name, getattr(self, name), f"None or a list of {items}")
+                object.__setattr__(self, name, frozen)
         if is_token_list(self.prediction):
             object.__setattr__(self, "prediction", tuple(self.prediction or ()))
         if isinstance(self.logit_bias, Mapping):
@@ -275,15 +276,15 @@ _MOST_SHOWN = 200
 _MAX_FLOAT32 = 3.4028234663852886e38
 
 
-def _frozen(name: str, values: Any) -> tuple[Any, ...]:
+def _frozen(name: str, values: Any, allowed: str = "a list") -> tuple[Any, ...]:
     ok = isinstance(values, Collection) and not isinstance(
         values, (str, bytes, bytearray, memoryview, Mapping)
     )
-    _require(ok, name, values, "a list")
+    _require(ok, name, values, allowed)
     try:
         return tuple(values)
     except TypeError:  # an array without dimensions
-        raise ValueError(f"{name} must be a list, got {shown(values)}") from None
+        raise ValueError(f"{name} must be {allowed}, got {shown(values)}") from None
 
 
 def _is_bias(bias: object) -> bool:

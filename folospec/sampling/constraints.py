@@ -253,20 +253,26 @@ def _call_processors(logits: Tensor, rows: Sequence[SamplingRow], indices: list[
         for ordinal, processor in enumerate(row.params.logits_processors):
             try:
                 values = processor(row.history, values)
-                if not isinstance(values, Tensor) or values.shape != logits[index].shape:
-                    raise ValueError(
-                        f"must return a row of {logits.shape[1]} logits, returned "
-                        f"{getattr(values, 'shape', values)!r}"
-                    )
+                _check_row(values, logits.shape[1])
+                logits[index] = values.detach()  # fails for a sparse row, or one without data
             except Exception as error:
                 # Plain decoding might never ask for what follows a draft, so its failure must not
                 # be seen there.
                 if not row.hypothetical:
                     name = f"logits_processors[{ordinal}]"
                     raise NoTokenError(index, f"{name} failed: {error!r}") from error
-                values = torch.full_like(logits[index], NEG_INF)
+                logits[index] = NEG_INF
                 break
-        logits[index] = values
+
+
+def _check_row(values: object, vocab_size: int) -> None:
+    if not isinstance(values, Tensor):
+        what = f"a value of type {type(values).__name__}"
+    elif values.shape != (vocab_size,) or values.is_complex():
+        what = f"{values.dtype} of shape {tuple(values.shape)}"
+    else:
+        return
+    raise ValueError(f"must return a row of {vocab_size} logits, returned {what}")
 
 
 _Stage = Callable[[Tensor, Sequence[SamplingRow], list[int]], None]

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import VOCAB_SIZE, make_llm
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from harness import make_llm
+from letter_tokenizer import save_with_tokenizer
 
 from folospec import LLM, SamplingParams
 
 PARAMS = SamplingParams(temperature=0, max_tokens=2)
-TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}a"
-
-
-def save_tokenizer(folder: Path) -> None:
-    """One token per letter, and two words of which the model knows only the first."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCAB_SIZE - 1]
-    tokenizer = Tokenizer(BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE)
-    fast.add_tokens(["<known>", "<tool>"])
-    fast.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def llm(models: Any, tmp_path_factory: pytest.TempPathFactory) -> LLM:
     folder = tmp_path_factory.mktemp("model") / "with_tokenizer"
-    shutil.copytree(models.target, folder)
-    save_tokenizer(folder)
+    save_with_tokenizer(models.target, folder)
     return make_llm(str(folder), "prediction", skip_tokenizer_init=False)
 
 
