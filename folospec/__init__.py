@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from folospec.core.token_tree import TokenTree
     from folospec.engine.llm import LLM
     from folospec.engine.llm_engine import LLMEngine
-    from folospec.errors import EngineBrokenError, RequestError
+    from folospec.errors import EngineBrokenError, EngineClosedError, RequestError
     from folospec.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from folospec.sampling_params import SamplingParams
     from folospec.spec.drafters.base import (
@@ -41,6 +41,7 @@ _HOMES = {
     "SpeculativeConfig": "folospec.config",
     "SamplingParams": "folospec.sampling_params",
     "EngineBrokenError": "folospec.errors",
+    "EngineClosedError": "folospec.errors",
     "RequestError": "folospec.errors",
     "CompletionOutput": "folospec.outputs",
     "Logprob": "folospec.outputs",
@@ -68,6 +69,7 @@ __all__ = [
     "Drafter",
     "DrafterContext",
     "EngineBrokenError",
+    "EngineClosedError",
     "EngineConfig",
     "LLM",
     "LLMEngine",

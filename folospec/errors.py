@@ -10,6 +10,10 @@ class EngineBrokenError(RuntimeError):
     `__cause__` is the first error. `stats` and `abort` still work."""
 
 
+class EngineClosedError(RuntimeError):
+    """The engine was closed."""
+
+
 class RequestError(RuntimeError):
     """A request ended with an error, and the caller asked to have it raised.
 

@@ -3,9 +3,10 @@ same."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -270,6 +271,15 @@ def shown(value: object) -> str:
     except Exception:
         text = f"a {type(value).__name__}"
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """ "; did you mean ..." for the first unknown name that is like a known one, or nothing."""
+    known = list(known)
+    for name in unknown:
+        if found := difflib.get_close_matches(name, known, n=1):
+            return f"; did you mean {found[0]!r}?"
+    return ""
 
 
 _MOST_SHOWN = 200

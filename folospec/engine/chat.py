@@ -26,17 +26,28 @@ def conversations_of(messages: Any) -> list[Sequence[Any]]:
     return [_checked(messages, "messages")]
 
 
-def render(tokenizer: Any, conversation: Sequence[Message]) -> list[int]:
-    """The token ids of a conversation, with the start of the assistant's answer.
+def render(
+    tokenizer: Any,
+    conversation: Sequence[Message],
+    *,
+    chat_template: str | None = None,
+    **options: Any,
+) -> list[int]:
+    """The token ids of a conversation.
+
+    Args:
+        chat_template: in place of the tokenizer's.
+        options: of the tokenizer's `apply_chat_template`, and variables of the template.
 
     Raises:
-        ValueError: there is no chat template, or it refuses the conversation.
+        ValueError: there is no chat template, or it refuses the conversation or the options.
     """
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+    template = chat_template or getattr(tokenizer, "chat_template", None)
+    if tokenizer is None or not template:
         raise ValueError("chat needs a tokenizer with a chat template; use generate")
     try:
         encoded = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, return_dict=True
+            conversation, chat_template=chat_template, return_dict=True, **options
         )
     except Exception as error:  # templates raise errors of their own
         raise ValueError(f"the chat template refuses the messages: {error}") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -40,18 +41,17 @@ class Exclusive:
         if thread.depth > 0:
             thread.depth += 1
             return
-        held = _HeldInterrupt()
-        held.hold()
-        thread.depth, thread.held = 1, held
+        thread.held.hold()
+        thread.depth = 1
         try:
-            _acquire(self._turn, held)
+            _acquire(self._turn, thread.held)
             try:
-                _acquire(self._lock, held)
+                _acquire(self._lock, thread.held)
             finally:
                 self._turn.release()
         except BaseException:
             thread.depth = 0
-            held.release()
+            thread.held.release()
             raise
 
     def __exit__(self, *exception: object) -> None:
@@ -63,12 +63,24 @@ class Exclusive:
         thread.depth = 0
         thread.held.release()
 
+    @contextmanager
+    def holding_interrupts(self) -> Iterator[HeldInterrupt]:
+        """Keep a Ctrl-C back although the thread leaves and comes back; the caller hands it over
+        with `raise_now`. A handler of signals takes longer to change than a lock."""
+        held = self._thread.held
+        held.hold()
+        try:
+            yield held
+        finally:
+            held.release()
+
 
 class _ThreadState(threading.local):
     """What `Exclusive` knows of the thread that asks."""
 
-    depth = 0
-    held: _HeldInterrupt
+    def __init__(self) -> None:
+        self.depth = 0
+        self.held = HeldInterrupt()
 
 
 class Guarded(Protocol):
@@ -91,32 +103,37 @@ def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
     return inside
 
 
-def _acquire(lock: threading.Lock, held: _HeldInterrupt) -> None:
+def _acquire(lock: threading.Lock, held: HeldInterrupt) -> None:
     while not lock.acquire(timeout=_POLL):
         held.raise_now()
 
 
-class _HeldInterrupt:
-    """Keeps a Ctrl-C back between `hold` and `release`; Python raises it in the main thread."""
+class HeldInterrupt:
+    """Keeps a Ctrl-C back between the first `hold` and the last `release`, in the main thread,
+    where Python raises it. A second Ctrl-C is not kept."""
 
     def __init__(self) -> None:
+        self._count = 0
         self._previous: Callable[[int, FrameType | None], Any] | None = None
         self._signum: int | None = None
 
     def hold(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if self._count == 0 and threading.current_thread() is threading.main_thread():
             previous = signal.getsignal(signal.SIGINT)
-            if callable(previous):
+            if callable(previous):  # neither ignored nor handled outside of Python
                 self._previous = previous
                 signal.signal(signal.SIGINT, self._note)
+        self._count += 1
 
     def release(self) -> None:
         """Give the handler back, and let it have what was kept from it."""
-        if self._previous is not None:
-            previous, self._previous = self._previous, None
-            signal.signal(signal.SIGINT, previous)
-            if self._signum is not None:
-                previous(self._signum, None)
+        self._count -= 1
+        if self._count == 0 and self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            try:
+                self.raise_now()
+            finally:
+                self._previous = None
 
     def raise_now(self) -> None:
         """Hand over a kept Ctrl-C, where that does no harm."""
@@ -125,6 +142,9 @@ class _HeldInterrupt:
             self._previous(signum, None)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None and self._previous is not None:
-            self._previous(signum, frame)
-        self._signum = signum
+        if self._signum is not None:
+            self._signum = None
+            if self._previous is not None:
+                self._previous(signum, frame)
+        else:
+            self._signum = signum

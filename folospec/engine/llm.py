@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -13,9 +13,10 @@ from folospec.engine.chat import Message, conversations_of
 from folospec.engine.inbox import Snapshots
 from folospec.engine.input_processor import Prompt
 from folospec.engine.llm_engine import LLMEngine
+from folospec.engine.output_processor import Increment
 from folospec.errors import RequestError
 from folospec.outputs import RequestOutput
-from folospec.sampling_params import SamplingParams, is_token_list, shown
+from folospec.sampling_params import SamplingParams, is_token_list, nearest, shown
 from folospec.spec.drafters.base import Drafter
 
 
@@ -31,6 +32,7 @@ class LLM:
         speculative: None, "auto", a drafter's name, a mapping with "method" and its settings, a
             list of these in order of precedence, a mapping with "drafters" and "merge", or a
             `SpeculativeConfig`.
+        speculative_config: the same, under vLLM's name.
         options: any field of `EngineConfig`: dtype, device, block_size, num_blocks, max_num_seqs,
             deterministic, seed, ... `trace="steps.jsonl"` writes what every step did to a file.
 
@@ -42,18 +44,53 @@ class LLM:
         self,
         model: str | os.PathLike[str],
         speculative: None | str | Mapping[str, Any] | SpeculativeConfig = None,
+        *,
+        speculative_config: None | str | Mapping[str, Any] | SpeculativeConfig = None,
         **options: Any,
     ) -> None:
         known = EngineConfig.__dataclass_fields__
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise ValueError(f"unknown options {unknown}; LLM has: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"unknown options {unknown}{nearest(unknown, known)}; LLM has: "
+                f"{', '.join(sorted(known))}"
+            )
+        if speculative_config is not None:
+            if speculative is not None:
+                raise ValueError(
+                    "speculative and speculative_config are one option, give one of them; got "
+                    f"{shown(speculative)} and {shown(speculative_config)}"
+                )
+            speculative = speculative_config
         config = EngineConfig(
             model=os.fspath(model) if isinstance(model, os.PathLike) else model,
             speculative=SpeculativeConfig.of(speculative),
             **options,
         )
         self.engine = LLMEngine(config)
+
+    def __repr__(self) -> str:
+        drafters = [drafter.name for drafter in self.engine.parts.drafters]
+        return f"LLM({self.engine.config.model!r}, speculative={drafters or None})"
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Abort what runs. Whatever adds requests afterwards raises `EngineClosedError`."""
+        self.engine.close()
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer, None with `skip_tokenizer_init`."""
+        return self.engine.tokenizer
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
+        """Complete one prompt, yielding its text and tokens as they come; see
+        `LLMEngine.stream`."""
+        return self.engine.stream(prompt, params)
 
     @property
     def tokenizer(self) -> Any:
@@ -101,21 +138,23 @@ class LLM:
         """
         prompt_list = _as_list(prompts)
         params = _params_list(sampling_params, len(prompt_list))
-        inbox, results, num_tokens = Snapshots(), dict[str, RequestOutput](), 0
-        try:
-            ids = self.engine.add_requests(list(zip(prompt_list, params, strict=True)), inbox)
-            with tqdm(total=len(ids), desc="Prompts", unit="prompt", disable=not use_tqdm) as bar:
-                while len(results) < len(ids):
-                    for output in self.engine.collect(inbox):
-                        results[output.request_id] = output
-                        if raise_on_error and output.error is not None:
-                            place = ids.index(output.request_id)
-                            raise RequestError(f"prompts[{place}] failed: {output.error}", output)
-                        num_tokens += sum(len(c.token_ids) for c in output.outputs)
-                        bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
-                        bar.update()
-        finally:
-            self.engine.discard(inbox)
+        inbox = Snapshots()
+        with self.engine.holding_interrupts() as interrupt:
+            try:
+                ids = self.engine.add_requests(list(zip(prompt_list, params, strict=True)), inbox)
+                results: dict[str, RequestOutput] = {}
+                with tqdm(
+                    total=len(ids), desc="Prompts", unit="prompt", disable=not use_tqdm
+                ) as bar:
+                    while len(results) < len(ids):
+                        for output in self.engine.collect(inbox):
+                            results[output.request_id] = output
+                            if raise_on_error and output.error is not None:
+                                raise _request_error(output, ids)
+                            _show(bar, output)
+                        interrupt.raise_now()
+            finally:
+                self.engine.discard(inbox)
         return [results[request_id] for request_id in ids]
 
     def chat(
@@ -125,19 +164,37 @@ class LLM:
         use_tqdm: bool = True,
         *,
         raise_on_error: bool = False,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Complete one conversation or several, written with the tokenizer's chat template.
 
         Args:
             messages: a conversation, a list of mappings with "role" and "content", or a list of
-                conversations.
+                conversations. A content is a text, or a list of `{"type": "text", "text": ...}`.
+            add_generation_prompt: end the prompt with the start of the assistant's message.
+            continue_final_message: leave the last message open, to be continued; needs
+                `add_generation_prompt=False`.
+            chat_template: a Jinja template in place of the tokenizer's.
+            chat_template_kwargs: variables for the template.
+            tools: what the template is to offer the model, as JSON schemas.
 
         Raises:
             ValueError: a message is wrong, there is none, or the tokenizer has no chat template or
                 its template refuses the messages; and see `generate`.
         """
         conversations = conversations_of(messages)
-        prompts = [self.engine.render_chat(conversation) for conversation in conversations]
+        options = {
+            **_template_variables(chat_template_kwargs),
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "chat_template": chat_template,
+            "tools": tools,
+        }
+        prompts = [self.engine.render_chat(one, **options) for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm, raise_on_error=raise_on_error)
 
     def stats(self) -> dict[str, Any]:
@@ -170,3 +227,28 @@ def _params_list(
     if len(params) != count:
         raise ValueError(f"{count} prompts need one SamplingParams or {count}, got {len(params)}")
     return list(params)
+
+
+def _template_variables(variables: Any) -> dict[str, Any]:
+    if variables is None:
+        return {}
+    taken = {"conversation", "return_dict", "return_tensors", "tokenize"}
+    is_mapping = isinstance(variables, Mapping) and all(isinstance(k, str) for k in variables)
+    if not is_mapping or taken & set(variables):
+        raise ValueError(
+            f"chat_template_kwargs must be a mapping of names, none of {sorted(taken)}, got "
+            f"{shown(variables)}"
+        )
+    return dict(variables)
+
+
+def _request_error(output: RequestOutput, request_ids: list[str]) -> RequestError:
+    place = request_ids.index(output.request_id)
+    return RequestError(f"prompts[{place}] failed: {output.error}", output)
+
+
+def _show(bar: Any, output: RequestOutput) -> None:
+    """Count a prompt, and its tokens."""
+    bar.num_tokens = getattr(bar, "num_tokens", 0) + sum(len(c.token_ids) for c in output.outputs)
+    bar.set_postfix_str(f"{bar.num_tokens} tokens", refresh=False)
+    bar.update()

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from folospec.core.stats import EngineStats
 from folospec.engine.asking import Candidate
 from folospec.engine.chat import Message, render
 from folospec.engine.commit import Committer
-from folospec.engine.exclusive import Exclusive, exclusive
+from folospec.engine.exclusive import Exclusive, HeldInterrupt, exclusive
 from folospec.engine.inbox import Inbox, Increments, Snapshots
 from folospec.engine.input_processor import InputProcessor, Limits, Prompt
 from folospec.engine.loading import load_parts
@@ -174,6 +174,10 @@ class LLMEngine:
             self._advance()
         return inbox.take()
 
+    def holding_interrupts(self) -> AbstractContextManager[HeldInterrupt]:
+        """Keep a Ctrl-C back in several calls; see `Exclusive.holding_interrupts`."""
+        return self._exclusive.holding_interrupts()
+
     def discard(self, inbox: Inbox[Any]) -> None:
         """Abort what is unfinished of an inbox; from inside a step, when the next one begins."""
         self._discarded.append(inbox)
@@ -213,6 +217,15 @@ class LLMEngine:
         if sequences and self.open.broken_by is None:
             self.speculation.drop(sequences, finished=True)
 
+    @exclusive
+    def close(self) -> None:
+        """Abort every request; the methods that add requests raise `EngineClosedError` from now
+        on. `stats` still works."""
+        self._refuse_inside_step("close")
+        for request_id in list(self.requests):
+            self.abort(request_id)
+        self.open.is_closed = True
+
     @property
     def requests(self) -> dict[str, Request]:
         """The unfinished requests by id, to look at."""
@@ -244,7 +257,7 @@ class LLMEngine:
     def _advance(self) -> None:
         """Run one step; outputs go to the inboxes."""
         self._refuse_inside_step("step")
-        self.open.require_unbroken()
+        self.open.require_usable()
         self._end_discarded()
         recorder = self.tracer.begin()
         try:
@@ -292,7 +305,7 @@ class LLMEngine:
                 raise
             self.open.broken_by = error
             if isinstance(error, Exception):
-                self.open.require_unbroken()
+                self.open.require_usable()
             raise
         finally:
             self._is_stepping = False
@@ -333,13 +346,14 @@ class LLMEngine:
             self.discard(inbox)
 
     @exclusive
-    def render_chat(self, conversation: Seq[Message]) -> list[int]:
-        """The token ids of a conversation, by the tokenizer's chat template.
+    def render_chat(self, conversation: Seq[Message], **options: Any) -> list[int]:
+        """The token ids of a conversation, by the tokenizer's chat template; `options` are those of
+        `apply_chat_template`.
 
         Raises:
             ValueError: there is no template, or it refuses the conversation.
         """
-        return render(self.tokenizer, conversation)
+        return render(self.tokenizer, conversation, **options)
 
     @exclusive
     def stats(self) -> dict[str, Any]:

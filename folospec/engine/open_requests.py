@@ -11,7 +11,7 @@ from folospec.engine.inbox import Inbox
 from folospec.engine.input_processor import InputProcessor, Prompt
 from folospec.engine.output_processor import make_output
 from folospec.engine.request import Request
-from folospec.errors import EngineBrokenError
+from folospec.errors import EngineBrokenError, EngineClosedError
 from folospec.outputs import RequestOutput
 from folospec.sampling.constraints import NoTokenError
 from folospec.sampling_params import SamplingParams
@@ -26,16 +26,20 @@ class OpenRequests:
         self.inputs, self.scheduler = inputs, scheduler
         self.requests: dict[str, Request] = {}
         self.num_admitted = 0
+        self.is_closed = False
         self.broken_by: BaseException | None = None
         """The error that broke the engine: nothing is admitted any more."""
         self._inboxes: dict[str, Inbox[Any]] = {}
         self._failed: list[Request] = []
 
-    def require_unbroken(self) -> None:
+    def require_usable(self) -> None:
         """
         Raises:
             EngineBrokenError: the engine is broken.
+            EngineClosedError: it was closed.
         """
+        if self.is_closed:
+            raise EngineClosedError("the engine is closed; make a new one")
         if self.broken_by is not None:
             raise EngineBrokenError(
                 f"the engine is broken since a step failed: {_describe(self.broken_by)}"
@@ -53,7 +57,7 @@ class OpenRequests:
             ValueError: one of them cannot be served. Nothing has changed then.
             EngineBrokenError: the engine is broken.
         """
-        self.require_unbroken()
+        self.require_usable()
         if request_id is not None:
             self.inputs.check_request_id(request_id, self.requests)
         checked = []

@@ -80,6 +80,35 @@ def test_what_a_chat_template_refuses_is_a_value_error(llm: LLM) -> None:
             llm.chat([{"role": "user", "content": "2"}], PARAMS, use_tqdm=False)
 
 
+def test_a_template_and_its_options_are_the_callers(llm: LLM) -> None:
+    messages = [{"role": "U", "content": "2"}, {"role": "A", "content": "3"}]
+    template = (
+        "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}*{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}={% endif %}{{ mark or '' }}{{ tools | length }}"
+    )
+    for options, text in (
+        ({"tools": []}, "2*3=0"),
+        ({"tools": [], "add_generation_prompt": False}, "2*30"),
+        ({"tools": [], "chat_template_kwargs": {"mark": "!"}}, "2*3=!0"),
+    ):
+        output = llm.chat(messages, PARAMS, False, chat_template=template, **options)[0]
+        assert llm.tokenizer.decode(output.prompt_token_ids) == text
+    output = llm.chat(
+        messages,
+        PARAMS,
+        False,
+        chat_template="{% for m in messages %}{{ m['content'] }};{% endfor %}",
+        add_generation_prompt=False,
+        continue_final_message=True,
+    )[0]
+    assert llm.tokenizer.decode(output.prompt_token_ids) == "2;3"
+    with pytest.raises(ValueError, match="the chat template refuses"):
+        llm.chat(messages, PARAMS, False, continue_final_message=True)
+    for wrong in (5, {3: 4}, {"tokenize": False}):
+        with pytest.raises(ValueError, match="chat_template_kwargs must be"):
+            llm.chat(messages, PARAMS, False, chat_template_kwargs=wrong)
+
+
 def test_parts_of_a_message_are_read_as_one_text(llm: LLM) -> None:
     parts = [{"type": "text", "text": "2"}, {"type": "text", "text": "*3"}]
     outputs = llm.chat(

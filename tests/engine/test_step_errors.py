@@ -289,6 +289,21 @@ def test_a_step_gives_the_handler_of_ctrl_c_back(models: Any) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_generate_changes_the_handler_of_ctrl_c_once_for_all_its_steps(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, change, changes = make(models), signal.signal, []
+
+    def count(*args: Any) -> Any:
+        changes.append(args)
+        return change(*args)
+
+    monkeypatch.setattr(signal, "signal", count)
+    generate(llm)
+    assert llm.stats()["num_steps"] > 5
+    assert len(changes) == 4  # for this call, and for stats
+
+
 def test_outputs_that_wait_come_before_the_news_that_the_engine_is_broken(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
