@@ -14,6 +14,10 @@ AUTO = "auto"
 ACCEPTANCE_RULES = ("coupled", "rejection", "block")
 """Those that come with folospec; others are registered (`spec.verify.register_acceptance_rule`)."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+DTYPE_NAMES = {
+    **{"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32"},
+    **{"fp32": "float32", "double": "float64", "fp64": "float64"},
+}
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("int8", "fp8")
 MAX_RUN_AHEAD = 32
@@ -186,7 +190,8 @@ class EngineConfig:
     """Run on token ids alone: no text in, no text out."""
     speculative: SpeculativeConfig | None = None
     dtype: str = "auto"
-    """Type of weights; "auto" is the checkpoint's on a GPU and float32 on a CPU."""
+    """Type of weights; "auto" is the checkpoint's on a GPU and float32 on a CPU. A `torch.dtype` is
+    taken too, and "half", "float", "fp16", "bf16", "fp32"."""
     kv_cache_dtype: str = "auto"
     """Type of the KV of target and drafters: "auto" is each model's own. "bfloat16" halves what
     float32 takes, in memory and in reading; the logits change a little, and with them the
@@ -256,6 +261,10 @@ class EngineConfig:
             self.speculative,
             "None or a SpeculativeConfig (SpeculativeConfig.of makes one from a name or mapping)",
         )
+        # A torch.dtype, or the short name of one, stands for its name.
+        for name in ("dtype", "kv_cache_dtype"):
+            given = str(getattr(self, name)).removeprefix("torch.")
+            object.__setattr__(self, name, DTYPE_NAMES.get(given, given))
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         ok = self.quantization is None or self.quantization in QUANTIZATIONS

@@ -4,6 +4,7 @@ one pass of the target."""
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -53,11 +54,17 @@ class LLMEngine:
     with `finish_reason="error"`. After any other error in a step the engine is broken: `step` and
     the methods that add requests raise `EngineBrokenError`. A Ctrl-C waits for the end of the step.
 
+    Args:
+        config: what runs; the name or folder of a model stands for its config with defaults.
+
     Raises:
         ValueError: the model, drafter, tokenizer, a size or the trace file cannot be used.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig | str | os.PathLike[str]) -> None:
+        if not isinstance(config, EngineConfig):
+            model = os.fspath(config) if isinstance(config, os.PathLike) else config
+            config = EngineConfig(model=model)
         self.config = config
         check_path(config.trace)
         self.parts = parts = load_parts(config)

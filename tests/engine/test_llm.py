@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from harness import make_llm
 
-from folospec import LLM, EngineClosedError, SamplingParams
+from folospec import LLM, EngineClosedError, EngineConfig, LLMEngine, SamplingParams
 
 PARAMS = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
@@ -55,3 +56,17 @@ def test_an_llm_shows_its_model_and_drafters(models: Any) -> None:
     assert repr(make_llm(models.target, "ngram")) == (
         f"LLM({models.target!r}, speculative=['ngram'])"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "half", "fp16", "float16", "torch.float16"])
+def test_a_dtype_has_several_names(dtype: Any) -> None:
+    config = EngineConfig(model="m", dtype=dtype)
+    assert config.dtype == "float16"
+    with pytest.raises(ValueError, match="dtype must be one of .*, got 'int8'"):
+        EngineConfig(model="m", dtype=torch.int8)
+
+
+def test_an_engine_is_made_from_the_name_of_a_model() -> None:
+    assert LLMEngine("folospec-demo").config == EngineConfig(model="folospec-demo")
+    with pytest.raises(ValueError, match="model must be"):
+        LLMEngine(None)
