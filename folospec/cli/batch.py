@@ -142,7 +142,7 @@ def add_request(engine: LLMEngine, request: BatchRequest) -> str:
 
 def failure(output: RequestOutput) -> str | None:
     """Why the engine gave a request up; None if it did not."""
-    for completion in output.outputs:
-        if completion.finish_reason in ("abort", "error"):
-            return str(completion.stop_reason or "the engine ended the request")
-    return None
+    if output.error is not None:
+        return output.error
+    is_aborted = any(completion.finish_reason == "abort" for completion in output.outputs)
+    return "the engine ended the request" if is_aborted else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from folospec.cli.batch_input import InputRecord
+from folospec.engine.chat import conversation_of
 from folospec.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -126,16 +127,8 @@ def chat_prompt(engine: LLMEngine, messages: Messages) -> dict[str, list[int]]:
     Raises:
         ValueError: there is no template, or it cannot write these messages.
     """
-    tokenizer = engine.tokenizer
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise ValueError("messages need a tokenizer with a chat template, and the model has none")
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
-        )
-    except Exception as error:  # a template is a program of the model's, and may raise anything
-        raise ValueError(f"the chat template cannot write these messages: {error}") from error
-    return {"prompt_token_ids": list(encoded["input_ids"])}
+    token_ids = engine.render_chat(conversation_of(messages), add_generation_prompt=True)
+    return {"prompt_token_ids": token_ids}
 
 
 def _line_sampling(line: Mapping[str, Any]) -> dict[str, Any]:

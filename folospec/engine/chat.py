@@ -23,7 +23,18 @@ def conversations_of(messages: Any) -> list[Sequence[Any]]:
         raise ValueError("messages must hold at least one message, got none")
     if all(is_token_list(one) for one in messages):
         return [_checked(one, f"messages[{place}]") for place, one in enumerate(messages)]
-    return [_checked(messages, "messages")]
+    return [conversation_of(messages)]
+
+
+def conversation_of(messages: Any) -> list[dict[str, Any]]:
+    """Read one conversation.
+
+    Raises:
+        ValueError: it is no list of messages, or has none.
+    """
+    if not is_token_list(messages):
+        raise ValueError(f"messages must be a list of mappings, got {shown(messages)}")
+    return _checked(messages, "messages")
 
 
 def render(

@@ -13,8 +13,9 @@ from tokenizers_for_text import all_kinds, byte_fallback, byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from folospec import LLM, SamplingParams
-from folospec.engine import llm_engine
+from folospec.engine import inbox, open_requests
 from folospec.engine.detokenizer import Detokenizer
+from folospec.engine.output_processor import make_output
 from folospec.engine.token_decoder import TokenDecoder
 
 KINDS = all_kinds()
@@ -125,18 +126,15 @@ def test_streams_of_siblings_add_up_to_their_texts(llm: LLM) -> None:
 def test_a_stream_makes_no_snapshot_of_what_it_has_sent(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_made = 0
-    make_output = llm_engine.make_output
-
-    def counted(request: Any) -> Any:
-        nonlocal num_made
-        num_made += 1
-        return make_output(request)
-
-    monkeypatch.setattr(llm_engine, "make_output", counted)
-    increments = [*llm.engine.stream([5, 6], SamplingParams(max_tokens=30, seed=1))]
+    made = []
+    for module in (inbox, open_requests):
+        monkeypatch.setattr(module, "make_output", lambda r: made.append(r) or make_output(r))
+    params = SamplingParams(max_tokens=30, seed=1)
+    increments = [*llm.engine.stream([5, 6], params)]
     assert sum(len(increment.token_ids) for increment in increments) == 30
-    assert num_made == 1
+    assert made == []
+    llm.generate([5, 6], params, use_tqdm=False)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("skips", [True, False])
