@@ -98,8 +98,8 @@ class LLMEngine:
             costs=measured_costs(config, parts),
         )
         self.speculation.kv = {o: r.kv for o, r in parts.runners.items() if r.kv is not None}
-        inputs = InputProcessor(config, limits, parts.tokenizer, self.speculation)
-        self.open = OpenRequests(inputs, self.scheduler)
+        self.inputs = InputProcessor(config, limits, parts.tokenizer, self.speculation)
+        self.open = OpenRequests(self.inputs, self.scheduler)
         assert parts.target.kv is not None
         self.committer = Committer(
             self.scheduler,

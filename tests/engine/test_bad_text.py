@@ -124,7 +124,7 @@ def test_whatever_a_tokenizer_raises_is_a_value_error(
     def fail(text: str, **options: Any) -> Any:
         raise TypeError("no such text")
 
-    monkeypatch.setattr(llm.engine.open.inputs, "tokenizer", fail)
+    monkeypatch.setattr(llm.engine.inputs, "tokenizer", fail)
     with pytest.raises(ValueError, match="cannot read prompt '2': no such text"):
         llm.generate("2", PARAMS, use_tqdm=False)
 
@@ -135,7 +135,7 @@ def test_a_tokenizer_that_makes_numbers_of_another_kind_is_checked(
     def odd(text: str, **options: Any) -> Any:
         return {"input_ids": [1.0]}
 
-    monkeypatch.setattr(llm.engine.open.inputs, "tokenizer", odd)
+    monkeypatch.setattr(llm.engine.inputs, "tokenizer", odd)
     with pytest.raises(ValueError, match="must be integers"):
         llm.generate("2", PARAMS, use_tqdm=False)
 
@@ -151,7 +151,7 @@ def test_many_bad_words_are_compared_by_their_hash(llm: LLM) -> None:
             comparisons.append(other)
             return int(self) == other
 
-    inputs = llm.engine.open.inputs
+    inputs = llm.engine.inputs
     count = 2000
     ids = iter(range(10**6))
 

@@ -223,7 +223,7 @@ def test_a_fuzz_of_an_engine_that_does_not_check_finds_it(
 ) -> None:
     """The control: without the check of ranges, some odd request raises something else, or is
     served with an id that the model does not have."""
-    monkeypatch.setattr(llm.engine.open.inputs, "_check_token_ids", lambda what, ids: None)
+    monkeypatch.setattr(llm.engine.inputs, "_check_token_ids", lambda what, ids: None)
     monkeypatch.setattr(
         "folospec.engine.input_processor.check_token_ids", lambda params, size: None
     )
