@@ -55,7 +55,7 @@ def render(
     """
     template = chat_template or getattr(tokenizer, "chat_template", None)
     if tokenizer is None or not template:
-        raise ValueError("chat needs a tokenizer with a chat template; use generate")
+        raise ValueError("chat needs a tokenizer with a chat template, and the model has none")
     try:
         encoded = tokenizer.apply_chat_template(
             conversation, chat_template=chat_template, return_dict=True, **options

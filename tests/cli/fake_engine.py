@@ -55,7 +55,6 @@ class FakeEngine:
 
 def output_of(request_id, prompt, tokens, reason):
     why = "it broke" if reason == "error" else None
-    completion = CompletionOutput(
-        0, prompt.upper(), list(tokens), finish_reason=reason, stop_reason=why
-    )
-    return RequestOutput(request_id, prompt, [1], [completion], finished=reason is not None)
+    completion = CompletionOutput(0, prompt.upper(), list(tokens), finish_reason=reason, error=why)
+    is_finished = reason is not None
+    return RequestOutput(request_id, prompt, [1], [completion], finished=is_finished, error=why)

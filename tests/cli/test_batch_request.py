@@ -14,6 +14,7 @@ from folospec.cli.batch_request import (
     derived_seed,
     record_id,
 )
+from folospec.engine.chat import render
 from folospec.sampling_params import SamplingParams
 
 TEMPLATE = RequestTemplate(sampling={"temperature": 0.5, "max_tokens": 7}, seed=3)
@@ -133,7 +134,7 @@ def test_a_seed_goes_with_the_id_and_not_with_the_place():
 class Tokenizer:
     chat_template = "a template"
 
-    def apply_chat_template(self, messages, *, add_generation_prompt, return_dict):
+    def apply_chat_template(self, messages, *, add_generation_prompt, return_dict, chat_template):
         assert add_generation_prompt
         assert return_dict
         return {"input_ids": [len(message["content"]) for message in messages]}
@@ -143,16 +144,19 @@ class Engine:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
+    def render_chat(self, conversation, **options):
+        return render(self.tokenizer, conversation, **options)
+
 
 def test_messages_go_through_the_chat_template():
     assert chat_prompt(Engine(Tokenizer()), [BRIEF, HELLO]) == {"prompt_token_ids": [8, 5]}
 
 
-def test_without_a_template_and_with_one_that_raises_messages_are_refused():
+def test_messages_that_are_wrong_or_have_no_template_are_refused():
     bare = Tokenizer()
     bare.chat_template = None
     for tokenizer in (None, bare):
         with pytest.raises(ValueError, match="the model has none"):
             chat_prompt(Engine(tokenizer), [HELLO])
-    with pytest.raises(ValueError, match="cannot write these messages: 'content'"):
+    with pytest.raises(ValueError, match=r"messages\[0\] must have 'content'"):
         chat_prompt(Engine(Tokenizer()), json.loads('[{"role": "user"}]'))
