@@ -39,6 +39,8 @@ SIZES: dict[str, Any] = {
     "index_topk": 16,
     "sliding_window": 6,
 }
+KINDS_MIXED = {"full_attention", "sliding_attention"}
+CONV = ["conv", "full_attention", "conv"]
 SHARED = {"num_kv_shared_layers": 1}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 NEEDS: dict[str, dict[str, Any]] = {
@@ -48,7 +50,13 @@ NEEDS: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "gemma3n_text": {**SHARED, "layer_types": KINDS, "activation_sparsity_pattern": None},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    **dict.fromkeys(("lfm2", "lfm2_moe"), {"layer_types": CONV}),
+    **dict.fromkeys(("dots1", "laguna", "mellum"), {"layer_types": KINDS}),
+    **dict.fromkeys(
+        ("qwen2", "qwen2_moe", "qwen3", "smollm3"),
+        {"layer_types": KINDS, "use_sliding_window": True},
+    ),
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", *["minimax_m3_sparse"] * 2]},
     "longcat_flash": {"num_layers": 2, "head_dim": 4, "moe_topk": 2},
     # Its generate drops what is behind the window, its forward does not.
     "xmod": {"default_language": "en_XX"},
@@ -86,7 +94,18 @@ def _tiny(kind: type, model_type: str) -> Any:
         if not dataclasses.is_dataclass(inner):  # a model type says which
             inner = CONFIG_MAPPING[part.model_type]
         chosen[name] = {**_tiny(inner, inner.model_type).to_dict(), **INNER.get(model_type, {})}
-    return kind(**{**chosen, **NEEDS.get(model_type, {})})
+    made = kind(**{**chosen, **NEEDS.get(model_type, {})})
+    if _default_kinds(kind) >= KINDS_MIXED and model_type not in NEEDS:
+        made = kind(**{**chosen, "layer_types": KINDS})
+    return made
+
+
+def _default_kinds(kind: type) -> set[str]:
+    """The kinds of layers that a config has where it is told nothing."""
+    try:
+        return set(getattr(kind(), "layer_types", None) or ())
+    except ValueError:  # its own defaults do not pass its checks
+        return set()
 
 
 def save_sharp(config: Any, folder: Path, seed: int = 0) -> Any:

@@ -21,6 +21,7 @@ DTYPE_NAMES = {
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("int8", "fp8")
 MAX_RUN_AHEAD = 32
+GENERATION_CONFIGS = ("auto", "folospec")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 
 
@@ -236,6 +237,9 @@ class EngineConfig:
     deterministic: bool | None = None
     """Demand (True), waive (False), or take where it is free (None) logits that do not depend on
     the batch, bit for bit."""
+    generation_config: str = "auto"
+    """"auto": a request without sampling parameters has the defaults of the model's
+    generation_config.json. "folospec": it has those of `SamplingParams`."""
     seed: int = 0
     """The seed from which requests without one derive theirs."""
     logprobs_mode: str = "raw_logprobs"
@@ -269,6 +273,7 @@ class EngineConfig:
         _require_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         ok = self.quantization is None or self.quantization in QUANTIZATIONS
         _require(ok, "quantization", self.quantization, f"None, {' or '.join(QUANTIZATIONS)}")
+        _require_choice("generation_config", self.generation_config, GENERATION_CONFIGS)
         _require_choice("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _require_count(name, getattr(self, name))

@@ -108,6 +108,12 @@ class LLM:
             raise ValueError(f"name must be one of {sorted(drafters) or 'none'}, got {name!r}")
         return drafters[name]
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters that `generate` uses where it is given none: the defaults of the model's
+        generation_config.json, or with `generation_config="folospec"` those of `SamplingParams`.
+        `dataclasses.replace` makes changed copies."""
+        return self.engine.parts.default_sampling_params
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -121,9 +127,10 @@ class LLM:
         Args:
             prompts: a text, a list of texts, token ids, a list of lists of token ids, or mappings
                 with "prompt" or "prompt_token_ids".
-            sampling_params: one for all, or one for each prompt. Default: `SamplingParams()`.
-                Noise is keyed by seed and position: with one `seed` for all, prompts of one length
-                get correlated samples. Give each its own seed where that matters, or none.
+            sampling_params: one for all, or one for each prompt. Default:
+                `get_default_sampling_params()`. Noise is keyed by seed and position: with one
+                `seed` for all, prompts of one length get correlated samples. Give each its own
+                seed where that matters, or none.
             use_tqdm: show a progress bar.
             raise_on_error: raise when a request ends with an error; otherwise its `error` says
                 why, its `finish_reason` is "error", and the others go on.
@@ -137,6 +144,8 @@ class LLM:
                 this call were aborted; the engine stays usable.
         """
         prompt_list = _as_list(prompts)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
         params = _params_list(sampling_params, len(prompt_list))
         inbox = Snapshots()
         with self.engine.holding_interrupts() as interrupt:
@@ -216,10 +225,8 @@ def _as_list(prompts: Any) -> list[Prompt]:
 
 
 def _params_list(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    params: SamplingParams | Sequence[SamplingParams], count: int
 ) -> list[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, Sequence):

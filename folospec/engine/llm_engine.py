@@ -99,7 +99,7 @@ class LLMEngine:
         )
         self.speculation.kv = {o: r.kv for o, r in parts.runners.items() if r.kv is not None}
         self.inputs = InputProcessor(config, limits, parts.tokenizer, self.speculation)
-        self.open = OpenRequests(self.inputs, self.scheduler)
+        self.open = OpenRequests(self.inputs, self.scheduler, parts.default_sampling_params)
         assert parts.target.kv is not None
         self.committer = Committer(
             self.scheduler,
@@ -149,7 +149,8 @@ class LLMEngine:
     def add_request(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
     ) -> str:
-        """Queue a request and return its id.
+        """Queue a request and return its id. Without `params` it has the model's defaults; see
+        `EngineConfig.generation_config`.
 
         Raises:
             ValueError: the request cannot be served, or the id is in use. Nothing has changed then.

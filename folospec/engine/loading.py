@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from folospec.config import AUTO, DrafterConfig, EngineConfig
-from folospec.models.loader import BUNDLED_DRAFTS, load_model, load_tokenizer
+from folospec.models.generation_config import read_sampling_defaults
+from folospec.models.loader import BUNDLED_DRAFTS, load_model, load_tokenizer, resolve_model
 from folospec.models.views import view_of
+from folospec.sampling_params import SamplingParams
 from folospec.spec.drafter_handle import DrafterHandle, hold
 from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
 from folospec.spec.verify import check_acceptance
@@ -46,6 +48,8 @@ class Parts:
     attention_backend: str
     eos_token_ids: frozenset[int]
     """Every token that ends an output: the model's, and the tokenizer's own."""
+    default_sampling_params: SamplingParams
+    """Of a request that has none of its own."""
 
     @property
     def drafters(self) -> list[Drafter]:
@@ -89,7 +93,14 @@ def load_parts(config: EngineConfig) -> Parts:
         num_blocks,
         loader.target.model.attention.name,
         _eos_token_ids(loader.target, loader.tokenizer),
+        _default_sampling_params(config),
     )
+
+
+def _default_sampling_params(config: EngineConfig) -> SamplingParams:
+    if config.generation_config != AUTO:
+        return SamplingParams()
+    return SamplingParams(**read_sampling_defaults(resolve_model(config.model)))
 
 
 def _eos_token_ids(target: ModelRunner, tokenizer: Any) -> frozenset[int]:

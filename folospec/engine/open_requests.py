@@ -22,8 +22,11 @@ logger = logging.getLogger(__name__)
 class OpenRequests:
     """The unfinished requests of an engine, each with the inbox that its outputs go to."""
 
-    def __init__(self, inputs: InputProcessor, scheduler: Scheduler) -> None:
+    def __init__(
+        self, inputs: InputProcessor, scheduler: Scheduler, default_params: SamplingParams
+    ) -> None:
         self.inputs, self.scheduler = inputs, scheduler
+        self.default_params = default_params
         self.requests: dict[str, Request] = {}
         self.num_admitted = 0
         self.is_closed = False
@@ -64,7 +67,7 @@ class OpenRequests:
         for place, (prompt, params) in enumerate(requests):
             ordinal = self.num_admitted + place
             one_id = self._free_id(ordinal) if request_id is None else request_id
-            params = SamplingParams() if params is None else params
+            params = self.default_params if params is None else params
             try:
                 checked.append(self.inputs.process(one_id, prompt, params, ordinal))
             except ValueError as error:
