@@ -67,7 +67,10 @@ class ProbedMask:
     sees: Callable[..., Tensor]
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"it computes with its attention mask: {name}")
+        raise AttributeError("it computes with its attention mask")
+
+    def __getitem__(self, place: Any) -> Any:
+        raise TypeError("it computes with its attention mask")
 
     def matches(self, window: int | None) -> bool:
         """Whether it is the causal mask with this window."""

@@ -13,7 +13,7 @@ from folospec.models.transformers_backend import TransformersModel
 RIGHT = ["internlm3", "afmoe", "gemma4_text", "bert"]
 REFUSED = {
     "camembert": "on plain text its logits are not those of its own forward pass",
-    "doge": "computes with its attention mask",
+    "doge": "it computes with its attention mask",
     "diffllama": "attend more than once",
     "gemma4_unified": "its mask depends on more than positions",
     "bloom": "does not go through transformers' interface",
