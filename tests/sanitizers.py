@@ -26,9 +26,8 @@ PATHS = (
 )
 """Under `tests`; every test that is about the native kernels."""
 FLAGS = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
-ALONE = "import os; os.environ.pop('LD_PRELOAD')\n"
-"""What a program begins with: a compiler that it starts is ten times slower on the runtimes."""
-RUN_PYTEST = f"{ALONE}import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+COMPILER = TESTS.parent / "build" / "test_kernels" / "compiler"
+"""Runs the compiler without the runtimes, on which it is ten times slower."""
 RUNTIMES = ("libasan.so", "libubsan.so")
 
 
@@ -50,13 +49,18 @@ def environment(effort: str = "-O1") -> dict[str, str]:
     Raises:
         build.BuildError: the compiler brings no runtimes.
     """
+    runtimes = " ".join(_runtimes())
+    COMPILER.parent.mkdir(parents=True, exist_ok=True)
+    COMPILER.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec "{build.find_compiler()}" "$@"\n')
+    COMPILER.chmod(0o700)
     return {
         **os.environ,
+        "CXX": str(COMPILER),
         "FOLOSPEC_KERNELS_FLAGS": f"{effort} {FLAGS}",
         # The process itself is built without sanitizers: their runtimes must come first.
-        "LD_PRELOAD": " ".join(_runtimes()),
-        # Python and torch keep memory until the end, and whole libraries share allocators.
-        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:verify_asan_link_order=0",
+        "LD_PRELOAD": runtimes,
+        # Python and torch keep memory until the end, and a test counts what is given back.
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:quarantine_size_mb=8",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",  # every object ends where its memory ends
         "OMP_NUM_THREADS": "1",
@@ -83,7 +87,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         arguments = [str(path) for pattern in PATHS for path in sorted(TESTS.glob(pattern))]
     # Reports go to the file of stderr, which pytest would take away.
-    command = [sys.executable, "-c", RUN_PYTEST, "--capture=sys", *arguments]
+    command = [sys.executable, "-m", "pytest", "--capture=sys", *arguments]
     return subprocess.run(command, env=environment()).returncode
 
 

@@ -38,7 +38,7 @@ def test_a_run_that_is_right_passes_and_a_byte_too_many_is_reported():
     require_native()
     if reason := sanitizers.why_not():
         pytest.skip(reason)
-    program = sanitizers.ALONE + PROGRAM.format(tests=str(Path(__file__).parents[1]))
+    program = PROGRAM.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
