@@ -35,7 +35,7 @@ def section(rows: Sequence[Row]) -> str:
     for backend, how in (("Decoder", "By folospec's decoder"), ("TransformersModel", "The others")):
         names = sorted(row["model_type"] for row in right if row["backend"] == backend)
         parts.append(f"{how}: {_code(names)}. ")
-    parts.append("\n\n")
+    parts[-1] = parts[-1].rstrip() + "\n\n"
     refused = _by_reason(rows, "refused")
     parts.append(f"**Refused** ({sum(map(len, refused.values()))}):\n\n")
     parts.append("| reason | model types |\n|---|---|\n")
