@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     OnStep = Callable[[list[RequestOutput]], None]
 
 DEFAULT_SAMPLING = {"temperature": 0.0, "max_tokens": 128}
+"""Of fields that neither the command line nor the model's generation config sets."""
 """What the command takes where neither a line nor an option says anything."""
 
 
@@ -68,7 +69,7 @@ class GenerateOptions:
         """What the tokens of a record depend on: results of other settings do not belong in one
         file. A drafter changes no token, an acceptance rule may."""
         rule = self.speculative.acceptance if self.speculative is not None else "coupled"
-        names = ("dtype", "kv_cache_dtype", "quantization")
+        names = ("dtype", "kv_cache_dtype", "quantization", "generation_config")
         return {
             "model": self.model,
             "sampling": dict(self.sampling),
@@ -143,7 +144,7 @@ def run_generate(options: GenerateOptions) -> int:
             **options.engine,
         )
         with bad_input():
-            template = _template(options)
+            template = _template(options, engine)
             _check_prediction(engine, template, sources)
         if options.compare:
             from folospec.cli.compare import compare
@@ -203,13 +204,14 @@ def _check_options(options: GenerateOptions) -> None:
         raise ValueError(f"{option} would slow what --compare measures; use one of them")
 
 
-def _template(options: GenerateOptions) -> RequestTemplate:
-    """What holds for every request.
+def _template(options: GenerateOptions, engine: LLMEngine) -> RequestTemplate:
+    """What holds for every request: the options that were given, then what the model's generation
+    config says, then the command's own defaults.
 
     Raises:
         ValueError: the sampling options do not go together.
     """
-    sampling = {**DEFAULT_SAMPLING, **options.sampling}
+    sampling = {**DEFAULT_SAMPLING, **engine.parts.sampling_defaults, **options.sampling}
     SamplingParams(**sampling)
     return RequestTemplate(
         sampling=sampling, seed=options.seed or 0, chat=options.chat, system=options.system

@@ -81,7 +81,10 @@ JsonLines = Annotated[
 MaxTokens = Annotated[
     int | None,
     _option(
-        SAMPLING, "--max-tokens", value="INT", help="Most tokens per completion. Default: 128."
+        SAMPLING,
+        "--max-tokens",
+        value="INT",
+        help="Most tokens each. Default: the model's, or 128.",
     ),
 ]
 Temperature = Annotated[
@@ -90,7 +93,7 @@ Temperature = Annotated[
         SAMPLING,
         "--temperature",
         value="FLOAT",
-        help="0 takes the most likely token. Default: 0.",
+        help="0 takes the most likely token. Default: the model's, or 0.",
     ),
 ]
 TopP = Annotated[
@@ -113,6 +116,17 @@ N = Annotated[int | None, _option(SAMPLING, "--n", "-n", value="INT", help="Comp
 Stop = Annotated[
     list[str] | None,
     _option(SAMPLING, "--stop", value="TEXT", help="Ends the output. May be repeated."),
+]
+
+GenerationConfig = Annotated[
+    str,
+    _option(
+        SAMPLING,
+        "--generation-config",
+        value="NAME",
+        help="Where defaults come from: auto is the model's generation_config.json; folospec "
+        "leaves it out.",
+    ),
 ]
 
 Speculative = Annotated[

@@ -139,7 +139,9 @@ def print_output(out: Console, output: RequestOutput, place: Sequence[str]) -> N
         words = list(place)
         if len(output.outputs) > 1:
             words.append(f"completion {completion.index + 1}")
-        if completion.finish_reason == "abort":
+        if completion.error is not None:
+            words.append(f"error: {completion.error}")
+        elif completion.finish_reason == "abort":
             words.append("cut short")
         print_completion(out, completion_title(output.prompt or "", words), completion.text)
 

@@ -48,8 +48,13 @@ class Parts:
     attention_backend: str
     eos_token_ids: frozenset[int]
     """Every token that ends an output: the model's, and the tokenizer's own."""
-    default_sampling_params: SamplingParams
-    """Of a request that has none of its own."""
+    sampling_defaults: dict[str, Any]
+    """Fields of `SamplingParams` that the model's generation config sets."""
+
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """Of a request that has none of its own."""
+        return SamplingParams(**self.sampling_defaults)
 
     @property
     def drafters(self) -> list[Drafter]:
@@ -93,14 +98,14 @@ def load_parts(config: EngineConfig) -> Parts:
         num_blocks,
         loader.target.model.attention.name,
         _eos_token_ids(loader.target, loader.tokenizer),
-        _default_sampling_params(config),
+        _sampling_defaults(config),
     )
 
 
-def _default_sampling_params(config: EngineConfig) -> SamplingParams:
+def _sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     if config.generation_config != AUTO:
-        return SamplingParams()
-    return SamplingParams(**read_sampling_defaults(resolve_model(config.model)))
+        return {}
+    return read_sampling_defaults(resolve_model(config.model))
 
 
 def _eos_token_ids(target: ModelRunner, tokenizer: Any) -> frozenset[int]:

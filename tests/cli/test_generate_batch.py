@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,3 +234,25 @@ def test_a_full_disk_is_one_line_in_a_process_of_its_own(generate, tmp_path):
         1,
         "folospec: cannot write the output: No space left on device\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "num_tokens"),
+    [
+        ((), 3),
+        (("--max-tokens", "5"), 5),
+        (("--generation-config", "folospec", "--n", "1"), 128),
+    ],
+)
+def test_options_that_are_not_given_come_from_the_models_generation_config(
+    folospec, target, tmp_path, options, num_tokens
+):
+    folder = tmp_path / "model"
+    shutil.copytree(target, folder)
+    path = folder / "generation_config.json"
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**fields, "max_new_tokens": 3, "eos_token_id": None}))
+    result = folospec("generate", "w1 w2", "--json", "--model", folder, *options)
+    assert result.exit_code == 0
+    [found] = by_index(result.stdout).values()
+    assert len(found["outputs"][0]["token_ids"]) == num_tokens
