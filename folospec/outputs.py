@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import reprlib
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxlist, _SHORT.maxother = 60, 4, 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,18 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+
+    def __repr__(self) -> str:
+        """The text from both ends, and the number of tokens."""
+        reasons = {"stop_reason": self.stop_reason, "error": self.error}
+        return _one_line(
+            self,
+            index=self.index,
+            text=self.text,
+            num_tokens=len(self.token_ids),
+            finish_reason=self.finish_reason,
+            **{name: reason for name, reason in reasons.items() if reason is not None},
+        )
 
 
 @dataclass(slots=True)
@@ -100,6 +117,17 @@ class RequestMetrics(SpeculationCounts):
     num_cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
 
+    def __repr__(self) -> str:
+        """The counts that are not 0, the acceptance length, and the seconds if finished."""
+        names = [f.name for f in fields(self) if f.name.startswith("num_")]
+        counts = {name: getattr(self, name) for name in names}
+        shown: dict[str, Any] = {k: n for k, n in counts.items() if isinstance(n, int) and n > 0}
+        if self.num_drafts:
+            shown["acceptance_length"] = round(self.acceptance_length, 2)
+        if self.finished_time is not None:
+            shown["seconds"] = round(self.finished_time - self.arrival_time, 3)
+        return _one_line(self, **shown)
+
 
 @dataclass(slots=True)
 class RequestOutput:
@@ -115,3 +143,21 @@ class RequestOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
     """Why the request ended early, None unless an error ended it."""
+
+    def __repr__(self) -> str:
+        """The prompt from both ends, and the first completions."""
+        name = "prompt_token_ids" if self.prompt is None else "prompt"
+        return _one_line(
+            self,
+            request_id=self.request_id,
+            **{name: getattr(self, name)},
+            outputs=self.outputs,
+            finished=self.finished,
+            **({} if self.error is None else {"error": self.error}),
+        )
+
+
+def _one_line(value: object, **shown: Any) -> str:
+    """`Name(field=value, ...)`; texts and lists are shortened."""
+    described = ", ".join(f"{name}={_SHORT.repr(item)}" for name, item in shown.items())
+    return f"{type(value).__name__}({described})"
