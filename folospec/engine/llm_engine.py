@@ -6,10 +6,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from folospec.core.stats import EngineStats
 from folospec.engine.asking import Candidate
 from folospec.engine.chat import Message, render
 from folospec.engine.commit import Committer
+from folospec.engine.engine_state import EngineState
 from folospec.engine.exclusive import Exclusive, HeldInterrupt, exclusive
 from folospec.engine.inbox import Inbox, Increments, Snapshots
 from folospec.engine.input_processor import InputProcessor, Limits, Prompt
@@ -32,6 +32,7 @@ from folospec.engine.output_processor import Increment
 from folospec.engine.request import Request
 from folospec.engine.run_ahead import RunAhead
 from folospec.engine.speculation import Speculation
+from folospec.engine.stats_report import stats_report
 from folospec.engine.step_timing import measured_costs
 from folospec.engine.target_pass import TargetPass, add_time
 from folospec.engine.trace import StepTrace, check_path
@@ -63,8 +64,7 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig | str | os.PathLike[str]) -> None:
         if not isinstance(config, EngineConfig):
-            model = os.fspath(config) if isinstance(config, os.PathLike) else config
-            config = EngineConfig(model=model)
+            config = EngineConfig(model=config)  # type: ignore[arg-type]
         self.config = config
         check_path(config.trace)
         self.parts = parts = load_parts(config)
@@ -99,7 +99,14 @@ class LLMEngine:
         )
         self.speculation.kv = {o: r.kv for o, r in parts.runners.items() if r.kv is not None}
         self.inputs = InputProcessor(config, limits, parts.tokenizer, self.speculation)
-        self.open = OpenRequests(self.inputs, self.scheduler, parts.default_sampling_params)
+        self.state = EngineState(strict_drafters=config.strict_drafters)
+        self.open = OpenRequests(
+            self.inputs,
+            self.scheduler,
+            self.speculation,
+            self.state,
+            parts.default_sampling_params,
+        )
         assert parts.target.kv is not None
         self.committer = Committer(
             self.scheduler,
@@ -109,14 +116,15 @@ class LLMEngine:
             self.logprobs,
             self.open.fail,
         )
-        self.run_ahead = RunAhead(config, parts.target, self.speculation.needs, self._request)
+        request_of = self.open.request_of
+        self.run_ahead = RunAhead(config, parts.target, self.speculation.needs, request_of)
         self.target_pass = TargetPass(
             config,
             parts.target,
             self.speculation,
             self.run_ahead,
             self.logprobs,
-            self._request,
+            request_of,
             self.open.fail,
         )
         self._warm_up()
@@ -126,10 +134,6 @@ class LLMEngine:
         self._by_hand = Snapshots()
         """Of the requests from `add_request`; `step` empties it."""
         self._exclusive = Exclusive()
-        self._is_stepping = False
-        self._discarded: deque[Inbox[Any]] = deque()
-        """By a thread that was inside already: the garbage collector closes streams anywhere."""
-        self._drafter_error: Exception | None = None
 
     def _warm_up(self) -> None:
         """Record the CUDA graphs that plain steps and steps with drafts will want."""
@@ -188,18 +192,10 @@ class LLMEngine:
 
     def discard(self, inbox: Inbox[Any]) -> None:
         """Abort what is unfinished of an inbox; from inside a step, when the next one begins."""
-        self._discarded.append(inbox)
+        self.open.discarded.append(inbox)
         if self._exclusive.depth == 0:
-            self._end_discarded()
-
-    @exclusive
-    def _end_discarded(self) -> None:
-        while self._discarded:
-            inbox = self._discarded.popleft()
-            requests = [self.requests[request_id] for request_id in inbox.unfinished]
-            for request in requests:
-                self.open.end(request)
-            self._drop(requests)
+            with self._exclusive:
+                self.open.end_discarded()
 
     @exclusive
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -209,30 +205,17 @@ class LLMEngine:
         Raises:
             RuntimeError: it is called from inside a step, by a logits processor or a drafter.
         """
-        self._refuse_inside_step("abort")
-        request = self.requests.get(request_id)
-        if request is None:
-            return None
-        inbox = self.open.inbox_of(request)
-        output = self.open.end(request)
-        if inbox is not self._by_hand:
-            inbox.put(output)
-        self._drop([request])
-        return output
-
-    def _drop(self, requests: list[Request]) -> None:
-        sequences = [seq for request in requests for seq in request.group.sequences]
-        if sequences and self.open.broken_by is None:
-            self.speculation.drop(sequences, finished=True)
+        self.state.refuse_inside_step("abort")
+        return self.open.abort(request_id, caller=self._by_hand)
 
     @exclusive
     def close(self) -> None:
         """Abort every request; the methods that add requests raise `EngineClosedError` from now
         on. `stats` still works."""
-        self._refuse_inside_step("close")
+        self.state.refuse_inside_step("close")
         for request_id in list(self.requests):
-            self.abort(request_id)
-        self.open.is_closed = True
+            self.open.abort(request_id, caller=self._by_hand)
+        self.state.is_closed = True
 
     @property
     def requests(self) -> dict[str, Request]:
@@ -256,7 +239,7 @@ class LLMEngine:
         inbox = self._by_hand
         inbox.every_step = not finished_only
         try:
-            if self.requests and not (self.open.broken_by and inbox.outputs):
+            if self.requests and not (self.state.broken_by and inbox.outputs):
                 self._advance()
         finally:
             inbox.every_step = False
@@ -264,12 +247,12 @@ class LLMEngine:
 
     def _advance(self) -> None:
         """Run one step; outputs go to the inboxes."""
-        self._refuse_inside_step("step")
-        self.open.require_usable()
-        self._end_discarded()
+        self.state.refuse_inside_step("step")
+        self.state.require_usable()
+        self.open.end_discarded()
         recorder = self.tracer.begin()
         try:
-            with self._breaking_on_error():
+            with self.state.stepping():
                 self._run_step(recorder)
         finally:
             if recorder is not None and recorder.is_complete:
@@ -279,10 +262,10 @@ class LLMEngine:
         begin = time.perf_counter()
         if self.parts.device.type == "cuda":  # kernels are launched where the thread is
             torch.cuda.set_device(self.parts.device)
-        self.speculation.plan(self.scheduler.running, self._request)
+        self.speculation.plan(self.scheduler.running, self.open.request_of)
         # A trace shows every pass.
         goes_ahead = self.run_ahead.is_on and self.speculation.is_idle and recorder is None
-        with self._calling_drafters():
+        with self.state.calling_drafters():
             schedule = self._schedule(goes_ahead)
             assert schedule.scheduled, "there are requests, and the oldest can always run"
             proposals = self._propose(schedule.scheduled)
@@ -296,41 +279,11 @@ class LLMEngine:
         self.engine_stats.num_steps += 1
         failed = self.open.deliver(touched)
         # Last, when every request is in order: in strict mode a drafter's failure ends the step.
-        with self._calling_drafters():
-            self._drop(failed)
+        with self.state.calling_drafters():
+            self.open.forget_drafts(failed)
             self.speculation.observe(observed, result)
         spent = time.perf_counter() - begin
         self.speculation.record_step(spent / self.target_pass.num_passes)
-
-    @contextmanager
-    def _breaking_on_error(self) -> Iterator[None]:
-        """Whatever leaves a step breaks the engine, except a drafter's error in strict mode."""
-        self._is_stepping, self._drafter_error = True, None
-        try:
-            yield
-        except BaseException as error:
-            if error is self._drafter_error:
-                raise
-            self.open.broken_by = error
-            if isinstance(error, Exception):
-                self.open.require_usable()
-            raise
-        finally:
-            self._is_stepping = False
-
-    @contextmanager
-    def _calling_drafters(self) -> Iterator[None]:
-        """Where drafters run: a step can end here, and the next one goes on."""
-        try:
-            yield
-        except Exception as error:
-            if self.config.strict_drafters:
-                self._drafter_error = error
-            raise
-
-    def _refuse_inside_step(self, what: str) -> None:
-        if self._is_stepping:
-            raise RuntimeError(f"{what} cannot be called from inside a step")
 
     @property
     def on_step(self) -> Callable[[StepTrace], None] | None:
@@ -367,32 +320,7 @@ class LLMEngine:
     def stats(self) -> dict[str, Any]:
         """Counts and times since the engine was made, the sizes it runs with, and the promise that
         holds."""
-        drafters = self.speculation.drafter_stats()
-        return {
-            **self.engine_stats.as_dict(),
-            "lossless": self._promise(),
-            "num_speculative_tokens": self.speculation.limit,
-            "attention_backend": self.parts.attention_backend,
-            "device": str(self.parts.device),
-            "dtype": str(self.parts.target.model.config.dtype).removeprefix("torch."),
-            "quantization": self.config.quantization,
-            "max_model_len": self.parts.max_model_len,
-            "num_blocks": self.parts.num_blocks,
-            "kv_cache_bytes": sum(r.kv.num_bytes for r in self.parts.runners.values() if r.kv),
-            "num_free_blocks": self.manager.num_free_blocks,
-            "num_cuda_graphs": sum(r.graphs.num_graphs for r in self.parts.all_runners if r.graphs),
-            "drafters": drafters,
-            "planner": self.speculation.planner_stats(),
-        }
-
-    def _promise(self) -> str:
-        """The strongest level of the lossless contract that holds: "bit", "path" (up to near ties)
-        or "law"; "none" under a lossy rule."""
-        rule = self.speculation.rule
-        if rule.promise != "tokens":
-            return "law" if rule.promise == "distribution" else "none"
-        # A registered rule has the tokens drawn by torch, where plain steps may use kernels.
-        return "bit" if self.parts.target.is_deterministic and rule.has_kernels else "path"
+        return stats_report(self)
 
     def _schedule(self, goes_ahead: bool) -> SchedulerOutput:
         reserve = None if self.speculation.is_idle else self._num_draft_slots
@@ -405,25 +333,21 @@ class LLMEngine:
                 runner.kv.copy_blocks(output.copies)
         for seq in output.preempted:
             self.engine_stats.num_preemptions += 1
-            self._request(seq).group.metrics.num_preemptions += 1
+            self.open.request_of(seq).group.metrics.num_preemptions += 1
         self.speculation.drop(output.preempted, finished=False)
         return output
 
     def _num_draft_slots(self, seq: Sequence) -> int:
-        return self.speculation.num_draft_slots(self._request(seq), seq)
+        return self.speculation.num_draft_slots(self.open.request_of(seq), seq)
 
     def _propose(self, scheduled: list[ScheduledSequence]) -> dict[str, Proposal]:
         begin = time.perf_counter()
         candidates = [
-            Candidate(self._request(item.seq), item.seq, item.num_draft_slots)
+            Candidate(self.open.request_of(item.seq), item.seq, item.num_draft_slots)
             for item in scheduled
             if item.num_draft_slots > 0 and not self.speculation.is_idle
         ]
         proposals = self.speculation.propose(candidates, scheduled)
-        self.speculation.count_undrafted(scheduled, proposals, self._request)
+        self.speculation.count_undrafted(scheduled, proposals, self.open.request_of)
         add_time(self.engine_stats, "draft_time", begin, [c.seq for c in candidates])
         return proposals
-
-    def _request(self, seq: Sequence) -> Request:
-        assert seq.group is not None
-        return self.requests[seq.group.request_id]

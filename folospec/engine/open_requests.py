@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from typing import Any
 
 from folospec.core.scheduler import Scheduler
+from folospec.core.sequence import Sequence
+from folospec.engine.engine_state import EngineState, describe
 from folospec.engine.inbox import Inbox
 from folospec.engine.input_processor import InputProcessor, Prompt
 from folospec.engine.output_processor import make_output
 from folospec.engine.request import Request
-from folospec.errors import EngineBrokenError, EngineClosedError
+from folospec.engine.speculation import Speculation
 from folospec.outputs import RequestOutput
 from folospec.sampling.constraints import NoTokenError
 from folospec.sampling_params import SamplingParams
@@ -23,30 +26,23 @@ class OpenRequests:
     """The unfinished requests of an engine, each with the inbox that its outputs go to."""
 
     def __init__(
-        self, inputs: InputProcessor, scheduler: Scheduler, default_params: SamplingParams
+        self,
+        inputs: InputProcessor,
+        scheduler: Scheduler,
+        speculation: Speculation,
+        state: EngineState,
+        default_params: SamplingParams,
     ) -> None:
         self.inputs, self.scheduler = inputs, scheduler
+        self.speculation, self.state = speculation, state
         self.default_params = default_params
         self.requests: dict[str, Request] = {}
         self.num_admitted = 0
-        self.is_closed = False
-        self.broken_by: BaseException | None = None
-        """The error that broke the engine: nothing is admitted any more."""
+        self.discarded: deque[Inbox[Any]] = deque()
+        """Inboxes whose owner is gone. A thread that is inside the engine already may add one: the
+        garbage collector closes streams anywhere."""
         self._inboxes: dict[str, Inbox[Any]] = {}
         self._failed: list[Request] = []
-
-    def require_usable(self) -> None:
-        """
-        Raises:
-            EngineBrokenError: the engine is broken.
-            EngineClosedError: it was closed.
-        """
-        if self.is_closed:
-            raise EngineClosedError("the engine is closed; make a new one")
-        if self.broken_by is not None:
-            raise EngineBrokenError(
-                f"the engine is broken since a step failed: {_describe(self.broken_by)}"
-            ) from self.broken_by
 
     def admit(
         self,
@@ -60,7 +56,7 @@ class OpenRequests:
             ValueError: one of them cannot be served. Nothing has changed then.
             EngineBrokenError: the engine is broken.
         """
-        self.require_usable()
+        self.state.require_usable()
         if request_id is not None:
             self.inputs.check_request_id(request_id, self.requests)
         checked = []
@@ -90,15 +86,48 @@ class OpenRequests:
             request_id += "'"
         return request_id
 
-    def inbox_of(self, request: Request) -> Inbox[Any]:
-        """Where the request's outputs go."""
+    def request_of(self, seq: Sequence) -> Request:
+        """The request that a running sequence belongs to."""
+        assert seq.group is not None
+        return self.requests[seq.group.request_id]
+
+    def _inbox_of(self, request: Request) -> Inbox[Any]:
         return self._inboxes[request.group.request_id]
+
+    def abort(self, request_id: str, caller: Inbox[Any]) -> RequestOutput | None:
+        """End a request and return what it has, None if there is no such request. The owner of the
+        request finds it in its inbox, unless that is the caller's."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return None
+        inbox = self._inbox_of(request)
+        output = self._end(request)
+        if inbox is not caller:
+            inbox.put(output)
+        self.forget_drafts([request])
+        return output
+
+    def end_discarded(self) -> None:
+        """End the requests of the discarded inboxes; nobody wants their outputs."""
+        while self.discarded:
+            inbox = self.discarded.popleft()
+            requests = [self.requests[request_id] for request_id in inbox.unfinished]
+            for request in requests:
+                self._end(request)
+            self.forget_drafts(requests)
+
+    def forget_drafts(self, ended: list[Request]) -> None:
+        """Let drafters forget the sequences of requests that ended early. In strict mode it raises
+        what they raise."""
+        sequences = [seq for request in ended for seq in request.group.sequences]
+        if sequences and self.state.broken_by is None:
+            self.speculation.drop(sequences, finished=True)
 
     def fail(self, request: Request, error: Exception) -> None:
         """Let a request end with an error when the step's outputs are delivered."""
         if request.error is not None:
             return
-        reason = _describe(error)
+        reason = describe(error)
         shown = None if isinstance(error, NoTokenError) else error
         request_id = request.group.request_id
         logger.error("request %s ends with an error: %s", request_id, reason, exc_info=shown)
@@ -112,10 +141,10 @@ class OpenRequests:
             touched: the requests that got tokens, or ended.
 
         Returns:
-            the requests that failed.
+            the requests that failed; `forget_drafts` is due for them.
         """
         for request in touched:
-            inbox, is_finished = self.inbox_of(request), request.group.is_finished
+            inbox, is_finished = self._inbox_of(request), request.group.is_finished
             if is_finished or inbox.every_step:
                 try:
                     inbox.receive(request)
@@ -126,10 +155,10 @@ class OpenRequests:
                 self._forget(request)
         failed, self._failed = self._failed, []
         for request in failed:
-            self.inbox_of(request).put(self.end(request))
+            self._inbox_of(request).put(self._end(request))
         return failed
 
-    def end(self, request: Request) -> RequestOutput:
+    def _end(self, request: Request) -> RequestOutput:
         """Stop a request, free its blocks, and return what it has."""
         self._forget(request)
         for seq in request.group.sequences:
@@ -138,14 +167,14 @@ class OpenRequests:
         try:
             self.scheduler.abort(request.group.request_id)
         except Exception:
-            if self.broken_by is None:
+            if self.state.broken_by is None:
                 raise
             logger.exception("the broken engine cannot free the blocks of a request")
         request.group.metrics.finished_time = time.monotonic()
         try:
             output = make_output(request)
         except Exception as error:
-            request.fail(_describe(error))
+            request.fail(describe(error))
             output = make_output(request)
         output.finished = True
         return output
@@ -154,8 +183,3 @@ class OpenRequests:
         request_id = request.group.request_id
         del self.requests[request_id]
         self._inboxes.pop(request_id).unfinished.pop(request_id)
-
-
-def _describe(error: BaseException) -> str:
-    """An error in one line; the message of a `NoTokenError` says enough by itself."""
-    return str(error) if isinstance(error, NoTokenError) else f"{type(error).__name__}: {error}"

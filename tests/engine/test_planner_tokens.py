@@ -288,5 +288,5 @@ def test_a_step_whose_drafter_failed_leaves_no_unpaid_drafts(
         with pytest.raises(RuntimeError, match="observe"):
             run_to_end()
     assert plan._drafted
-    engine.speculation.plan(engine.scheduler.running, engine._request)
+    engine.speculation.plan(engine.scheduler.running, engine.open.request_of)
     assert not plan._drafted

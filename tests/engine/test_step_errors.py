@@ -3,6 +3,7 @@ so; it never comes back step after step, and never changes the tokens of others.
 
 from __future__ import annotations
 
+import _signal
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from harness import as_prompts, make_llm
 
 from folospec import LLM, EngineBrokenError, RequestError, SamplingParams
 from folospec.core.sequence import Sequence
-from folospec.engine import commit, open_requests, target_pass
+from folospec.engine import commit, inbox, target_pass
 from folospec.engine import judge as judging
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.request import Request
@@ -86,7 +87,7 @@ STAGES_OF_A_REQUEST: dict[str, Callable[[pytest.MonkeyPatch, LLM, BaseException]
     "detokenize and stop": lambda patch, llm, error: wrap(patch, commit, "append_token", error),
     "logprobs": lambda patch, llm, error: wrap(patch, llm.engine.logprobs, "take_output", error),
     "commit": lambda patch, llm, error: wrap(patch, llm.engine.manager, "rollback", error),
-    "output": lambda patch, llm, error: wrap(patch, open_requests, "make_output", error),
+    "output": lambda patch, llm, error: wrap(patch, inbox, "make_output", error),
 }
 
 
@@ -292,13 +293,13 @@ def test_a_step_gives_the_handler_of_ctrl_c_back(models: Any) -> None:
 def test_generate_changes_the_handler_of_ctrl_c_once_for_all_its_steps(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm, change, changes = make(models), signal.signal, []
+    llm, change, changes = make(models), _signal.signal, []
 
     def count(*args: Any) -> Any:
         changes.append(args)
         return change(*args)
 
-    monkeypatch.setattr(signal, "signal", count)
+    monkeypatch.setattr(_signal, "signal", count)
     generate(llm)
     assert llm.stats()["num_steps"] > 5
     assert len(changes) == 4  # for this call, and for stats

@@ -1,0 +1,77 @@
+"""Whether an engine can run: what breaks it, what closes it, what cannot be called in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from folospec.errors import EngineBrokenError, EngineClosedError
+from folospec.sampling.constraints import NoTokenError
+
+
+class EngineState:
+    """Usable, closed or broken; inside a step or not.
+
+    Args:
+        strict_drafters: a drafter's error comes out of the step and does not break the engine.
+    """
+
+    def __init__(self, *, strict_drafters: bool) -> None:
+        self.is_closed = False
+        self.broken_by: BaseException | None = None
+        """The error that broke the engine."""
+        self._strict_drafters = strict_drafters
+        self._is_stepping = False
+        self._drafter_error: Exception | None = None
+
+    def require_usable(self) -> None:
+        """
+        Raises:
+            EngineBrokenError: the engine is broken.
+            EngineClosedError: it was closed.
+        """
+        if self.is_closed:
+            raise EngineClosedError("the engine is closed; make a new one")
+        if self.broken_by is not None:
+            raise EngineBrokenError(
+                f"the engine is broken since a step failed: {describe(self.broken_by)}"
+            ) from self.broken_by
+
+    def refuse_inside_step(self, what: str) -> None:
+        """
+        Raises:
+            RuntimeError: a step runs, and a logits processor or a drafter calls `what`.
+        """
+        if self._is_stepping:
+            raise RuntimeError(f"{what} cannot be called from inside a step")
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Any error that leaves a step breaks the engine, except a drafter's in strict mode."""
+        self._is_stepping, self._drafter_error = True, None
+        try:
+            yield
+        except BaseException as error:
+            if error is self._drafter_error:
+                raise
+            self.broken_by = error
+            if isinstance(error, Exception):
+                self.require_usable()
+            raise
+        finally:
+            self._is_stepping = False
+
+    @contextmanager
+    def calling_drafters(self) -> Iterator[None]:
+        """Where drafters run: a step can end here, and the next one goes on."""
+        try:
+            yield
+        except Exception as error:
+            if self._strict_drafters:
+                self._drafter_error = error
+            raise
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line; the message of a `NoTokenError` says enough by itself."""
+    return str(error) if isinstance(error, NoTokenError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,41 @@
+"""What `LLM.stats()` returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from folospec.engine.llm_engine import LLMEngine
+
+
+def stats_report(engine: LLMEngine) -> dict[str, Any]:
+    """Return counts and times since the engine was made, its sizes, and the lossless level that
+    holds."""
+    parts, speculation = engine.parts, engine.speculation
+    drafters = speculation.drafter_stats()
+    return {
+        **engine.engine_stats.as_dict(),
+        "lossless": lossless_level(engine),
+        "num_speculative_tokens": speculation.limit,
+        "attention_backend": parts.attention_backend,
+        "device": str(parts.device),
+        "dtype": str(parts.target.model.config.dtype).removeprefix("torch."),
+        "quantization": engine.config.quantization,
+        "max_model_len": parts.max_model_len,
+        "num_blocks": parts.num_blocks,
+        "kv_cache_bytes": sum(r.kv.num_bytes for r in parts.runners.values() if r.kv),
+        "num_free_blocks": engine.manager.num_free_blocks,
+        "num_cuda_graphs": sum(r.graphs.num_graphs for r in parts.all_runners if r.graphs),
+        "drafters": drafters,
+        "planner": speculation.planner_stats(),
+    }
+
+
+def lossless_level(engine: LLMEngine) -> str:
+    """The strongest level of the lossless contract that holds: "bit", "path" (up to near ties) or
+    "law"; "none" under a lossy rule."""
+    rule = engine.speculation.rule
+    if rule.promise != "tokens":
+        return "law" if rule.promise == "distribution" else "none"
+    # A registered rule has the tokens drawn by torch, where plain steps may use kernels.
+    return "bit" if engine.parts.target.is_deterministic and rule.has_kernels else "path"
