@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from folospec.option_names import ENGINE_NAMES, constructor_takes_names
+
 AUTO = "auto"
 """As a drafter's name: those that are there, chosen when the engine is made."""
 ACCEPTANCE_RULES = ("coupled", "rejection", "block")
@@ -175,21 +177,27 @@ class SpeculativeConfig:
         return cls(drafters=tuple(DrafterConfig.of(item) for item in drafters), **own)
 
 
+@constructor_takes_names(ENGINE_NAMES)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """What the engine runs and within which limits.
 
+    Names of other engines are taken where they mean the same (`torch_dtype`); see `option_names`.
+
     Raises:
-        ValueError: a value is out of range; the message names it and what is allowed.
+        ValueError: a value is out of range, or a name is unknown; the message names it and what is
+            allowed.
     """
 
     model: str
-    """Folder, hub id, or bundled name ("folospec-demo") of the target model."""
+    """Folder, hub id, or bundled name ("folospec-demo") of the target model; a path is taken
+    too."""
     tokenizer: str | None = None
     """Where the tokenizer comes from, if not from `model`."""
     skip_tokenizer_init: bool = False
     """Run on token ids alone: no text in, no text out."""
     speculative: SpeculativeConfig | None = None
+    """What `SpeculativeConfig.of` reads is taken too: a name, a list, a mapping."""
     dtype: str = "auto"
     """Type of weights; "auto" is the checkpoint's on a GPU and float32 on a CPU. A `torch.dtype` is
     taken too, and "half", "float", "fp16", "bf16", "fp32"."""
@@ -253,18 +261,10 @@ class EngineConfig:
     """File that every step is written to, as a line of JSON; one that exists is replaced."""
 
     def __post_init__(self) -> None:
-        _require(
-            isinstance(self.model, str) and self.model != "",
-            "model",
-            self.model,
-            "a path, a hub id or a name",
-        )
-        _require(
-            self.speculative is None or isinstance(self.speculative, SpeculativeConfig),
-            "speculative",
-            self.speculative,
-            "None or a SpeculativeConfig (SpeculativeConfig.of makes one from a name or mapping)",
-        )
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        _require(_is_name(self.model), "model", self.model, "a path, a hub id or a name")
+        object.__setattr__(self, "speculative", SpeculativeConfig.of(self.speculative))
         # A torch.dtype, or the short name of one, stands for its name.
         for name in ("dtype", "kv_cache_dtype"):
             given = str(getattr(self, name)).removeprefix("torch.")

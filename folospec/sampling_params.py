@@ -3,12 +3,13 @@ same."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from folospec.option_names import SAMPLING_NAMES, constructor_takes_names
 
 LogitsProcessor = Callable[[list[int], Any], Any]
 """`processor(output_token_ids, logits) -> logits`: a row of logits, float32 [vocab_size], given the
@@ -16,12 +17,17 @@ tokens generated before it. It is called once per judged node with that node's o
 must depend on its arguments alone."""
 
 
+@constructor_takes_names(SAMPLING_NAMES)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it stops.
 
+    Names of other engines are taken where they mean the same (`max_new_tokens`); see
+    `option_names`.
+
     Raises:
-        ValueError: a value is out of range; the message names it and what is allowed.
+        ValueError: a value is out of range, or a name is unknown; the message names it and what is
+            allowed.
     """
 
     n: int = 1
@@ -271,15 +277,6 @@ def shown(value: object) -> str:
     except Exception:
         text = f"a {type(value).__name__}"
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
-
-
-def nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """ "; did you mean ..." for the first unknown name that is like a known one, or nothing."""
-    known = list(known)
-    for name in unknown:
-        if found := difflib.get_close_matches(name, known, n=1):
-            return f"; did you mean {found[0]!r}?"
-    return ""
 
 
 _MOST_SHOWN = 200

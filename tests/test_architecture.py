@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "folospec"
-F0, F2 = ("config", "sampling_params", "outputs", "errors"), ("attention", "models", "sampling")
+F0 = ("config", "sampling_params", "option_names", "outputs", "errors")
+F2 = ("attention", "models", "sampling")
 MAY_IMPORT = {  # room -> rooms, or modules of one, that it may import beside itself
     **dict.fromkeys((*F0, "core"), F0),
     **dict.fromkeys(("kernels", "__init__"), ()),  # the door is lazy

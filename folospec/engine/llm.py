@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -15,8 +16,9 @@ from folospec.engine.input_processor import Prompt
 from folospec.engine.llm_engine import LLMEngine
 from folospec.engine.output_processor import Increment
 from folospec.errors import RequestError
+from folospec.option_names import CHAT_NAMES, GENERATE_NAMES, STREAM_NAMES, takes_names
 from folospec.outputs import RequestOutput
-from folospec.sampling_params import SamplingParams, is_token_list, nearest, shown
+from folospec.sampling_params import SamplingParams, is_token_list, shown
 from folospec.spec.drafters.base import Drafter
 
 
@@ -31,8 +33,7 @@ class LLM:
         model: folder, hub id, or a bundled name such as "folospec-demo".
         speculative: None, "auto", a drafter's name, a mapping with "method" and its settings, a
             list of these in order of precedence, a mapping with "drafters" and "merge", or a
-            `SpeculativeConfig`.
-        speculative_config: the same, under vLLM's name.
+            `SpeculativeConfig`. `speculative_config=`, as in vLLM, is the same option.
         options: any field of `EngineConfig`: dtype, device, block_size, num_blocks, max_num_seqs,
             deterministic, seed, ... `trace="steps.jsonl"` writes what every step did to a file.
 
@@ -43,31 +44,17 @@ class LLM:
     def __init__(
         self,
         model: str | os.PathLike[str],
-        speculative: None | str | Mapping[str, Any] | SpeculativeConfig = None,
-        *,
-        speculative_config: None | str | Mapping[str, Any] | SpeculativeConfig = None,
+        speculative: None
+        | str
+        | Mapping[str, Any]
+        | Sequence[str | Mapping[str, Any]]
+        | SpeculativeConfig = None,
         **options: Any,
     ) -> None:
-        known = EngineConfig.__dataclass_fields__
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ValueError(
-                f"unknown options {unknown}{nearest(unknown, known)}; LLM has: "
-                f"{', '.join(sorted(known))}"
-            )
-        if speculative_config is not None:
-            if speculative is not None:
-                raise ValueError(
-                    "speculative and speculative_config are one option, give one of them; got "
-                    f"{shown(speculative)} and {shown(speculative_config)}"
-                )
-            speculative = speculative_config
-        config = EngineConfig(
-            model=os.fspath(model) if isinstance(model, os.PathLike) else model,
-            speculative=SpeculativeConfig.of(speculative),
-            **options,
-        )
-        self.engine = LLMEngine(config)
+        if speculative is not None:
+            options["speculative"] = speculative
+        options["model"] = model
+        self.engine = LLMEngine(EngineConfig(**options))
 
     def __repr__(self) -> str:
         drafters = [drafter.name for drafter in self.engine.parts.drafters]
@@ -87,10 +74,13 @@ class LLM:
         """The transformers tokenizer, None with `skip_tokenizer_init`."""
         return self.engine.tokenizer
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
+    @takes_names(STREAM_NAMES)
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Increment]:
         """Complete one prompt, yielding its text and tokens as they come; see
         `LLMEngine.stream`."""
-        return self.engine.stream(prompt, params)
+        return self.engine.stream(prompt, sampling_params)
 
     @property
     def tokenizer(self) -> Any:
@@ -114,11 +104,12 @@ class LLM:
         `dataclasses.replace` makes changed copies."""
         return self.engine.parts.default_sampling_params
 
+    @takes_names(GENERATE_NAMES)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
         *,
         raise_on_error: bool = False,
     ) -> list[RequestOutput]:
@@ -131,7 +122,7 @@ class LLM:
                 `get_default_sampling_params()`. Noise is keyed by seed and position: with one
                 `seed` for all, prompts of one length get correlated samples. Give each its own
                 seed where that matters, or none.
-            use_tqdm: show a progress bar.
+            use_tqdm: show a progress bar; a function makes the bar, in place of `tqdm.tqdm`.
             raise_on_error: raise when a request ends with an error; otherwise its `error` says
                 why, its `finish_reason` is "error", and the others go on.
 
@@ -147,14 +138,13 @@ class LLM:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = _params_list(sampling_params, len(prompt_list))
+        make_bar = _bar_maker(use_tqdm)
         inbox = Snapshots()
         with self.engine.holding_interrupts() as interrupt:
             try:
                 ids = self.engine.add_requests(list(zip(prompt_list, params, strict=True)), inbox)
                 results: dict[str, RequestOutput] = {}
-                with tqdm(
-                    total=len(ids), desc="Prompts", unit="prompt", disable=not use_tqdm
-                ) as bar:
+                with make_bar(total=len(ids), desc="Prompts", unit="prompt") as bar:
                     while len(results) < len(ids):
                         for output in self.engine.collect(inbox):
                             results[output.request_id] = output
@@ -166,11 +156,12 @@ class LLM:
                 self.engine.discard(inbox)
         return [results[request_id] for request_id in ids]
 
+    @takes_names(CHAT_NAMES)
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
         *,
         raise_on_error: bool = False,
         add_generation_prompt: bool = True,
@@ -234,6 +225,16 @@ def _params_list(
     if len(params) != count:
         raise ValueError(f"{count} prompts need one SamplingParams or {count}, got {len(params)}")
     return list(params)
+
+
+def _bar_maker(use_tqdm: bool | Callable[..., Any]) -> Callable[..., Any]:
+    if isinstance(use_tqdm, bool):
+        return partial(tqdm, disable=not use_tqdm)
+    if not callable(use_tqdm):
+        raise ValueError(
+            f"use_tqdm must be True, False or a function such as tqdm, got {shown(use_tqdm)}"
+        )
+    return use_tqdm
 
 
 def _template_variables(variables: Any) -> dict[str, Any]:

@@ -129,7 +129,7 @@ BAD_OPTIONS = [
     ({"seed": True}, "seed must be"),
     ({"model": None}, "model must be"),
     ({"speculative": {"method": "ngram", "prompt_lookup_min": True}}, "prompt_lookup_min must be"),
-    ({"max_batch": 3}, "unknown options"),
+    ({"max_batch": 3}, "unknown option of LLM .max_batch."),
     ({"speculative": 7}, "speculative must be"),
     ({"speculative": {"model": "x"}}, "needs a 'method'"),
     ({"speculative": "telepathy"}, "must be one of"),
