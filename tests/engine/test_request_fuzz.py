@@ -163,12 +163,15 @@ def llm(models: Any, tmp_path_factory: pytest.TempPathFactory) -> LLM:
     )
 
 
+def tokens_of(output: Any) -> list[list[int]]:
+    return [c.token_ids for c in output.outputs]
+
+
 def innocent(llm: LLM) -> list[list[int]]:
-    outputs = llm.generate([INNOCENT], INNOCENT_PARAMS, use_tqdm=False)
-    return [c.token_ids for c in outputs[0].outputs]
+    return tokens_of(llm.generate([INNOCENT], INNOCENT_PARAMS, use_tqdm=False)[0])
 
 
-def ask(llm: LLM, odd: Odd) -> list[Any]:
+def ask(llm: LLM, odd: Odd, expected: list[list[int]]) -> list[Any]:
     """Ask for something odd, with the innocent request beside it where that can be."""
     way = odd.random.choice(["batch", "batch", "batch", "alone", "chat", "stream", "params"])
     if way == "chat":
@@ -182,7 +185,9 @@ def ask(llm: LLM, odd: Odd) -> list[Any]:
     if way == "alone":
         return llm.generate(odd.prompt(), params, use_tqdm=False)
     prompts = [odd.prompt(), INNOCENT]
-    return llm.generate(prompts, [params, INNOCENT_PARAMS], use_tqdm=False)[:1]
+    outputs = llm.generate(prompts, [params, INNOCENT_PARAMS], use_tqdm=False)
+    assert tokens_of(outputs[1]) == expected, "the tokens of the other request change"
+    return outputs[:1]
 
 
 def check(llm: LLM, seeds: range) -> tuple[int, int, int]:
@@ -191,7 +196,7 @@ def check(llm: LLM, seeds: range) -> tuple[int, int, int]:
     refused = failed = served = 0
     for seed in seeds:
         try:
-            found = ask(llm, Odd(seed))
+            found = ask(llm, Odd(seed), expected)
         except ValueError as error:
             refused += 1 if str(error) else pytest.fail(f"seed {seed} is refused without a reason")
         except Exception as error:
@@ -201,7 +206,8 @@ def check(llm: LLM, seeds: range) -> tuple[int, int, int]:
             served += 1
         assert not llm.engine.has_unfinished_requests, f"seed {seed}"
         llm.engine.scheduler.check_integrity()
-        assert innocent(llm) == expected, f"seed {seed} changes the tokens of others"
+        if seed % 4 == 3:
+            assert innocent(llm) == expected, f"seed {seed} or before changes later tokens"
     assert llm.engine.manager.num_free_blocks == llm.engine.manager.num_blocks
     return refused, failed, served
 

@@ -28,6 +28,7 @@ BACKENDS = {
     "native": {"dtype": "float32"},
     "native bfloat16": {"dtype": "float32", "kv_cache_dtype": "bfloat16"},
 }
+Alone = Callable[[str, int], tuple[list[Any], list[Any]]]
 NUM_SOAK_CALLS = int(os.environ.get("FOLOSPEC_SOAK_CALLS", "1000"))
 
 
@@ -67,9 +68,20 @@ def make(models: Any, backend: str, **options: Any) -> LLM:
     return make_llm(models.target, settings, **{**pool, **BACKENDS[backend], **options})
 
 
-def answers_alone(models: Any, backend: str, calls: Any) -> list[list[list[int]]]:
-    llm = make(models, backend)
-    return [ask(llm, call) for call in calls]
+@pytest.fixture(scope="module")
+def alone(models: Any) -> Alone:
+    """Calls for a backend, and the answer of each when nothing else runs; asked for once."""
+    known: dict[str, tuple[LLM, list[list[list[int]]]]] = {}
+
+    def calls_and_answers(backend: str, count: int) -> tuple[list[Any], list[Any]]:
+        if backend not in known:
+            known[backend] = make(models, backend), []
+        llm, answers = known[backend]
+        calls = calls_of(count, seed=5)
+        answers += [ask(llm, call) for call in calls[len(answers) :]]
+        return calls, answers[:count]
+
+    return calls_and_answers
 
 
 def assert_free(llm: LLM) -> None:
@@ -78,9 +90,10 @@ def assert_free(llm: LLM) -> None:
     assert llm.engine.manager.num_free_blocks == llm.engine.manager.num_blocks
 
 
-def check_threads(models: Any, backend: str, *, num_calls: int, num_threads: int) -> None:
-    calls = calls_of(num_calls, seed=5)
-    expected = answers_alone(models, backend, calls)
+def check_threads(
+    models: Any, alone: Alone, backend: str, *, num_calls: int, num_threads: int
+) -> None:
+    calls, expected = alone(backend, num_calls)
     llm = make(models, backend)
     with ThreadPoolExecutor(num_threads) as pool:
         answers = list(pool.map(lambda call: ask(llm, call), calls))
@@ -90,34 +103,37 @@ def check_threads(models: Any, backend: str, *, num_calls: int, num_threads: int
 
 
 @pytest.mark.parametrize("backend", ["float64", "native"])
-def test_calls_from_four_threads_have_the_tokens_they_have_alone(backend: str, models: Any) -> None:
-    check_threads(models, backend, num_calls=24, num_threads=4)
+def test_calls_from_four_threads_have_the_tokens_they_have_alone(
+    backend: str, models: Any, alone: Alone
+) -> None:
+    check_threads(models, alone, backend, num_calls=24, num_threads=4)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_thousand_calls_from_eight_threads_have_the_tokens_they_have_alone(
-    backend: str, models: Any
+    backend: str, models: Any, alone: Alone
 ) -> None:
-    check_threads(models, backend, num_calls=NUM_SOAK_CALLS, num_threads=8)
+    check_threads(models, alone, backend, num_calls=NUM_SOAK_CALLS, num_threads=8)
 
 
-def check_two_engines(models: Any, *, num_calls: int) -> None:
-    calls = calls_of(num_calls, seed=6)
-    expected = answers_alone(models, "native", calls)
+def check_two_engines(models: Any, alone: Alone, *, num_calls: int) -> None:
+    calls, expected = alone("native", num_calls)
     llms = [make(models, "native"), make(models, "native")]
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda llm: [ask(llm, call) for call in calls], llms))
     assert answers == [expected, expected]
 
 
-def test_two_engines_in_two_threads_share_no_memory_of_the_kernels(models: Any) -> None:
-    check_two_engines(models, num_calls=12)
+def test_two_engines_in_two_threads_share_no_memory_of_the_kernels(
+    models: Any, alone: Alone
+) -> None:
+    check_two_engines(models, alone, num_calls=12)
 
 
 @pytest.mark.soak
-def test_two_engines_in_two_threads_share_no_memory_for_long(models: Any) -> None:
-    check_two_engines(models, num_calls=NUM_SOAK_CALLS)
+def test_two_engines_in_two_threads_share_no_memory_for_long(models: Any, alone: Alone) -> None:
+    check_two_engines(models, alone, num_calls=NUM_SOAK_CALLS)
 
 
 @contextmanager
@@ -157,28 +173,28 @@ def server_around(llm: LLM) -> Iterator[Callable[[Any], Any]]:
         server.server_close()
 
 
-def check_server(models: Any, backend: str, num_calls: int) -> None:
-    calls = calls_of(num_calls, seed=7)
-    expected = answers_alone(models, backend, calls)
+def check_server(models: Any, alone: Alone, backend: str, num_calls: int) -> None:
+    calls, expected = alone(backend, num_calls)
     llm = make(models, backend)
     with server_around(llm) as post, ThreadPoolExecutor(4) as pool:
         assert list(pool.map(post, calls)) == expected
     assert_free(llm)
 
 
-def test_a_threading_server_answers_with_the_tokens_of_each_request(models: Any) -> None:
-    check_server(models, "native", 16)
+def test_a_threading_server_answers_with_the_tokens_of_each_request(
+    models: Any, alone: Alone
+) -> None:
+    check_server(models, alone, "native", 16)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_threading_server_answers_for_long(backend: str, models: Any) -> None:
-    check_server(models, backend, NUM_SOAK_CALLS)
+def test_a_threading_server_answers_for_long(backend: str, models: Any, alone: Alone) -> None:
+    check_server(models, alone, backend, NUM_SOAK_CALLS)
 
 
-def check_asyncio(models: Any, backend: str, num_calls: int) -> None:
-    calls = calls_of(num_calls, seed=8)
-    expected = answers_alone(models, backend, calls)
+def check_asyncio(models: Any, alone: Alone, backend: str, num_calls: int) -> None:
+    calls, expected = alone(backend, num_calls)
     llm = make(models, backend)
 
     async def ask_all() -> list[Any]:
@@ -188,21 +204,20 @@ def check_asyncio(models: Any, backend: str, num_calls: int) -> None:
     assert_free(llm)
 
 
-def test_asyncio_threads_have_the_tokens_they_have_alone(models: Any) -> None:
-    check_asyncio(models, "native", 16)
+def test_asyncio_threads_have_the_tokens_they_have_alone(models: Any, alone: Alone) -> None:
+    check_asyncio(models, alone, "native", 16)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_asyncio_threads_have_the_tokens_they_have_alone_for_long(
-    backend: str, models: Any
+    backend: str, models: Any, alone: Alone
 ) -> None:
-    check_asyncio(models, backend, NUM_SOAK_CALLS)
+    check_asyncio(models, alone, backend, NUM_SOAK_CALLS)
 
 
-def test_streams_in_threads_have_the_tokens_they_have_alone(models: Any) -> None:
-    calls = calls_of(12, seed=9)
-    expected = answers_alone(models, "native", calls)
+def test_streams_in_threads_have_the_tokens_they_have_alone(models: Any, alone: Alone) -> None:
+    calls, expected = alone("native", 12)
     llm = make(models, "native")
 
     def stream(call: tuple[list[int], SamplingParams]) -> list[list[int]]:
