@@ -3,21 +3,19 @@
 Run: python examples/04_stream.py
 """
 
-from folospec import EngineConfig, LLMEngine, SamplingParams, SpeculativeConfig
+from folospec import LLM, SamplingParams
+
+DRAFT_MODEL = {"method": "draft_model", "model": "folospec-demo-draft"}
 
 
 def main() -> None:
-    config = EngineConfig(
-        model="folospec-demo",
-        speculative=SpeculativeConfig.of({"method": "draft_model", "model": "folospec-demo-draft"}),
-    )
-    engine = LLMEngine(config)
     prompt = "def count_words(text):\n"
     print(prompt, end="")
     sizes = []
-    for increment in engine.stream(prompt, SamplingParams(temperature=0, max_tokens=48)):
-        print(increment.text, end="", flush=True)
-        sizes.append(len(increment.token_ids))
+    with LLM("folospec-demo", speculative=DRAFT_MODEL) as llm:
+        for increment in llm.stream(prompt, SamplingParams(temperature=0, max_tokens=48)):
+            print(increment.text, end="", flush=True)
+            sizes.append(len(increment.token_ids))
     print(f"\n--- tokens per increment: {sizes}")
 
 

@@ -15,7 +15,10 @@ def printed() -> list[str]:
     """What each block prints."""
     outputs: list[str] = []
     lines: list[str] = []
-    namespace = {"__name__": "readme", "print": lambda *values: lines.append(repr(values))}
+    namespace = {
+        "__name__": "readme",
+        "print": lambda *values, **options: lines.append(repr(values)),
+    }
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), namespace)
         outputs.append("\n".join(lines))
@@ -33,12 +36,18 @@ def test_quick_start_gives_the_same_tokens(printed: list[str]) -> None:
     assert all(text.endswith(", True)") for text in texts)
 
 
+def test_a_stream_and_an_output_are_printed(printed: list[str]) -> None:
+    *increments, output = printed[1].splitlines()
+    assert len(increments) > 3
+    assert output.startswith("(RequestOutput(request_id=")
+
+
 def test_rejection_promises_the_law_alone(printed: list[str]) -> None:
-    assert printed[1] == "('law',)"
+    assert printed[2] == "('law',)"
 
 
 def test_a_drafter_of_your_own_drafts(printed: list[str]) -> None:
-    assert re.search(r"num_drafts=[1-9]", printed[2])
+    assert re.search(r"num_drafts=[1-9]", printed[3])
 
 
 def test_what_the_readme_names_is_there() -> None:

@@ -305,6 +305,20 @@ def test_generate_changes_the_handler_of_ctrl_c_once_for_all_its_steps(
     assert len(changes) == 4  # for this call, and for stats
 
 
+def test_a_step_by_hand_does_without_the_slow_functions_of_signal(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(models).engine
+    engine.add_request([1, 2], SamplingParams(max_tokens=2, ignore_eos=True))
+    changes: list[Any] = []
+    fast = _signal.signal
+    monkeypatch.setattr(_signal, "signal", lambda *args: changes.append(args) or fast(*args))
+    for name in ("signal", "getsignal"):
+        monkeypatch.setattr(signal, name, lambda *args: pytest.fail("slow"))
+    engine.step()
+    assert len(changes) == 2  # the engine's handler, and the one from before
+
+
 def test_outputs_that_wait_come_before_the_news_that_the_engine_is_broken(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
