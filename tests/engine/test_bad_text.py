@@ -31,6 +31,7 @@ def assert_serves(llm: LLM) -> None:
     ("prompt", "settings", "message"),
     [
         ("a\ud83d", {}, r"prompt must be valid Unicode, got '\\ud83d' at position 1"),
+        ("", {}, "the prompt is empty"),
         ("<tool>", {}, "prompt token ids must be integers between 0 and 60, got 61"),
         ("2", {"bad_words": ["<tool>"]}, "bad word '<tool>': token ids .* got 61"),
         ("2", {"prediction": "<tool>"}, "prediction token ids .* got 61"),

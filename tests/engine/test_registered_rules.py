@@ -8,6 +8,7 @@ import pytest
 from harness import Run, assert_speculated, make_llm, run
 from registered_rules import RULES
 
+from folospec import EngineBrokenError
 from folospec.spec.verify import AcceptanceRule, Verdict, register_acceptance_rule
 
 
@@ -53,8 +54,9 @@ def test_a_lossy_rule_says_that_it_is_one(models: Any, plain: Run) -> None:
 
 def test_a_verdict_that_is_no_path_is_refused(models: Any) -> None:
     llm = make_llm(models.target, speculative("nowhere", allow_lossy=True))
-    with pytest.raises(ValueError, match="must return a path of the tree"):
+    with pytest.raises(EngineBrokenError, match="must return a path of the tree") as caught:
         run(llm)
+    assert isinstance(caught.value.__cause__, ValueError)
 
 
 def test_allowing_lossy_rules_changes_none_that_is_lossless(models: Any, plain: Run) -> None:
