@@ -16,6 +16,7 @@ from folospec.engine.request import Request
 from folospec.spec.checks import AnswerLimits, ProposalChecks, take_answers, take_progress
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.drafters.base import DraftRequest
+from folospec.spec.guarded_runner import SlotRange
 from folospec.spec.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
 from folospec.spec.read_only import ReadOnlyList
@@ -129,9 +130,14 @@ class Asking:
         own."""
         limits = [self._answer_limits(drafter, candidate) for candidate in asked]
         rows = [self._row(drafter, c, limit) for c, limit in zip(asked, limits, strict=True)]
+        slots = (
+            SlotRange(tuple(row.block_table), limit.num_tokens - 1, limit.num_slots)
+            for row, limit in zip(rows, limits, strict=True)
+        )
         try:
-            # The drafter has the list to itself, and may take out of it what it likes.
-            answers = take_answers(drafter.drafter.propose(list(rows)), len(rows))
+            with drafter.access.granted(slots):
+                # The drafter has the list to itself, and may take out of it what it likes.
+                answers = take_answers(drafter.drafter.propose(list(rows)), len(rows))
         except Exception:
             if self._strict:
                 raise

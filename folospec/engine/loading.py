@@ -17,6 +17,7 @@ from folospec.models.views import view_of
 from folospec.sampling_params import SamplingParams
 from folospec.spec.drafter_handle import DrafterHandle, hold
 from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
+from folospec.spec.guarded_runner import GuardedRunner, RunnerAccess
 from folospec.spec.verify import check_acceptance
 from folospec.worker import capture
 from folospec.worker.kv_cache import kv_bytes_per_block
@@ -133,6 +134,8 @@ class _Loader:
         self.max_model_len = _max_model_len(config, self.target.model.config.max_model_len)
         self.runners = {"target": self.target}
         self.views: list[ModelRunner] = []
+        self.is_complete = False
+        """All drafters are made: no further model is loaded."""
 
     @property
     def graph_bytes(self) -> int:
@@ -140,22 +143,31 @@ class _Loader:
         runners = (*self.runners.values(), *self.views)
         return sum(graph_bytes(r.vocab_size) for r in runners if r.model.captures)
 
-    def load_draft_model(self, path: str, owner: str) -> ModelRunner:
+    def load_draft_model(self, access: RunnerAccess, path: str, owner: str) -> GuardedRunner:
+        self._refuse_late()
         if not isinstance(owner, str) or owner in self.runners:
             raise ValueError(
                 f"owner must be a name that none of {sorted(self.runners)} has, got {owner!r}"
             )
-        runner = self.runners[owner] = self._load(path)
+        runner = self._load(path)
         _check_draft_model(
             path, runner, self.config, self.target, self.max_model_len, self.tokenizer
         )
-        return runner
+        self.runners[owner] = runner
+        access.kv_owners.add(owner)
+        return GuardedRunner(runner, runner.model.config, access, is_self_draft=False)
 
-    def self_draft_model(self, **changes: Any) -> ModelRunner:
+    def self_draft_model(self, access: RunnerAccess, **changes: Any) -> GuardedRunner:
+        self._refuse_late()
         model = view_of(self.target.model, **changes)
         budget = self.target.max_num_batched_tokens
-        self.views.append(ModelRunner(model, max_num_batched_tokens=budget))
-        return self.views[-1]
+        view = ModelRunner(model, max_num_batched_tokens=budget)
+        self.views.append(view)
+        return GuardedRunner(view, model.config, access, is_self_draft=True)
+
+    def _refuse_late(self) -> None:
+        if self.is_complete:
+            raise ValueError("a drafter must load its models while it is made")
 
     def _load(self, path: str, deterministic: bool = False) -> ModelRunner:
         config = self.config
@@ -209,7 +221,7 @@ def _make_drafters(config: EngineConfig, loader: _Loader) -> list[DrafterHandle]
     speculative, tokenizer = config.speculative, loader.tokenizer
     for stream, drafter in enumerate(chosen_drafters(config)):
         counts[drafter.method] += 1
-        number = counts[drafter.method]
+        number, access = counts[drafter.method], RunnerAccess()
         context = DrafterContext(
             config=drafter,
             name=drafter.method if number == 1 else f"{drafter.method}-{number}",
@@ -218,14 +230,12 @@ def _make_drafters(config: EngineConfig, loader: _Loader) -> list[DrafterHandle]
             target=loader.target.model.config,
             encode=tokenizer and partial(tokenizer.encode, add_special_tokens=False),
             default_draft_model=BUNDLED_DRAFTS.get(config.model),
-            load_draft_model=loader.load_draft_model,
-            self_draft_model=loader.self_draft_model,
+            load_draft_model=partial(loader.load_draft_model, access),
+            self_draft_model=partial(loader.self_draft_model, access),
         )
-        before = set(loader.runners)
         made = make_drafter(context)
-        owners = loader.runners.keys() - before
-        num_layers = context.target.num_layers
-        handles.append(hold(made, context.name, drafter, owners, num_layers))
+        handles.append(hold(made, context.name, drafter, access, context.target.num_layers))
+    loader.is_complete = True
     return handles
 
 

@@ -67,7 +67,7 @@ def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
         return UNKNOWN_COSTS
     guesses = {}
     for drafter in parts.handles:
-        runner = getattr(drafter.drafter, "runner", None)
+        runner = next(iter(drafter.access.runners), None)
         if not isinstance(runner, ModelRunner):
             continue
         facts = [drafter.config.method, str(dict(drafter.config.options)), _facts(config.model)]

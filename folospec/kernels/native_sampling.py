@@ -60,6 +60,19 @@ def check_laws(laws: Sequence[bytes]) -> None:
             raise ValueError(f"a law must have {size} bytes, got {len(law)}")
 
 
+def check_filters(law: bytes) -> None:
+    """Raise ValueError unless a law has the size that `pack_law` packs, and filters in the ranges
+    of `pack_filters`."""
+    check_laws([law])
+    temperature, top_p, log_min_p, top_k = _FILTERS.unpack_from(law, _NOISE.size)
+    in_range = 0 <= temperature < math.inf and 0 < top_p <= 1 and 0 <= top_k <= _MOST_TOP_K
+    if not (in_range and log_min_p <= 0):
+        raise ValueError(
+            f"a law must have the filters of pack_filters, got temperature {temperature}, top_p "
+            f"{top_p}, log min_p {log_min_p} and top_k {top_k}"
+        )
+
+
 class Walk(NamedTuple):
     """What `NativeSampling.walk` found for a sequence."""
 

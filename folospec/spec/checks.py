@@ -87,8 +87,8 @@ class ProposalChecks:
     def _take_tree(self, tree: object) -> TokenTree:
         if not isinstance(tree, TokenTree):
             raise ValueError(f"tree must be a TokenTree, got a {type(tree).__name__}")
-        token_ids = _take_ints("token_ids", tree.token_ids)
-        parents = _take_ints("parents", tree.parents)
+        token_ids = take_ints("token_ids", tree.token_ids)
+        parents = take_ints("parents", tree.parents)
         if token_ids and max(token_ids) >= self._vocab_size:
             raise ValueError(
                 f"draft token ids must be below {self._vocab_size}, got {max(token_ids)}"
@@ -129,7 +129,7 @@ def take_answers(answers: object, num_requests: int) -> Sequence[object]:
     Raises:
         ValueError: it is no list, or has another length.
     """
-    values = _take_list("what propose returns", answers)
+    values = take_list("what propose returns", answers)
     if len(values) != num_requests:
         raise ValueError(
             f"a drafter must answer every request: {num_requests} requests, {len(values)} answers"
@@ -143,13 +143,18 @@ def take_progress(value: object, limits: AnswerLimits) -> int:
     Raises:
         ValueError: it is no integer, or there are not so many tokens.
     """
-    (progress,) = _take_ints("num_draft_computed", (value,))
+    (progress,) = take_ints("num_draft_computed", (value,))
     if not 0 <= progress <= limits.num_tokens:
         raise ValueError(f"num_draft_computed must be in [0, {limits.num_tokens}], got {progress}")
     return progress
 
 
-def _take_list(name: str, values: Any) -> list | tuple:
+def take_list(name: str, values: Any) -> list | tuple:
+    """The values of a list or tuple.
+
+    Raises:
+        ValueError: it is something else.
+    """
     # Of a subclass neither the length nor what is in it can be relied on.
     if type(values) is not list and type(values) is not tuple:
         raise ValueError(f"{name} must be a list or a tuple, got a {type(values).__name__}")
@@ -157,7 +162,7 @@ def _take_list(name: str, values: Any) -> list | tuple:
 
 
 def _take_per_node(name: str, values: Any, size: int) -> list | tuple:
-    values = _take_list(name, values)
+    values = take_list(name, values)
     if len(values) != size:
         raise ValueError(
             f"{name} must have one entry for each of the {size} nodes, got {len(values)}"
@@ -165,8 +170,13 @@ def _take_per_node(name: str, values: Any, size: int) -> list | tuple:
     return values
 
 
-def _take_ints(name: str, values: Any) -> tuple[int, ...]:
-    values = tuple(_take_list(name, values))
+def take_ints(name: str, values: Any) -> tuple[int, ...]:
+    """The integers of a list or tuple, those of numpy made Python's.
+
+    Raises:
+        ValueError: it is something else, or holds something else.
+    """
+    values = tuple(take_list(name, values))
     if set(map(type, values)) <= {int}:
         return values
     return tuple(_to_int(name, value) for value in values)
@@ -222,7 +232,7 @@ def _take_draft_slots(
                 f"draft_slots must be of the drafter's kv_owner {limits.kv_owner!r}, got {owner!r}"
             )
         offsets = tuple(_take_per_node(f"draft_slots[{owner!r}]", offsets, size))
-        used = _take_ints("draft_slots", [offset for offset in offsets if offset is not None])
+        used = take_ints("draft_slots", [offset for offset in offsets if offset is not None])
         if len(set(used)) < len(used) or not all(1 <= slot <= limits.num_slots for slot in used):
             raise ValueError(
                 f"draft_slots must be None or in [1, {limits.num_slots}], each slot once, "

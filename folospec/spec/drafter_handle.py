@@ -3,11 +3,11 @@ and checked. Nothing that it says later, or fails to say, can surprise a step.""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from folospec.config import DrafterConfig
 from folospec.spec.drafters.base import Drafter, DrafterNeeds, check_count
+from folospec.spec.guarded_runner import RunnerAccess
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,15 +24,17 @@ class DrafterHandle:
     kv_owner: str | None
     drafts_in_passes: bool
     has_static_tree: bool
+    access: RunnerAccess
+    """To the models that it has loaded."""
 
 
 def hold(
-    drafter: object, name: str, config: DrafterConfig, kv_owners: Collection[str], num_layers: int
+    drafter: object, name: str, config: DrafterConfig, access: RunnerAccess, num_layers: int
 ) -> DrafterHandle:
     """Read a drafter's facts.
 
     Args:
-        kv_owners: the names under which this drafter has loaded models.
+        access: to the models that this drafter has loaded.
         num_layers: of the target.
 
     Raises:
@@ -50,6 +52,7 @@ def hold(
         kv_owner=drafter.kv_owner,
         drafts_in_passes=drafter.drafts_in_passes,
         has_static_tree=drafter.has_static_tree,
+        access=access,
     )
     check_count(f"num_speculative_tokens of {name}", handle.num_speculative_tokens)
     check_count(f"max_scratch_slots of {name}", handle.max_scratch_slots, least=0)
@@ -58,10 +61,10 @@ def hold(
             raise ValueError(
                 f"{fact} of {name} must be True or False, got {getattr(handle, fact)!r}"
             )
-    if handle.kv_owner is not None and handle.kv_owner not in kv_owners:
+    if handle.kv_owner is not None and handle.kv_owner not in access.kv_owners:
         raise ValueError(
             f"kv_owner of {name} must be None or a name under which it has loaded a model, "
-            f"{sorted(kv_owners)}, got {handle.kv_owner!r}"
+            f"{sorted(access.kv_owners)}, got {handle.kv_owner!r}"
         )
     _check_needs(handle.needs, name, num_layers)
     return handle

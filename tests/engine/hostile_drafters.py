@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from harness import VOCAB_SIZE
+from hostile_passes import BEFORE_THE_ROOT, FAIR_PASSES, WRONG_PASSES
 
 from folospec import Drafter, Proposal, register_drafter
 from folospec.core.token_tree import TokenTree
+from folospec.spec.draft_runner import Rows
 from folospec.spec.drafters.base import DrafterNeeds
 
 
@@ -164,16 +166,22 @@ def spoil(results: list[Any]) -> None:
             result.top_token_ids.fill_(-5)
         if result.verdict is not None:
             result.verdict.path.append(99)
+        if result.proposal is not None:
+            with_wrong_depths(None, result.proposal)
+            result.proposal.draft_slots.clear()
+            if result.proposal.draft_probs is not None:
+                result.proposal.draft_probs.fill_(math.nan)
         result.own_nodes.update({7: 99})
     results.clear()
 
 
 class HostileDrafter(Drafter):
     """Proposes random trees around the truth, which is by prompt in `futures`; `fault` is the name
-    of what it does at every second request, or None for anything at all."""
+    of what it does at every second request, or None for any of its `deeds`."""
 
     futures: dict[tuple[int, ...], list[int]] = {}
     fault: str | None = None
+    deeds = (*WRONG_ANSWERS, *HARMLESS, *WRONG_LISTS, *["honest"] * len(WRONG_ANSWERS))
     random = random.Random(0)
     num_asked = 0
 
@@ -192,16 +200,19 @@ class HostileDrafter(Drafter):
     def _choose(self) -> str:
         if self.fault is not None:
             return self.fault
-        names = [*WRONG_ANSWERS, *HARMLESS, *WRONG_LISTS, *["honest"] * len(WRONG_ANSWERS)]
-        return self.random.choice(names)
+        return self.random.choice(self.deeds)
 
     def _answer(self, request: Any) -> Any:
         self.num_asked += 1
         proposal, chosen = self._honest(request), self._choose()
-        fault = WRONG_ANSWERS.get(chosen) or HARMLESS.get(chosen)
-        if fault is None or (self.fault is not None and self.num_asked % 2):
+        if self.fault is not None and self.num_asked % 2:
             return proposal
-        return fault(request, proposal)
+        self._misuse(chosen, request)
+        fault = WRONG_ANSWERS.get(chosen) or HARMLESS.get(chosen)
+        return proposal if fault is None else fault(request, proposal)
+
+    def _misuse(self, chosen: str, request: Any) -> None:
+        """What it does to a runner."""
 
     def _honest(self, request: Any) -> Proposal:
         future = self.futures[tuple(request.prompt_token_ids)][len(request.output_token_ids) :]
@@ -240,4 +251,68 @@ class HostileDrafter(Drafter):
         return 5 if self.fault == "stats in a number" else {"num_asked": self.num_asked}
 
 
+PASSES_IN_HOOKS = ("a pass in observe", "a pass in finish", "a pass in drop", "a pass in stats")
+KEPT_THINGS = ("blocks of an earlier step", "a self-draft model too late", "a draft model too late")
+
+
+class HostileModelDrafter(HostileDrafter):
+    """Runs fair passes of its model, and now and then a wrong one; with `model` a draft model's,
+    without one those of a cheaper copy of the target."""
+
+    deeds = (*HostileDrafter.deeds, *WRONG_PASSES, *BEFORE_THE_ROOT, *PASSES_IN_HOOKS, *KEPT_THINGS)
+    kv_owner: Any = None
+
+    def __init__(self, context: Any) -> None:
+        super().__init__(context)
+        self.context = context
+        self._tables: list[Any] = []
+        if context.config.model is None:
+            self.runner = context.self_draft_model(quantized=True)
+        else:
+            self.kv_owner = context.name
+            self.runner = context.load_draft_model(context.config.model, self.kv_owner)
+
+    def _answer(self, request: Any) -> Any:
+        FAIR_PASSES[self.random.choice(list(FAIR_PASSES))](self.runner, request)
+        answer = super()._answer(request)
+        self._tables = [*self._tables[-9:], request.block_table]
+        return answer
+
+    def _misuse(self, chosen: str, request: Any) -> None:
+        wrong = WRONG_PASSES.get(chosen) or BEFORE_THE_ROOT.get(chosen)
+        if wrong is not None:
+            wrong(self.runner, request)
+        elif chosen == "blocks of an earlier step" and self._tables:
+            self._run_kept()
+        elif chosen == "a self-draft model too late":
+            self.context.self_draft_model()
+        elif chosen == "a draft model too late":
+            self.context.load_draft_model(self.context.config.model or "none", "late")
+
+    def _run_kept(self) -> None:
+        for table in self._tables:
+            self.runner.forward([Rows([1], 0, table)])
+
+    def _hook(self, name: str) -> None:
+        if self.fault == name or (self.fault is None and self._choose() == name):
+            self._run_kept()
+
+    def observe(self, results: list[Any]) -> None:
+        self._hook("a pass in observe")
+        super().observe(results)
+
+    def finish(self, seq_id: str, token_ids: Any, num_prompt_tokens: int) -> None:
+        self._hook("a pass in finish")
+        super().finish(seq_id, token_ids, num_prompt_tokens)
+
+    def drop(self, seq_id: str) -> None:
+        self._hook("a pass in drop")
+        super().drop(seq_id)
+
+    def stats(self) -> Any:
+        self._hook("a pass in stats")
+        return super().stats()
+
+
 register_drafter("hostile", HostileDrafter)
+register_drafter("hostile_model", HostileModelDrafter)

@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 from harness import PROMPTS, Run, assert_speculated, make_llm, run, save_tiny_llama
-from hostile_drafters import HARMLESS, WRONG_ANSWERS, WRONG_LISTS, HostileDrafter
+from hostile_drafters import (
+    HARMLESS,
+    KEPT_THINGS,
+    PASSES_IN_HOOKS,
+    WRONG_ANSWERS,
+    WRONG_LISTS,
+    HostileDrafter,
+)
+from hostile_passes import BEFORE_THE_ROOT, WRONG_PASSES
 from native_builds import require_native
 
 from folospec import SamplingParams
-from folospec.engine import asking
+from folospec.engine import asking, loading
 from folospec.engine import request as engine_request
 
 ASKED = PROMPTS[:4]
@@ -28,14 +36,16 @@ def params_of() -> list[SamplingParams]:
 
 
 class Bench:
-    """An engine with the hostile drafter, and what plain decoding says there."""
+    """An engine with the hostile drafter, and what plain decoding says there. The target is its
+    draft model."""
 
-    def __init__(self, model: str, dtype: str, **options: Any) -> None:
+    def __init__(self, model: str, dtype: str, /, **options: Any) -> None:
         settings = {"dtype": dtype, "num_blocks": 64}
         self.plain = run(make_llm(model, **settings), ASKED, params_of())
         self.futures = {tuple(p): t[0] for p, t in zip(ASKED, self.plain.tokens, strict=True)}
         if "drafters" not in options:
             options = {"method": "hostile", "num_speculative_tokens": 8, **options}
+            options |= {"model": model} if "model" in options else {}
         self.llm = make_llm(model, options, strict_drafters=False, **settings)
 
     def run(self, fault: str | None, seed: int = 0) -> tuple[Run, int]:
@@ -54,7 +64,7 @@ def native_target(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_llama(tmp_path_factory.mktemp("wide"), layers=1, hidden=128, seed=4)
 
 
-def make_bench(dtype: str, request: pytest.FixtureRequest, **options: Any) -> Bench:
+def make_bench(dtype: str, request: pytest.FixtureRequest, /, **options: Any) -> Bench:
     """On the native kernels in float32, on torch in float64."""
     if dtype == "float64":
         return Bench(request.getfixturevalue("models").target, dtype, **options)
@@ -89,6 +99,31 @@ def test_what_a_drafter_does_to_its_own_things_is_no_fault(bench: Bench, deed: s
     assert found.stats["num_accepted_tokens"] > 0
 
 
+@pytest.fixture(scope="module")
+def self_drafting(models: Any) -> Bench:
+    return Bench(models.target, "float64", method="hostile_model")
+
+
+@pytest.mark.parametrize("fault", [*BEFORE_THE_ROOT, *WRONG_PASSES, *PASSES_IN_HOOKS, *KEPT_THINGS])
+def test_a_pass_that_a_drafter_may_not_run_changes_no_token(
+    self_drafting: Bench, fault: str
+) -> None:
+    found, num_errors = self_drafting.run(fault)
+    assert found.tokens == self_drafting.plain.tokens
+    assert num_errors > 0
+
+
+@pytest.mark.parametrize("fault", [*BEFORE_THE_ROOT][:2])
+def test_a_runner_without_checks_is_noticed(
+    fault: str, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "GuardedRunner", lambda runner, *_, **__: runner)
+    bench = Bench(models.target, "float64", method="hostile_model")
+    found, num_errors = bench.run(fault)
+    assert num_errors == 0
+    assert found.tokens != bench.plain.tokens
+
+
 @pytest.mark.parametrize("fault", ["stats", "stats in a number"])
 def test_a_drafter_that_cannot_count_has_no_figures(bench: Bench, fault: str) -> None:
     found, num_errors = bench.run(fault)
@@ -101,6 +136,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "planned": {"adaptive": True},
     "merged": {"drafters": [{"method": "hostile"}, {"method": "ngram"}], "merge": True},
     "in order": {"drafters": [{"method": "ngram"}, {"method": "hostile"}]},
+    "self-draft": {"method": "hostile_model"},
+    "draft model": {"method": "hostile_model", "model": "the target's"},
 }
 
 

@@ -195,8 +195,8 @@ def test_drafts_of_the_whole_target_are_all_accepted(
 def test_a_view_that_sees_other_kv_than_the_targets_is_noticed(models: Any) -> None:
     """Control of the test above: with KV of its own, which nobody fills, the view is lost."""
     llm = make_llm(models.target, {"method": "whole_target"})
-    view, target = llm.engine.parts.drafters[0].runner, llm.engine.parts.target  # type: ignore[attr-defined]
-    assert view.kv is target.kv
+    (view,), target = llm.engine.parts.views, llm.engine.parts.target
+    assert view.kv is target.kv is not None
     view.make_kv(target.kv.layers[0].key.shape[0] // 16, 16, torch.device("cpu"))
     stats = run(llm).stats
     assert 0 < stats["num_accepted_tokens"] < 0.8 * stats["num_draft_tokens"]

@@ -31,7 +31,8 @@ class DraftRequest:
     may be proposed. The token lists are read-only views that grow with the sequence.
 
     A drafter that keeps KV finds in `num_draft_computed` how many committed tokens have it, and
-    writes its new progress there.
+    writes its new progress there. Its runner takes `block_table` itself, no copy of it, and no
+    longer than the call of `propose` lasts.
     """
 
     seq_id: str
@@ -82,7 +83,7 @@ class StepResult:
 
     Without `needs`, one for each verified proposal. A drafter that needs hidden states or top
     tokens gets one for every sequence of the step, `proposal` and `verdict` None where there was
-    none. Tensors, lists and mappings are the drafter's own.
+    none. All that can be changed is the drafter's own copy.
     """
 
     seq_id: str
@@ -136,9 +137,9 @@ class DrafterContext:
     """`load_draft_model(path, owner)`: a runner for the model at `path`, whose KV belongs to
     `owner`, the drafter's `kv_owner`."""
     self_draft_model: SelfDraftModel
-    """A runner for a cheaper copy of the target. It has no progress to keep: whatever it writes at
-    the root's slot and behind, verification writes again. Raises ValueError for a target that
-    cannot be copied so."""
+    """A runner for a cheaper copy of the target. It has no progress to keep: it runs rows at the
+    root's slot and behind alone, which verification writes again. Raises ValueError for a target
+    that cannot be copied so."""
 
     @property
     def vocab_size(self) -> int:
