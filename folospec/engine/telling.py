@@ -111,15 +111,16 @@ def _step_result(
     top: Tensor | None,
     own_nodes: OwnNodes,
 ) -> StepResult:
-    """What one drafter is told of a sequence; the tensors, lists and mappings are its own."""
+    """What one drafter is told of a sequence; all that can be changed is its own copy."""
     needs, verdict = drafter.needs, seen.verdict
     if verdict is not None:
         verdict = replace(verdict, path=list(verdict.path))
+    proposal = None if seen.proposal is None else seen.proposal.copy()
     if top is not None:
         top = top[:, : needs.num_top_tokens].clone() if needs.num_top_tokens else None
     return StepResult(
         seen.seq.seq_id,
-        seen.proposal,
+        proposal,
         verdict,
         tuple(seen.new_token_ids),
         own_nodes=dict(own_nodes.get((drafter.name, seen.seq.seq_id), {})),

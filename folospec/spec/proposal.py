@@ -80,6 +80,17 @@ class Proposal:
         """Nodes that are verified."""
         return len(self) if self.candidate is None else sum(self.candidate)
 
+    def copy(self) -> Proposal:
+        """The same proposal, in which nothing is shared that can be changed."""
+        return Proposal(
+            tree=TokenTree(self.tree.token_ids, self.tree.parents),
+            draft_probs=None if self.draft_probs is None else self.draft_probs.clone(),
+            confidence=self.confidence,
+            candidate=self.candidate,
+            draft_slots=self.draft_slots,
+            drafter=self.drafter,
+        )
+
     def prune(self, keep: Iterable[int]) -> Proposal:
         """Keep these nodes, as far as all their ancestors are kept too; their order stays.
 
