@@ -30,6 +30,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="session")
 def plain(models: Models) -> harness.Run:
     """The mixed batch, decoded plainly: what every speculative run must reproduce."""
-    result = harness.run(harness.make_llm(models.target))
-    harness.OracleTreeDrafter.futures = harness.futures_of(result)
-    return result
+    return harness.run(harness.make_llm(models.target))
+
+
+@pytest.fixture
+def oracle(plain: harness.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drafters that know the future know that of the mixed batch, during this test."""
+    monkeypatch.setattr(harness.OracleTreeDrafter, "futures", harness.futures_of(plain))

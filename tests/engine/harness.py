@@ -155,8 +155,9 @@ def assert_speculated(stats: dict[str, Any], *, rejected: bool = True, moved: bo
 class OracleTreeDrafter(Drafter):
     """Knows what the target will say, and hides it at random places of random trees among lies.
 
-    `futures` maps a sequence id to its plain output. One node in five on the true path is a lie
-    that ends it; every node has up to three siblings; rows are shuffled as far as parents allow.
+    `futures` maps a sequence id to its plain output; the fixture `oracle` sets it for a test. One
+    node in five on the true path is a lie that ends it; every node has up to three siblings; rows
+    are shuffled as far as parents allow.
     """
 
     futures: dict[str, list[int]] = {}

@@ -100,7 +100,7 @@ def test_the_law_that_is_asked_for_is_the_one_that_was_drawn_from(
 
 def test_tokens_of_trees_are_the_same(monkeypatch: pytest.MonkeyPatch, models: Any) -> None:
     plain = run_on_host(models.target, **few())
-    OracleTreeDrafter.futures = futures_of(plain)
+    monkeypatch.setattr(OracleTreeDrafter, "futures", futures_of(plain))
     speculative = {"method": "oracle_tree", "num_speculative_tokens": 6}
     device, calls = run_on_device(monkeypatch, models.target, speculative=speculative, **few())
     assert device.tokens == plain.tokens

@@ -52,7 +52,7 @@ def test_plain_tokens_are_the_same(monkeypatch: pytest.MonkeyPatch, models: Any)
 
 def test_tokens_of_trees_are_the_same(monkeypatch: pytest.MonkeyPatch, models: Any) -> None:
     plain = run(make_llm(models.target, dtype="float32"))
-    OracleTreeDrafter.futures = futures_of(plain)
+    monkeypatch.setattr(OracleTreeDrafter, "futures", futures_of(plain))
     speculative = {"method": "oracle_tree", "num_speculative_tokens": 12}
     native, law, num_native = run_both(monkeypatch, models.target, speculative=speculative)
     assert num_native > 3

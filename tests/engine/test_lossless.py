@@ -17,6 +17,8 @@ from folospec.attention.metadata import SuffixMask
 from folospec.engine import commit, judge, judgement
 from folospec.worker import input_batch
 
+pytestmark = pytest.mark.usefixtures("oracle")
+
 DRAFTERS = ["ngram", "near", "far", "self", "top_k", "adaptive", "oracle_tree"]
 TREES = ["expansion", "sequoia", "dynamic", "top_k_tree", "iid_tree", "self_tree"]
 

@@ -14,6 +14,8 @@ from transformers import LlamaForCausalLM
 from folospec import register_drafter
 from folospec.spec.drafters.base import DrafterNeeds, StepResult
 
+pytestmark = pytest.mark.usefixtures("oracle")
+
 LAYERS = (0, 1, 2)
 
 

@@ -42,7 +42,7 @@ class Watch:
 def test_sequences_never_touch_the_rows_of_each_other(
     monkeypatch: pytest.MonkeyPatch, models: Any
 ) -> None:
-    OracleTreeDrafter.futures = futures_of(run(make_llm(models.target)))
+    monkeypatch.setattr(OracleTreeDrafter, "futures", futures_of(run(make_llm(models.target))))
     watch = Watch(monkeypatch)
     speculative = {"method": "oracle_tree", "num_speculative_tokens": 12}
     result = run(make_llm(models.target, speculative=speculative))

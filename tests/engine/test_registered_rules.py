@@ -11,6 +11,8 @@ from registered_rules import RULES
 from folospec import EngineBrokenError
 from folospec.spec.verify import AcceptanceRule, Verdict, register_acceptance_rule
 
+pytestmark = pytest.mark.usefixtures("oracle")
+
 
 def speculative(acceptance: str, **settings: Any) -> dict[str, Any]:
     return {

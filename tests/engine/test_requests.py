@@ -164,6 +164,7 @@ class Forgetless(harness.LyingDrafter):
 register_drafter("forgetless", Forgetless)
 
 
+@pytest.mark.usefixtures("oracle")
 def test_a_drafter_that_cannot_learn_or_forget_harms_nobody(
     models: Any, plain: harness.Run
 ) -> None:

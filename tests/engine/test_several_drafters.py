@@ -8,7 +8,7 @@ from typing import Any
 
 import harness
 import pytest
-from harness import MoodyDrafter, OracleTreeDrafter, assert_speculated, make_llm, run
+from harness import MoodyDrafter, assert_speculated, make_llm, run
 
 from folospec import Drafter, Proposal, SamplingParams, SpeculativeConfig, register_drafter
 from folospec.core.token_tree import TokenTree
@@ -118,8 +118,8 @@ def test_each_drafter_is_told_where_its_own_nodes_are(models: Any) -> None:
     assert any(not outcome.own_nodes for outcome in Seconder.told)
 
 
+@pytest.mark.usefixtures("oracle")
 def test_one_that_fails_does_not_silence_the_others(models: Any, plain: Any) -> None:
-    OracleTreeDrafter.futures = harness.futures_of(plain)
     for merge in (False, True):
         MoodyDrafter.asked = 0
         drafters = ["moody", near(models, num_speculative_tokens=3)]

@@ -19,6 +19,8 @@ from folospec.engine.trace import StepTrace, read_trace
 from folospec.engine.tracer import node_verdicts
 from folospec.spec.verify import Verdict
 
+pytestmark = pytest.mark.usefixtures("oracle")
+
 NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 4}
 TREE = {"method": "oracle_tree", "num_speculative_tokens": 12}
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -54,7 +56,9 @@ def recorded(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, harness.Run, list[StepTrace], Path]:
     path = tmp_path_factory.mktemp("trace") / "steps.jsonl"
-    result, told, _ = traced(request.param, models, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.OracleTreeDrafter, "futures", harness.futures_of(plain))
+        result, told, _ = traced(request.param, models, path)
     return request.param, result, told, path
 
 

@@ -18,6 +18,8 @@ from folospec import LLM
 from folospec.engine import trace as schema
 from folospec.engine.trace import StepTrace, TraceHeader, from_dict, read_trace
 
+pytestmark = pytest.mark.usefixtures("oracle")
+
 DOC = (Path(__file__).parents[2] / "docs" / "trace.md").read_text()
 CLASSES = [value for value in vars(schema).values() if dataclasses.is_dataclass(value)]
 NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 4}
