@@ -23,6 +23,7 @@ PATHS = (
     "models/test_native_decoder.py",
     "engine/test_native_lossless.py",
     "engine/test_hostile_*.py",
+    "engine/test_request_fuzz.py",
 )
 """Under `tests`; every test that is about the native kernels."""
 FLAGS = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"

@@ -6,13 +6,15 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from harness import make_llm
+from harness import make_llm, save_tiny_llama
 from letter_tokenizer import save_with_tokenizer
+from native_builds import require_native
 
 from folospec import LLM, SamplingParams
 
@@ -152,15 +154,27 @@ class Odd:
         return self.container([message() for _ in range(self.random.randint(0, 3))])
 
 
+def make_fuzzed(model: str, folder: Path, dtype: str) -> LLM:
+    save_with_tokenizer(model, folder)
+    drafters = {"drafters": ["prediction", "ngram"]}
+    options: dict[str, Any] = {"num_blocks": 40, "block_size": 8, "max_num_seqs": 8}
+    options |= {"skip_tokenizer_init": False, "strict_drafters": False}
+    return make_llm(str(folder), drafters, dtype=dtype, **options)
+
+
 @pytest.fixture(scope="module")
 def llm(models: Any, tmp_path_factory: pytest.TempPathFactory) -> LLM:
     folder = tmp_path_factory.mktemp("model") / "with_tokenizer"
-    save_with_tokenizer(models.target, folder)
-    drafters = {"drafters": ["prediction", "ngram"]}
-    options: dict[str, Any] = {"num_blocks": 40, "block_size": 8, "max_num_seqs": 8}
-    return make_llm(
-        str(folder), drafters, skip_tokenizer_init=False, strict_drafters=False, **options
-    )
+    return make_fuzzed(models.target, folder, "float64")
+
+
+@pytest.fixture(scope="module")
+def native_llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """On the native kernels; its heads are wide enough for them."""
+    require_native()
+    folder = tmp_path_factory.mktemp("wide")
+    model = save_tiny_llama(folder / "model", layers=1, hidden=128, seed=4)
+    return make_fuzzed(model, folder / "with_tokenizer", "float32")
 
 
 def tokens_of(output: Any) -> list[list[int]]:
@@ -217,6 +231,13 @@ def test_odd_requests_are_refused_or_served_and_harm_nobody(llm: LLM) -> None:
     assert refused > 50
     assert failed > 2
     assert served > 30
+
+
+def test_odd_requests_harm_nobody_on_the_native_kernels(native_llm: LLM) -> None:
+    assert native_llm.stats()["lossless"] == "bit"
+    refused, _, served = check(native_llm, range(100))
+    assert refused > 25
+    assert served > 15
 
 
 @pytest.mark.soak
