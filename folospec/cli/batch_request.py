@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from folospec.cli.batch_input import InputRecord
 from folospec.engine.chat import conversation_of
+from folospec.option_names import SAMPLING_NAMES
 from folospec.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class RequestTemplate:
                 'must be a text or an object with "prompt", "prompt_token_ids" or "messages", '
                 f"got {_short(record.value)}"
             )
-        for name in line:
-            _check_name(name, _LINE_FIELDS, "field")
+        line = SAMPLING_NAMES.own(line, _LINE_FIELDS, "field")
         request_id = record_id(record)
         if request_id is None and line.get("id") is not None:
             raise ValueError(f"id must be a text or an integer, got {_short(line['id'])}")
@@ -135,8 +134,7 @@ def _line_sampling(line: Mapping[str, Any]) -> dict[str, Any]:
     nested = line.get("sampling_params", {})
     if not isinstance(nested, dict):
         raise ValueError(f"sampling_params must be an object, got {_short(nested)}")
-    for name in nested:
-        _check_name(name, SAMPLING_FIELDS, "field of sampling_params")
+    nested = SAMPLING_NAMES.own(nested, SAMPLING_FIELDS, "field of sampling_params")
     top = {name: line[name] for name in SAMPLING_FIELDS if name in line}
     if twice := sorted(set(top) & set(nested)):
         raise ValueError(f"{twice[0]} is given twice, in the line and in its sampling_params")
@@ -161,13 +159,6 @@ def _checked_messages(messages: Any) -> Messages:
             f'messages must be a list of objects with "role" and "content", got {_short(messages)}'
         )
     return messages
-
-
-def _check_name(name: str, known: Sequence[str], what: str) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise ValueError(f"unknown {what} {name!r}; {hint}")
 
 
 def _short(value: Any) -> str:

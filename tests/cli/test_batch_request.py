@@ -148,6 +148,13 @@ class Engine:
         return render(self.tokenizer, conversation, **options)
 
 
+def test_names_of_other_engines_are_read_or_refused_with_advice():
+    assert read({"prompt": "a", "max_new_tokens": 5}).params.max_tokens == 5
+    assert read({"prompt": "a", "sampling_params": {"temp": 0.25}}).params.temperature == 0.25
+    with pytest.raises(ValueError, match="there is no field 'do_sample': temperature=0 is greedy"):
+        read({"prompt": "a", "do_sample": True})
+
+
 def test_messages_go_through_the_chat_template():
     assert chat_prompt(Engine(Tokenizer()), [BRIEF, HELLO]) == {"prompt_token_ids": [8, 5]}
 
