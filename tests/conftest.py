@@ -1,12 +1,16 @@
 """One torch thread per test process, unless FOLOSPEC_TEST_THREADS says otherwise: two workers that
 spin two threads each on two cores crawl.
 
-Without a GPU, Triton's kernels are interpreted. Where torch is not installed, `tests/core` runs all
-the same.
+Ctrl-C is what it is in a process that a person started: one that was started in the background may
+ignore it. Without a GPU, Triton's kernels are interpreted. Where torch is not installed,
+`tests/core` runs all the same.
 """
 
 import os
+import signal
 from contextlib import suppress
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with suppress(ImportError):
     import torch

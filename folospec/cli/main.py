@@ -97,15 +97,15 @@ def generate(
 
     with ends_quietly():
         with bad_input():
-            sampling = {
-                "n": n,
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "top_k": top_k,
-                "stop": stop,
-                "prediction": None if prediction is None else command.read_prediction(prediction),
-            }
+            sampling = dict(  # noqa: C408 - fields of SamplingParams
+                n=n,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                stop=stop,
+                prediction=None if prediction is None else command.read_prediction(prediction),
+            )
             drafting = command.read_speculative(
                 speculative,
                 num_speculative_tokens=num_speculative_tokens,

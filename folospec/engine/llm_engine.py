@@ -65,7 +65,7 @@ class LLMEngine:
     def __init__(self, config: EngineConfig | str | os.PathLike[str]) -> None:
         if not isinstance(config, EngineConfig):
             config = EngineConfig(model=config)  # type: ignore[arg-type]
-        self.config = config
+        self.config, self._exclusive = config, Exclusive()
         check_path(config.trace)
         self.parts = parts = load_parts(config)
         self.tokenizer = parts.tokenizer
@@ -133,7 +133,6 @@ class LLMEngine:
         )
         self._by_hand = Snapshots()
         """Of the requests from `add_request`; `step` empties it."""
-        self._exclusive = Exclusive()
 
     def _warm_up(self) -> None:
         """Record the CUDA graphs that plain steps and steps with drafts will want."""

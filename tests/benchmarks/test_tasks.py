@@ -91,7 +91,7 @@ def test_only_the_steered_task_steers_and_predictions_go_to_readers_only():
     assert steered.params(0, 0.0).logits_processors
     assert plain.params(0, 0.0).prediction is None
     told = plain.params(0, 0.0, with_prediction=True).prediction
-    assert told == plain.items[0].prediction_token_ids
+    assert list(told) == plain.items[0].prediction_token_ids
     assert steered.params(0, 0.8, repetition=2).seed == 2000
 
 

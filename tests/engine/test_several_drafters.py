@@ -177,7 +177,6 @@ def test_a_stop_inside_an_accepted_path_ends_the_output_there(models: Any) -> No
         ({"drafters": ["ngram"], "num_speculative_tokens": 3}, "set for each of them"),
         ({"drafters": "ngram"}, "a list"),
         ({"drafters": ["ngram"], "merge": 1}, "merge must be True or False"),
-        ({"drafters": ["ngram"], "merge": True, "acceptance": "block"}, "judges chains"),
         (["ngram", 3], "a name or a mapping"),
     ],
 )
