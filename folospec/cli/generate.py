@@ -225,7 +225,7 @@ def _check_prediction(engine: LLMEngine, template: RequestTemplate, sources: lis
         ValueError: it is so.
     """
     needs_prediction = engine.speculation.needs.prediction
-    has_prediction = template.sampling.get("prediction") is not None
+    has_prediction = SamplingParams(**template.sampling).prediction is not None
     if has_prediction and not needs_prediction:
         raise ValueError("--prediction needs a drafter that reads it")
     lines_have_none = not any(source.format in ("json", "jsonl") for source in sources)
