@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class Asking:
         self._manager, self._stats = manager, stats
         self._checks = ProposalChecks(rule, vocab_size, device)
         self._strict = strict
+        self._reported: set[tuple[Any, ...]] = set()
 
     def ask(self, drafter: DrafterHandle, asked: list[Candidate]) -> dict[str, Proposal]:
         """The proposals of one drafter, by seq_id."""
@@ -138,12 +140,12 @@ class Asking:
             with drafter.access.granted(slots):
                 # The drafter has the list to itself, and may take out of it what it likes.
                 answers = take_answers(drafter.drafter.propose(list(rows)), len(rows))
-        except Exception:
+        except Exception as error:
             if self._strict:
                 raise
             if len(asked) > 1:
                 return [self._ask_all(drafter, [candidate])[0] for candidate in asked]
-            return [self._give_up(drafter, asked[0])]
+            return [self._give_up(drafter, asked[0], error)]
         return [
             self._take(drafter, candidate, row, answer, limit)
             for candidate, row, answer, limit in zip(asked, rows, answers, limits, strict=True)
@@ -161,17 +163,16 @@ class Asking:
         try:
             proposal = self._checks.take(answer, limits)
             return proposal, take_progress(row.num_draft_computed, limits)
-        except Exception:
+        except Exception as error:
             if self._strict:
                 raise
-            return self._give_up(drafter, candidate)
+            return self._give_up(drafter, candidate, error)
 
-    def _give_up(self, drafter: DrafterHandle, candidate: Candidate) -> _Answer:
+    def _give_up(self, drafter: DrafterHandle, candidate: Candidate, error: Exception) -> _Answer:
         """Go on without a draft where the drafter has just failed."""
         seq_id = candidate.seq.seq_id
-        logger.exception(
-            "the drafter %s failed; sequence %s goes on without its draft", drafter.name, seq_id
-        )
+        what = f"failed; sequence {seq_id} goes on without its draft"
+        self.report(drafter, what, error)
         self.count_error(candidate.request)
         self.guard(drafter, "drop", seq_id)
         return None, 0
@@ -195,9 +196,24 @@ class Asking:
         None if it fails."""
         try:
             return getattr(drafter.drafter, hook)(*args)
-        except Exception:
+        except Exception as error:
             if self._strict:
                 raise
             self._stats.num_drafter_errors += 1
-            logger.exception("the drafter %s failed in %s", drafter.name, hook)
+            self.report(drafter, f"failed in {hook}", error)
             return None
+
+    def report(self, drafter: DrafterHandle, what: str, error: Exception) -> None:
+        """Log a failure, one that was logged before only as a debug message: a drafter that always
+        fails does so for every sequence of every step."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        kind = (drafter.name, type(error), place.filename, place.lineno)
+        is_new = kind not in self._reported
+        self._reported.add(kind)
+        logger.log(
+            logging.ERROR if is_new else logging.DEBUG,
+            "the drafter %s %s (num_drafter_errors counts what follows)",
+            drafter.name,
+            what,
+            exc_info=error,
+        )

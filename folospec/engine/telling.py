@@ -3,7 +3,6 @@ target's pass."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -18,8 +17,6 @@ from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.drafters.base import DrafterNeeds, StepResult
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import Verdict
-
-logger = logging.getLogger(__name__)
 
 OwnNodes = Mapping[tuple[str, str], Mapping[int, int]]
 """(drafter, seq_id) -> where the drafter's nodes are in the proposal."""
@@ -82,13 +79,11 @@ class Telling:
         try:
             if told:
                 drafter.drafter.observe(told)
-        except Exception:
+        except Exception as error:
             if self._strict:
                 raise
-            logger.exception(
-                "the drafter %s failed to observe; its state for these sequences is dropped",
-                drafter.name,
-            )
+            what = "failed to observe; its state for these sequences is dropped"
+            self._asking.report(drafter, what, error)
             for seen in observed:
                 self._asking.count_error(seen.request)
                 self._asking.guard(drafter, "drop", seen.seq.seq_id)

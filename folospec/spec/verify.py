@@ -276,7 +276,7 @@ def register_acceptance_rule(name: str, rule: AcceptanceRule) -> None:
     if not isinstance(name, str) or not name or name in _RULES:
         raise ValueError(f"name must be a name that none of {sorted(_RULES)} has, got {name!r}")
     if not isinstance(rule, AcceptanceRule) or rule.has_kernels:
-        raise ValueError(f"rule must be an AcceptanceRule without kernels, got {rule!r}")
+        raise ValueError(f"rule must be an AcceptanceRule with has_kernels=False, got {rule!r}")
     _RULES[name] = rule
 
 
@@ -301,8 +301,11 @@ def check_verdict(verdict: Verdict, tree: TokenTree, vocab_size: int) -> None:
     """Refuse what a registered rule must not return.
 
     Raises:
-        ValueError: the path is none of the tree, or the next token is outside the vocabulary.
+        ValueError: it is no Verdict, the path is none of the tree, or the next token is outside the
+            vocabulary.
     """
+    if not isinstance(verdict, Verdict) or not _are_ints([*verdict.path, verdict.next_token_id]):
+        raise ValueError(f"an acceptance rule must return a Verdict of integers, got {verdict!r}")
     above = [ROOT, *verdict.path]
     ok = all(
         0 <= node < len(tree) and tree.parents[node] == parent
@@ -310,6 +313,10 @@ def check_verdict(verdict: Verdict, tree: TokenTree, vocab_size: int) -> None:
     )
     if not ok or not -1 <= verdict.next_token_id < vocab_size:
         raise ValueError(f"an acceptance rule must return a path of the tree, got {verdict}")
+
+
+def _are_ints(values: Sequence[object]) -> bool:
+    return all(type(value) is int for value in values)
 
 
 def _draft_prob(proposal: Proposal, node: int) -> float:

@@ -73,7 +73,7 @@ def test_allowing_lossy_rules_changes_none_that_is_lossless(models: Any, plain: 
         ("coupled", RULES["one"], "name must be a name that none of"),
         ("", RULES["one"], "name must be a name"),
         ("new", verify := lambda *_: Verdict([], 0), "must be an AcceptanceRule"),
-        ("new", AcceptanceRule(verify, "none", True, False, has_kernels=True), "without kernels"),
+        ("new", AcceptanceRule(verify, "none", True, False, has_kernels=True), "has_kernels=False"),
     ],
 )
 def test_what_is_no_rule_is_not_registered(name: str, rule: Any, message: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import folospec.spec.drafters  # noqa: F401 - registers
-from folospec.spec.drafters.base import known_drafters, register_drafter
+from folospec import LLM
+from folospec.spec.drafters import base
+from folospec.spec.drafters.base import Drafter, known_drafters, register_drafter
 
 PACKAGE = Path(__file__).parents[2] / "folospec"
 DRAFTERS = PACKAGE / "spec" / "drafters"
@@ -63,3 +66,41 @@ def test_every_file_of_a_method_is_registered_under_its_own_name() -> None:
 def test_a_name_can_be_taken_once() -> None:
     with pytest.raises(ValueError, match="registered already"):
         register_drafter("ngram", lambda context: None)  # type: ignore[arg-type, return-value]
+
+
+def test_a_factory_that_is_none_is_refused_when_it_is_registered() -> None:
+    for name, factory in (("five", 5), ("", RepeatDrafter), ("auto", RepeatDrafter)):
+        with pytest.raises(ValueError, match="drafter"):
+            register_drafter(name, factory)
+    assert not {"five", "", "auto"} & set(known_drafters())
+
+
+class RepeatDrafter(Drafter):
+    def propose(self, requests: Any) -> Any:
+        return [None] * len(requests)
+
+
+class WithoutContext(RepeatDrafter):
+    def __init__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "message"),
+    [
+        (object, {}, "drafter 'own' cannot be made of its context: TypeError"),
+        (WithoutContext, {}, "drafter 'own' cannot be made of its context: TypeError"),
+        (RepeatDrafter, {"depht": 3}, r"unknown options \['depht'\] of the own drafter"),
+    ],
+)
+def test_what_cannot_be_a_drafter_is_refused_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, factory: Any, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(base, "_REGISTRY", {})
+    register_drafter("own", factory)
+    with pytest.raises(ValueError, match=message):
+        LLM("folospec-demo", speculative={"method": "own", **options}, num_blocks=16)
+
+
+def test_an_unknown_method_is_answered_with_the_nearest_and_with_auto() -> None:
+    with pytest.raises(ValueError, match=r"one of auto, .* got 'ngrm'; did you mean 'ngram'\?"):
+        base.check_drafter("ngrm")

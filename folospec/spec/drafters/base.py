@@ -8,12 +8,13 @@ its own tokens, and does not change the output: the engine checks what it hands 
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from folospec.config import DrafterConfig
+from folospec.config import AUTO, DrafterConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,6 +142,9 @@ class DrafterContext:
     root's slot and behind alone, which verification writes again. Raises ValueError for a target
     that cannot be copied so."""
 
+    has_read_options: bool = field(default=False, init=False)
+    """Whether the drafter has asked for its options."""
+
     @property
     def vocab_size(self) -> int:
         return self.target.vocab_size
@@ -151,6 +155,7 @@ class DrafterContext:
         Raises:
             ValueError: an option the drafter does not have.
         """
+        self.has_read_options = True
         method, options = self.config.method, self.config.options
         unknown = sorted(set(options) - set(defaults))
         if unknown:
@@ -252,10 +257,16 @@ def register_drafter(name: str, factory: DrafterFactory) -> None:
     such a factory.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken or is no name, or the factory is none.
     """
+    if not isinstance(name, str) or not name or name == AUTO:
+        raise ValueError(f"a drafter's name must be a text and not {AUTO!r}, got {name!r}")
     if name in _REGISTRY:
         raise ValueError(f"a drafter named {name!r} is registered already")
+    if not callable(factory):
+        raise ValueError(
+            f"drafter {name!r} must be a subclass of Drafter or a function, got {factory!r}"
+        )
     _REGISTRY[name] = factory
 
 
@@ -263,10 +274,22 @@ def make_drafter(context: DrafterContext) -> Drafter:
     """Build the drafter that `context.config.method` names.
 
     Raises:
-        ValueError: no drafter has that name, or the drafter refuses its settings.
+        ValueError: no drafter has that name, the drafter refuses its settings or never asks for
+            them, or its factory fails.
     """
-    check_drafter(context.config.method)
-    return _REGISTRY[context.config.method](context)
+    method = context.config.method
+    check_drafter(method)
+    try:
+        drafter = _REGISTRY[method](context)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"drafter {method!r} cannot be made of its context: {type(error).__name__}: {error}"
+        ) from error
+    if not context.has_read_options:
+        context.read_options({})  # what nobody asks for is not ignored
+    return drafter
 
 
 def known_drafters() -> tuple[str, ...]:
@@ -281,6 +304,9 @@ def check_drafter(method: str) -> None:
         ValueError: no drafter has that name.
     """
     if method not in _REGISTRY:
+        names = [AUTO, *sorted(_REGISTRY)]
+        near = difflib.get_close_matches(method, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"speculative method must be one of {', '.join(sorted(_REGISTRY))}, got {method!r}"
+            f"speculative method must be one of {', '.join(names)}, got {method!r}{hint}"
         )
