@@ -10,10 +10,11 @@ INSTALLED := .venv/.installed
 
 install: $(INSTALLED)
 
-# Always through the constraints: a loose torch pin can pull gigabytes of GPU libraries.
+# Always through the constraints: a loose torch pin can pull gigabytes of GPU libraries. By a .pth
+# file, since a script beside the clone takes the clone's folder for the package otherwise.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	$(BIN)/pip install -c constraints.txt $(PIP_ARGS) --config-settings editable_mode=compat -e ".[dev]"
 	touch $@
 
 demo: install

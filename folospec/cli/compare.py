@@ -171,7 +171,7 @@ def _print(engine: LLMEngine, comparison: Comparison, law_only: bool) -> None:
     batch = f"{num_prompts} prompts in one batch" if num_prompts > 1 else "1 prompt"
     out.print(f"{batch}, median of {comparison.num_rounds} rounds in turns{cut}")
     out.print("tokens/s: output tokens / time, the prompts' computation included", style="dim")
-    out.print(ACCEPTANCE_LENGTH, style="dim", soft_wrap=True)
+    out.print(ACCEPTANCE_LENGTH, style="dim", soft_wrap=not out.is_terminal)
     _print_verdict(out, engine, comparison, law_only)
 
 

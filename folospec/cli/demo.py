@@ -226,9 +226,9 @@ def _print(
         f"{platform.python_version()}, methods in turns, medians of {runs} runs\n"
         "tokens/s: output tokens / time, the prompt's computation included",
         style="dim",
-        soft_wrap=True,
+        soft_wrap=not out.is_terminal,
     )
-    out.print(ACCEPTANCE_LENGTH, style="dim", soft_wrap=True)
+    out.print(ACCEPTANCE_LENGTH, style="dim", soft_wrap=not out.is_terminal)
     if trial.interrupted:
         out.print("interrupted: the table has what was done until then")
     if any(row.equal is False for row in rows):
@@ -237,12 +237,16 @@ def _print(
         out.print("tokens equal: yes", style="bold green")
 
 
+def _code(text: str) -> Syntax:
+    return Syntax(text, "python", theme="ansi_dark", background_color="default", word_wrap=True)
+
+
 def _panel(name: str, prompt: str, completion: str) -> Panel:
     return Panel(
         Group(
-            Syntax(prompt, "python", theme="ansi_dark", background_color="default"),
+            _code(prompt),
             Rule("written by the model", style="dim"),
-            Syntax(completion.strip("\n"), "python", theme="ansi_dark", background_color="default"),
+            _code(completion.strip("\n")),
         ),
         title=name,
         title_align="left",
