@@ -1,4 +1,4 @@
-"""Acceptance rules from outside: two that are lossless, and one that is not."""
+"""Acceptance rules from outside: two that are lossless, one that is not, and some that fail."""
 
 from __future__ import annotations
 
@@ -55,6 +55,10 @@ def verify_likely(proposal: Proposal, target_probs: torch.Tensor, coins: Coins) 
         path.append(node)
 
 
+def verify_nothing(*args: object) -> Verdict:
+    raise TypeError("a tree is no list")
+
+
 RULES = {
     "one": AcceptanceRule(verify_one, "tokens", takes_trees=True, shares_noise=True),
     "first_children": AcceptanceRule(
@@ -66,6 +70,12 @@ RULES = {
         "none",
         takes_trees=True,
         shares_noise=True,
+    ),
+    "fails_on_tokens": AcceptanceRule(
+        verify_nothing, "tokens", takes_trees=True, shares_noise=True
+    ),
+    "fails_on_probs": AcceptanceRule(
+        verify_nothing, "distribution", takes_trees=True, shares_noise=False
     ),
 }
 for _name, _rule in RULES.items():

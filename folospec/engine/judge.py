@@ -165,7 +165,7 @@ def _judge_by_law(judgements: list[Judgement], logits: Tensor, acceptance: str) 
     if not rule.has_kernels:
         for judgement in judgements:
             for verdict in judgement.verdicts or ():
-                check_verdict(verdict, judgement.tree, log_probs.shape[1])
+                check_verdict(acceptance, verdict, judgement.tree, log_probs.shape[1])
     return log_probs
 
 

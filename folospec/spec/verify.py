@@ -19,9 +19,9 @@ All work in the dtype of `target_probs`. Greedy targets are one-hot rows, never 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -267,7 +267,8 @@ ACCEPTANCE: Mapping[str, AcceptanceRule] = MappingProxyType(_RULES)
 
 
 def register_acceptance_rule(name: str, rule: AcceptanceRule) -> None:
-    """Make `acceptance=name` verify drafts by `rule`.
+    """Make `acceptance=name` verify drafts by `rule`. What its function raises reaches the user as
+    the cause of an error that names the rule.
 
     Raises:
         ValueError: the name is taken or is no name, or `rule` is no rule, or says that it has
@@ -277,7 +278,21 @@ def register_acceptance_rule(name: str, rule: AcceptanceRule) -> None:
         raise ValueError(f"name must be a name that none of {sorted(_RULES)} has, got {name!r}")
     if not isinstance(rule, AcceptanceRule) or rule.has_kernels:
         raise ValueError(f"rule must be an AcceptanceRule with has_kernels=False, got {rule!r}")
-    _RULES[name] = rule
+    _RULES[name] = replace(rule, verify=_names_errors(name, rule.verify))
+
+
+def _names_errors(name: str, verify: Callable[..., Verdict]) -> Callable[..., Verdict]:
+    """The function of a rule, whose errors say that they are the rule's."""
+
+    def named(*args: Any) -> Verdict:
+        try:
+            return verify(*args)
+        except Exception as error:
+            raise RuntimeError(
+                f"acceptance rule {name!r} raised {type(error).__name__}: {error}"
+            ) from error
+
+    return named
 
 
 def check_acceptance(name: str, *, allow_lossy: bool, merge: bool) -> None:
@@ -297,22 +312,24 @@ def check_acceptance(name: str, *, allow_lossy: bool, merge: bool) -> None:
         raise ValueError(f"merge must be False with acceptance={name!r}, which verifies chains")
 
 
-def check_verdict(verdict: Verdict, tree: TokenTree, vocab_size: int) -> None:
-    """Refuse what a registered rule must not return.
+def check_verdict(name: str, verdict: Verdict, tree: TokenTree, vocab_size: int) -> None:
+    """Refuse what the registered rule of that name must not return.
 
     Raises:
         ValueError: it is no Verdict, the path is none of the tree, or the next token is outside the
             vocabulary.
     """
     if not isinstance(verdict, Verdict) or not _are_ints([*verdict.path, verdict.next_token_id]):
-        raise ValueError(f"an acceptance rule must return a Verdict of integers, got {verdict!r}")
+        raise ValueError(
+            f"acceptance rule {name!r} must return a Verdict of integers, got {verdict!r}"
+        )
     above = [ROOT, *verdict.path]
     ok = all(
         0 <= node < len(tree) and tree.parents[node] == parent
         for parent, node in zip(above, verdict.path, strict=False)
     )
     if not ok or not -1 <= verdict.next_token_id < vocab_size:
-        raise ValueError(f"an acceptance rule must return a path of the tree, got {verdict}")
+        raise ValueError(f"acceptance rule {name!r} must return a path of the tree, got {verdict}")
 
 
 def _are_ints(values: Sequence[object]) -> bool:

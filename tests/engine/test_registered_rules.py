@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness import Run, assert_speculated, make_llm, run
+from harness import PROMPTS, Run, assert_speculated, make_llm, mixed_params, run
 from registered_rules import RULES
 
 from folospec import EngineBrokenError
@@ -56,9 +56,26 @@ def test_a_lossy_rule_says_that_it_is_one(models: Any, plain: Run) -> None:
 
 def test_a_verdict_that_is_no_path_is_refused(models: Any) -> None:
     llm = make_llm(models.target, speculative("nowhere", allow_lossy=True))
-    with pytest.raises(EngineBrokenError, match="must return a path of the tree") as caught:
+    words = "acceptance rule 'nowhere' must return a path of the tree"
+    with pytest.raises(EngineBrokenError, match=words) as caught:
         run(llm)
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("name", ["fails_on_tokens", "fails_on_probs"])
+def test_what_a_rule_raises_reaches_the_user_with_the_name_of_the_rule(
+    models: Any, name: str
+) -> None:
+    words = f"acceptance rule '{name}' raised TypeError: a tree is no list"
+    with pytest.raises(EngineBrokenError, match=words) as caught:
+        run(make_llm(models.target, speculative(name)))
+    error = caught.value.__cause__
+    assert isinstance(error, RuntimeError)
+    assert isinstance(error.__cause__, TypeError)
+    [alone] = run(
+        make_llm(models.target, speculative(name)), PROMPTS[:1], mixed_params()[:1]
+    ).outputs
+    assert words in (alone.error or "")
 
 
 def test_allowing_lossy_rules_changes_none_that_is_lossless(models: Any, plain: Run) -> None:
