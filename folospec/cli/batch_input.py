@@ -27,7 +27,8 @@ _DIGEST_BYTES = 6
 class InputRecord:
     """One prompt as it was given.
 
-    `value` is a text, or what the JSON of a line or of an item holds; it is None with an `error`.
+    `value` is a text, or what the JSON of a line or of an item holds; None where that cannot be
+    read.
     """
 
     index: int
@@ -41,6 +42,7 @@ class InputRecord:
     """Number of its line, from 1; None if it is no line of a file."""
     value: Any = None
     error: str | None = None
+    """Why it cannot be served, as far as that is seen when it is read."""
     is_one_of_many: bool = True
     """Whether others go on when it fails: it comes from a file that holds several."""
 
@@ -233,11 +235,26 @@ def _decode(raw: bytes, title: str) -> str:
 def _parse(text: str) -> tuple[Any, str | None]:
     """Return the value of a JSON text, or what is wrong with it."""
     try:
-        return json.loads(text), None
+        return json.loads(text, object_pairs_hook=_read_object), None
     except RecursionError:
         return None, "not JSON that can be read: nested too deeply"
+    except _RepeatedKeyError as error:
+        return None, f"an object has the key {error.args[0]!r} twice"
     except ValueError as error:
         return None, f"not JSON: {error}"
+
+
+class _RepeatedKeyError(Exception):
+    """An object has a key twice, of which JSON's readers would silently drop one."""
+
+
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _RepeatedKeyError(key)
+        found[key] = value
+    return found
 
 
 def _digest(raw: bytes) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from folospec.cli.batch import Batch, Totals
+from folospec.cli.batch_ids import check_ids, refuse_repeated_ids
 from folospec.cli.batch_input import Source, count_records, find_sources, read_records
 from folospec.cli.batch_output import Journal
 from folospec.cli.batch_request import RequestTemplate
@@ -124,7 +125,8 @@ def run_generate(options: GenerateOptions) -> int:
         with bad_input():
             _check_options(options)
             sources = find_sources(options.prompts, options.files, options.input_format)
-            records = read_records(sources)
+            check_ids(sources)
+            records = refuse_repeated_ids(read_records(sources))
             first = list(islice(records, 2))
             if not first:
                 raise ValueError(f"no prompt in {', '.join(source.title for source in sources)}")

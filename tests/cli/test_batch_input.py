@@ -70,6 +70,8 @@ def test_records_are_numbered_over_all_sources_and_lines_within_theirs(tmp_path)
         (b'{"prompt": "x"', "not JSON"),
         (b"\xff\xfe", "not UTF-8: 'utf-8' codec can't decode byte 0xff"),
         (b'"\xe9"', "not UTF-8"),
+        (b'{"prompt": "x", "n": 1, "prompt": "y"}', "an object has the key 'prompt' twice"),
+        (b'{"prompt": "x", "sampling_params": {"n": 1, "n": 1}}', "has the key 'n' twice"),
         (b"[" * 100_000, "nested too deeply"),
         (b"9" * 5000, "not JSON: Exceeds the limit"),
     ],
@@ -121,6 +123,11 @@ def test_lines_are_read_no_further_than_asked(stdin):
     assert endless.num_lines == 3
 
 
+def test_objects_of_one_line_may_have_keys_in_common(records):
+    [record] = records(b'{"messages": [{"role": "user"}, {"role": "user"}]}')
+    assert (record.error, len(record.value["messages"])) == (None, 2)
+
+
 def test_equal_digests_are_equal_bytes(records):
     one, same, other = records(b'"a"\n"a"\n "a"\n')
     assert one.digest == same.digest != other.digest
@@ -158,3 +165,5 @@ def test_unknown_formats_and_texts_that_are_not_utf8_are_refused(records):
             records(b"\xff", name)
     with pytest.raises(ValueError, match=r"p.json: not JSON"):
         records(b"[1, 2", "p.json")
+    with pytest.raises(ValueError, match=r"p.json: an object has the key 'id' twice"):
+        records(b'[{"id": 1, "id": 2}]', "p.json")

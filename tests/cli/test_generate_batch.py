@@ -87,6 +87,42 @@ def test_an_output_file_is_continued_and_says_so(generate, pile, tmp_path):
     assert "another model or other options" in changed.stderr
 
 
+def test_an_id_that_two_lines_have_is_refused_before_anything_runs(
+    generate, pile, tmp_path, monkeypatch
+):
+    other, out = tmp_path / "other.jsonl", tmp_path / "out.jsonl"
+    other.write_text('{"id": "b", "prompt": "w1"}\n"w2"\n{"id": "a", "prompt": "w3"}\n')
+    monkeypatch.delattr("folospec.engine.llm_engine.load_parts")
+    result = generate("--file", pile, "--file", other, "-o", out)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"folospec: {other}, line 3: its id 'a' is that of {pile}, line 1, too; ids must differ\n",
+    )
+    assert not out.exists()
+
+
+def test_an_id_that_comes_again_on_a_pipe_fails_alone_and_stays_done(generate, tmp_path):
+    lines = ['{"id": 1, "prompt": "w1"}', '{"id": 1, "prompt": "w2"}', '{"id": 2, "prompt": "w3"}']
+    out, pipe = tmp_path / "out.jsonl", "".join(f"{line}\n" for line in lines)
+    options = ("--file", "-", "--input-format", "jsonl", "-o", out)
+    first = generate(*options, input=pipe)
+    whole = out.read_bytes()
+    found = by_index(whole.decode())
+    assert first.exit_code == 1
+    assert [found[i].get("error") for i in range(3)] == [
+        None,
+        "its id 1 is that of stdin, line 1, too; ids must differ",
+        None,
+    ]
+    assert [found[i]["id"] for i in range(3)] == [1, 1, 2]
+    again = generate(*options, input=pipe)
+    assert "3 results in" in again.stderr
+    assert out.read_bytes() == whole
+    mended = pipe.replace(lines[1], '{"id": 3, "prompt": "w2"}')
+    assert generate(*options, "--retry-failed", input=mended).exit_code == 0
+    assert by_index(out.read_text())[1]["id"] == 3
+
+
 def test_a_finished_file_needs_no_model(folospec, generate, pile, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     generate("--file", pile, "-o", out)
