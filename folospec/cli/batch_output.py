@@ -20,6 +20,7 @@ from typing import Any
 
 from folospec.cli.batch_input import InputRecord
 from folospec.cli.batch_result import Result, json_line
+from folospec.sampling_params import shown
 
 SYNC_SECONDS = 1.0
 _FIRST_BYTES = b'{"key": "'
@@ -30,11 +31,11 @@ class Journal:
     """A file of results, to which a later run of the same command adds those that are missing.
 
     Every line has a key: a hash of the settings that tokens depend on, and one of the record. A
-    file of other settings or records is refused. A pipe or a device is written to without any of
-    this.
+    file of other settings or records is refused; one line has the settings themselves, so that
+    those that differ can be named. A pipe or a device is written to without any of this.
 
     Args:
-        settings: what the tokens depend on besides the record.
+        settings: what the tokens depend on besides the record, by the names of the options.
         overwrite: begin anew.
         retry_failed: drop the lines that have an error, so that their records run again.
 
@@ -52,10 +53,12 @@ class Journal:
         retry_failed: bool = False,
     ) -> None:
         self.path = path
-        self._settings = _digest(json.dumps(settings, sort_keys=True, default=str).encode())
+        self._settings, self._settings_key = settings, _settings_key(settings)
         self._done: dict[int, str] = {}
         """By index: the record's digest."""
         self._failed: set[int] = set()
+        self._settings_index: int | None = None
+        """Of the result whose line has the settings."""
         self.num_skipped = 0
         """Records that had a result already when they were read."""
         self._size, self._last_sync = 0, time.monotonic()
@@ -108,8 +111,13 @@ class Journal:
         """
         if result.is_cut:
             return
-        key = f"{self._settings}-{result.record.digest}"
-        self._append(json_line({"key": key, **result.as_dict()}))
+        fields = {"key": f"{self._settings_key}-{result.record.digest}", **result.as_dict()}
+        tells_settings = self.can_resume and self._settings_index is None
+        if tells_settings:
+            fields["settings"] = self._settings
+        self._append(json_line(fields))
+        if tells_settings:
+            self._settings_index = result.record.index
         self._done[result.record.index] = result.record.digest
         if result.error is not None:
             self._failed.add(result.record.index)
@@ -165,26 +173,43 @@ class Journal:
             for number, line in enumerate(stream, start=1):
                 if not line.endswith(b"\n") and line.startswith(_FIRST_BYTES[: len(line)]):
                     break
-                index, digest, has_failed = self._read_line(number, line)
+                fields, digest = self._read_line(number, line)
+                index = fields["index"]
                 if index in self._done:
                     raise self._refusal(number, f"result {index} is there twice")
                 self._done[index] = digest
                 self._size += len(line)
-                if has_failed:
+                if "error" in fields:
                     self._failed.add(index)
+                if "settings" in fields:
+                    self._settings_index = index
 
-    def _read_line(self, number: int, line: bytes) -> tuple[int, str, bool]:
+    def _read_line(self, number: int, line: bytes) -> tuple[dict[str, Any], str]:
+        """Return the fields of a result, and the digest of its record."""
         try:
             fields = json.loads(line)
-            settings, _, digest = fields["key"].partition("-")
-            index, has_failed = fields["index"], "error" in fields
+            settings_key, _, digest = fields["key"].partition("-")
+            is_result = isinstance(fields["index"], int) and digest != ""
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise self._refusal(number, "is no result of this command") from None
-        if not isinstance(index, int) or not digest:
+            is_result = False
+        if not is_result:
             raise self._refusal(number, "is no result of this command")
-        if settings != self._settings:
-            raise self._refusal(number, "was computed with another model or other options")
-        return index, digest, has_failed
+        if settings_key != self._settings_key:
+            why = "was computed with another model or other options"
+            raise self._refusal(number, why + self._differences(settings_key))
+        return fields, digest
+
+    def _differences(self, settings_key: str) -> str:
+        """How the settings of that key differ from these, if a line of the file has them."""
+        with open(self.path, "rb") as stream:
+            for line in stream:
+                with suppress(ValueError, RecursionError):
+                    fields = json.loads(line)
+                    old = fields.get("settings") if isinstance(fields, dict) else None
+                    if isinstance(old, dict) and _settings_key(old) == settings_key:
+                        found = ", ".join(_differences(old, self._settings))
+                        return f" ({found})" if found else ""
+        return ""
 
     def _refusal(self, number: int, why: str) -> ValueError:
         return ValueError(
@@ -206,6 +231,8 @@ class Journal:
         self._lock()
         for index in self._failed:
             del self._done[index]
+        if self._settings_index in self._failed:
+            self._settings_index = None
         self._failed.clear()
 
     def _append(self, data: bytes) -> None:
@@ -226,5 +253,18 @@ class Journal:
             os.fsync(self._fd)
 
 
-def _digest(raw: bytes) -> str:
+def _settings_key(settings: Mapping[str, Any]) -> str:
+    raw = json.dumps(settings, sort_keys=True).encode()
     return hashlib.blake2b(raw, digest_size=4).hexdigest()
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Each option that differs, with both values."""
+    for name in dict.fromkeys((*new, *old)):
+        if old.get(name) != new.get(name):
+            option = f"--{name.replace('_', '-')}"
+            yield f"{option} was {_given(old.get(name))} and is {_given(new.get(name))}"
+
+
+def _given(value: Any) -> str:
+    return "not given" if value is None or value is False else shown(value)

@@ -67,15 +67,19 @@ class GenerateOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the tokens of a record depend on: results of other settings do not belong in one
-        file. A drafter changes no token, an acceptance rule may."""
+        """What the tokens of a record depend on, by the names of the options: results of other
+        settings do not belong in one file. A drafter or a prediction changes no token, an
+        acceptance rule may."""
         rule = self.speculative.acceptance if self.speculative is not None else "coupled"
+        sampling = dict(self.sampling)
+        sampling.pop("prediction", None)
         names = ("dtype", "kv_cache_dtype", "quantization", "generation_config")
         return {
             "model": self.model,
-            "sampling": dict(self.sampling),
+            **sampling,
             "seed": self.seed or 0,
-            "chat": [self.chat, self.system],
+            "chat": self.chat,
+            "system": self.system,
             "acceptance": rule,
             **{name: self.engine.get(name) for name in names},
         }

@@ -20,7 +20,7 @@ from folospec.cli.runner import Interrupt
 from folospec.outputs import Logprob
 
 NO_TIMES = {"first_token_time": None, "finished_time": None}
-SETTINGS = {"model": "m", "sampling": {}}
+SETTINGS = {"model": "m", "seed": 0, "chat": False}
 LINES = ['"a bb ccc"', '{"id": "x", "prompt": "dddd"}', "broken", '"e f"']
 
 
@@ -153,6 +153,39 @@ def test_changed_input_and_changed_settings_are_refused(prompts, out):
     assert out.read_bytes() == before
     run(prompts, out, overwrite=True)
     assert results(out)[0][1][0]["text"] == "E F"
+
+
+def test_settings_that_differ_are_named_with_both_values(prompts, out):
+    run(prompts, out)
+    with pytest.raises(ValueError, match="line 1: was computed with another model") as caught:
+        Journal(str(out), {"model": "other", "seed": 0, "chat": True, "max_tokens": 5})
+    assert (
+        "other options (--model was 'm' and is 'other', --chat was not given and is True, "
+        "--max-tokens was not given and is 5); use --overwrite"
+    ) in str(caught.value)
+    with pytest.raises(ValueError, match=r"\(--seed was 0 and is 7\)"):
+        Journal(str(out), {**SETTINGS, "seed": 7})
+
+
+def lines_with_settings(out):
+    found = map(json.loads, out.read_text().splitlines())
+    return [one["index"] for one in found if "settings" in one]
+
+
+def test_one_line_has_the_settings_whatever_becomes_of_the_others(prompts, out):
+    run(prompts, out)
+    assert lines_with_settings(out) == [2]
+    with open(prompts, "w") as file:
+        file.write("\n".join(LINES).replace("broken", '"mended"'))
+    run(prompts, out, retry_failed=True)
+    assert lines_with_settings(out) == [2]
+    lines = out.read_bytes().splitlines(keepends=True)
+    assert b'"settings"' in lines[-1]
+    with pytest.raises(ValueError, match=r"line 1: was .* \(--seed was 0 and is 7"):
+        Journal(str(out), {**SETTINGS, "seed": 7})
+    out.write_bytes(lines[0])
+    with pytest.raises(ValueError, match="or other options; use --overwrite"):
+        Journal(str(out), {**SETTINGS, "seed": 7})
 
 
 @pytest.mark.parametrize(

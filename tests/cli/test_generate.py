@@ -3,7 +3,7 @@ import json
 import pytest
 
 from folospec import LLM, SamplingParams
-from folospec.cli.generate import read_speculative
+from folospec.cli.generate import GenerateOptions, read_speculative
 from folospec.config import SpeculativeConfig
 
 PROMPT = "w1 w2 w3 w4 w5"
@@ -193,3 +193,16 @@ def test_a_prediction_without_a_reader_and_a_reader_without_one_are_refused(
     result = folospec("generate", "x =", *(o.format(file=file) for o in options))
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_what_a_file_of_results_depends_on_leaves_out_what_changes_no_token():
+    sampling = {"temperature": 0.5}
+    plain = GenerateOptions(sampling=sampling).settings
+    drafter = SpeculativeConfig.of("prediction")
+    drafted = GenerateOptions(sampling={**sampling, "prediction": "text"}, speculative=drafter)
+    assert drafted.settings == plain
+    assert plain["temperature"] == 0.5
+    for other in (GenerateOptions(sampling={"top_k": 5}), GenerateOptions(seed=1)):
+        assert other.settings != plain
+    ratio = SpeculativeConfig.of({"method": "ngram", "acceptance": "rejection"})
+    assert GenerateOptions(sampling=sampling, speculative=ratio).settings != plain

@@ -84,7 +84,7 @@ def test_an_output_file_is_continued_and_says_so(generate, pile, tmp_path):
         assert found[index].get("outputs") == one.get("outputs")
     changed = generate("--file", pile, "-o", out, "--temperature", "1")
     assert changed.exit_code == 2
-    assert "another model or other options" in changed.stderr
+    assert "other options (--temperature was not given and is 1.0); use" in changed.stderr
 
 
 def test_an_id_that_two_lines_have_is_refused_before_anything_runs(
