@@ -56,6 +56,7 @@ def render(
     template = chat_template or getattr(tokenizer, "chat_template", None)
     if tokenizer is None or not template:
         raise ValueError("chat needs a tokenizer with a chat template, and the model has none")
+    options.setdefault("tokenizer_kwargs", {"verbose": False})  # the engine checks the length
     try:
         encoded = tokenizer.apply_chat_template(
             conversation, chat_template=chat_template, return_dict=True, **options

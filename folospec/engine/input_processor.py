@@ -121,10 +121,10 @@ class InputProcessor:
         return text, self._tokenize("prompt", text)
 
     def _tokenize(self, what: str, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text, whatever a tokenizer makes of it; the caller checks their
-        range."""
+        """The token ids of a text, whatever a tokenizer makes of it; the caller checks their range,
+        and their number, of which the tokenizer is not to warn."""
         try:
-            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens)
+            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
             return list(encoded["input_ids"])
         except Exception as error:
             raise ValueError(f"the tokenizer cannot read {what} {shown(text)}: {error}") from error

@@ -228,7 +228,7 @@ def _make_drafters(config: EngineConfig, loader: _Loader) -> list[DrafterHandle]
             stream=stream,
             acceptance=speculative.acceptance if speculative else "coupled",
             target=loader.target.model.config,
-            encode=tokenizer and partial(tokenizer.encode, add_special_tokens=False),
+            encode=tokenizer and partial(tokenizer.encode, add_special_tokens=False, verbose=False),
             default_draft_model=BUNDLED_DRAFTS.get(config.model),
             load_draft_model=partial(loader.load_draft_model, access),
             self_draft_model=partial(loader.self_draft_model, access),

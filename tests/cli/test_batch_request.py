@@ -134,7 +134,7 @@ def test_a_seed_goes_with_the_id_and_not_with_the_place():
 class Tokenizer:
     chat_template = "a template"
 
-    def apply_chat_template(self, messages, *, add_generation_prompt, return_dict, chat_template):
+    def apply_chat_template(self, messages, *, add_generation_prompt, return_dict, **options):
         assert add_generation_prompt
         assert return_dict
         return {"input_ids": [len(message["content"]) for message in messages]}

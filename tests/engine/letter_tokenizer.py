@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from harness import VOCAB_SIZE
+from harness import MAX_LEN, VOCAB_SIZE
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +21,8 @@ def save_with_tokenizer(model: str, folder: Path) -> None:
     tokenizer = Tokenizer(BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=TEMPLATE, model_max_length=MAX_LEN
+    )
     fast.add_tokens(["<known>", "<tool>"])
     fast.save_pretrained(folder)

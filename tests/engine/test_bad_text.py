@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import make_llm
+from harness import MAX_LEN, make_llm
 from letter_tokenizer import save_with_tokenizer
 
 from folospec import LLM, SamplingParams
@@ -45,6 +46,24 @@ def test_a_request_with_such_text_is_refused(
     with pytest.raises(ValueError, match=message):
         llm.generate(prompt, SamplingParams(max_tokens=2, **settings), use_tqdm=False)
     assert_serves(llm)
+
+
+def test_only_the_engine_says_that_a_text_is_too_long(
+    llm: LLM, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    text = "2" * (MAX_LEN + 1)
+    for prompt in (
+        lambda: llm.generate(text, use_tqdm=False),
+        lambda: llm.chat([{"role": "U", "content": text}], use_tqdm=False),
+    ):
+        with pytest.raises(ValueError, match="the prompt has 19. tokens; with max_model_len=192"):
+            prompt()
+    suffix = {"method": "suffix", "preload": [text]}
+    make_llm(llm.engine.config.model, suffix, skip_tokenizer_init=False)
+    assert caplog.text == ""
+    llm.tokenizer(text)
+    assert "Token indices sequence length is longer" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_tokens_that_the_model_does_not_have_are_refused(prediction: Any, models
     """In a text too: a tokenizer may know more tokens than the model."""
 
     class Tokenizer:
-        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
             return {"input_ids": [1, VOCAB_SIZE]}
 
     llm = make_llm(models.target, PREDICTION)
