@@ -25,6 +25,8 @@ class OptionNames:
     """Other name -> own name, where both mean the same."""
     instead: Mapping[str, str] = field(default_factory=dict)
     """Other name -> what to write instead, or why there is no such option."""
+    example: str = ""
+    """Options as a call has them, for messages."""
 
     def own(
         self, given: Mapping[str, Any], known: Collection[str], what: str = ""
@@ -82,10 +84,27 @@ def takes_names(names: OptionNames) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def constructor_takes_names(names: OptionNames) -> Callable[[type[T]], type[T]]:
-    """`takes_names` for the constructor of a class, a dataclass for example."""
+    """`takes_names` for the constructor of a dataclass whose fields go by name. A value without a
+    name, and a field that is left out and has no default, are a `ValueError`, too."""
 
     def decorate(cls: type[T]) -> type[T]:
-        setattr(cls, "__init__", takes_names(names)(cls.__init__))  # noqa: B010
+        init = cls.__init__
+        known = dict(list(inspect.signature(init).parameters.items())[1:])
+        required = [name for name, one in known.items() if one.default is one.empty]
+
+        @wraps(init)
+        def by_name(self: T, *args: Any, **kwargs: Any) -> None:
+            if args:
+                call = f"{cls.__name__}({names.example})"
+                raise ValueError(f"options go by name, as in {call}; got {args!r:.200}")
+            options = kwargs if kwargs.keys() <= known.keys() else names.own(kwargs, known)
+            for name in required:
+                if name not in options:
+                    call = f"{names.owner}({names.example})"
+                    raise ValueError(f"{names.owner} needs the option {name!r}, as in {call}")
+            init(self, **options)
+
+        setattr(cls, "__init__", by_name)  # noqa: B010
         return cls
 
     return decorate
@@ -98,6 +117,7 @@ def _instead(*rows: tuple[str, str]) -> dict[str, str]:
 
 SAMPLING_NAMES = OptionNames(
     owner="SamplingParams",
+    example="temperature=0.8, top_p=0.95",
     same={
         **dict.fromkeys(("max_new_tokens", "max_completion_tokens"), "max_tokens"),
         **dict.fromkeys(("n_predict", "num_predict"), "max_tokens"),
@@ -157,7 +177,10 @@ SAMPLING_NAMES = OptionNames(
 
 ENGINE_NAMES = OptionNames(
     owner="LLM",
+    example='model="folospec-demo"',
     same={
+        **dict.fromkeys(("model_path", "model_name", "model_id", "model_name_or_path"), "model"),
+        "pretrained_model_name_or_path": "model",
         "speculative_config": "speculative",
         "torch_dtype": "dtype",
         "num_gpu_blocks_override": "num_blocks",

@@ -121,6 +121,43 @@ def test_an_engine_refuses_other_names(options: dict[str, Any], message: str) ->
         LLM("no model", **options)
 
 
+@pytest.mark.parametrize("name", ["model_path", "model_name_or_path", "model_id", "model_name"])
+def test_a_model_goes_by_the_names_that_others_have_for_it(name: str) -> None:
+    assert EngineConfig(**{name: "m"}) == EngineConfig(model="m")
+    options: dict[str, Any] = {name: "no such/model/here"}
+    with pytest.raises(ValueError, match="model 'no such/model/here'"):
+        LLM(**options)
+    with pytest.raises(ValueError, match=f"{name} and model are one option of LLM"):
+        LLM("folospec-demo", **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LLM(), r"LLM needs the option 'model', as in LLM\(model=\"folospec-demo\"\)"),
+        (lambda: LLM(speculative="ngram"), "LLM needs the option 'model'"),
+        (lambda: EngineConfig(seed=1), "LLM needs the option 'model'"),
+        (lambda: EngineConfig("m"), r"as in EngineConfig\(model=.*\); got \('m',\)"),
+        (
+            lambda: SamplingParams(0.8, 0.95),
+            r"options go by name, as in SamplingParams\(temperature=0.8, top_p=0.95\); "
+            r"got \(0.8, 0.95\)",
+        ),
+        (lambda: SamplingParams({"n": 2}), r"got \({'n': 2},\)"),
+    ],
+)
+def test_what_has_no_name_and_what_is_left_out_is_said(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_examples_of_messages_are_options() -> None:
+    for cls, names in ((SamplingParams, SAMPLING_NAMES), (EngineConfig, ENGINE_NAMES)):
+        given = eval(f"dict({names.example})")
+        assert given
+        cls(**given)
+
+
 def test_a_config_reads_what_an_llm_reads() -> None:
     config: Any = EngineConfig(model=Path("m"), speculative="ngram")  # type: ignore[arg-type]
     assert config == EngineConfig(model="m", speculative=SpeculativeConfig.of("ngram"))

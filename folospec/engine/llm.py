@@ -43,7 +43,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | None = None,
         speculative: None
         | str
         | Mapping[str, Any]
@@ -51,9 +51,9 @@ class LLM:
         | SpeculativeConfig = None,
         **options: Any,
     ) -> None:
-        if speculative is not None:
-            options["speculative"] = speculative
-        options["model"] = model
+        for name, value in (("model", model), ("speculative", speculative)):
+            if value is not None:
+                options[name] = value
         self.engine = LLMEngine(EngineConfig(**options))
 
     def __repr__(self) -> str:

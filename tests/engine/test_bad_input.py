@@ -127,7 +127,7 @@ BAD_OPTIONS = [
     ({"run_ahead": 2}, "run_ahead must be None or 1 where no CUDA graphs run, got 2"),
     ({"tokenizer": 3}, "tokenizer must be"),
     ({"seed": True}, "seed must be"),
-    ({"model": None}, "model must be"),
+    ({"model": None}, "LLM needs the option .model."),
     ({"speculative": {"method": "ngram", "prompt_lookup_min": True}}, "prompt_lookup_min must be"),
     ({"max_batch": 3}, "unknown option of LLM .max_batch."),
     ({"speculative": 7}, "speculative must be"),
