@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -286,7 +287,24 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        near = difflib.get_close_matches(name, BUNDLED, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"model {name!r} is neither a folder, nor one of {', '.join(BUNDLED)}, "
-            f"nor a repository that could be downloaded: {error}"
+            f"model {name!r} is neither a folder, nor a bundled model ({', '.join(BUNDLED)}), "
+            f"nor a hub id that can be loaded: {_hub_reason(error)}{hint}"
         ) from error
+
+
+def _hub_reason(error: Exception) -> str:
+    """Why the hub gives no model, in a few words."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        return "a hub id is NAME or OWNER/NAME"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "the hub is not reached, and there is no copy in the local cache"
+    if isinstance(error, errors.GatedRepoError):
+        return "access to this repository must be asked for, on the hub"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such repository, or it is private"
+    return str(error).partition("\n")[0]

@@ -94,6 +94,10 @@ def test_sampling_options_reach_the_engine(folospec, target):
         ([PROMPT, "--compare"], "--compare needs --speculative"),
         ([PROMPT, "--rounds", "2"], "--rounds needs --compare"),
         ([PROMPT, "--model", "/no/such/folder"], "'/no/such/folder' is neither a folder"),
+        (
+            [PROMPT, "--model", "folospec demo"],
+            "loaded: a hub id is NAME or OWNER/NAME; did you mean",
+        ),
         ([PROMPT, "--dtype", "float8"], "dtype must be one of"),
         ([PROMPT, "--kv-cache-dtype", "int4"], "kv_cache_dtype must be one of"),
         ([PROMPT, "--attention-backend", "flash_attn"], "'flash_attn' cannot run here"),

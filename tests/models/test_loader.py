@@ -7,9 +7,11 @@ import logging
 import weakref
 from contextlib import ExitStack, contextmanager
 
+import huggingface_hub
 import pytest
 import safetensors
 import torch
+from huggingface_hub import errors
 from paged_runner import PagedRunner, all_logits
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import SHAPE, load, random_prompts, reference_logits, save_random
@@ -48,6 +50,39 @@ def transformers_logs_reach(caplog):
     logger.addHandler(caplog.handler)
     yield
     logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (errors.LocalEntryNotFoundError, "the hub is not reached, and there is no copy in the"),
+        (errors.RepositoryNotFoundError, "the hub has no such repository, or it is private"),
+        (errors.GatedRepoError, "access to this repository must be asked for, on the hub"),
+        (OSError, "what the hub says"),
+    ],
+)
+def test_a_hub_id_that_gives_no_model_is_refused_with_a_short_reason(kind, reason, monkeypatch):
+    def fail(*args, **options):
+        raise kind.__new__(kind, "what the hub says\nand more\nthan that")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ValueError, match=reason) as caught:
+        resolve_model("Owner/Nope")
+    assert str(caught.value).startswith(
+        "model 'Owner/Nope' is neither a folder, nor a bundled model (folospec-demo, "
+        "folospec-demo-draft), nor a hub id that can be loaded: "
+    )
+    assert "than that" not in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, kind)
+    with pytest.raises(ValueError, match=r"; did you mean 'folospec-demo'\?$"):
+        resolve_model("folospec-dmo")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./folder", "a b"])
+def test_a_name_that_can_be_no_hub_id_is_not_looked_for(name):
+    with pytest.raises(ValueError, match="loaded: a hub id is NAME or OWNER/NAME$"):
+        resolve_model(name)
 
 
 def test_shards_with_an_index_load_as_one_checkpoint(tmp_path):
