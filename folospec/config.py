@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from folospec.option_names import ENGINE_NAMES, constructor_takes_names
+from folospec.option_names import DRAFTER_NAMES, ENGINE_NAMES, constructor_takes_names
 
 AUTO = "auto"
 """As a drafter's name: those that are there, chosen when the engine is made."""
@@ -63,7 +63,8 @@ class DrafterConfig:
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | DrafterConfig) -> DrafterConfig:
         """Read a drafter's name, "NAME:MODEL", or a mapping with a "method"; keys that are no field
-        of this class go to the drafter as its `options`."""
+        of this class, nor another engine's name for one (`option_names`), go to the drafter as its
+        `options`."""
         if isinstance(value, cls):
             return value
         if isinstance(value, str):
@@ -71,12 +72,17 @@ class DrafterConfig:
             return cls(method=method, model=model if colon else None)
         if not isinstance(value, Mapping):
             raise ValueError(f"a drafter must be a name or a mapping, got {value!r}")
+        own = [f.name for f in fields(cls)]
+        rest = [key for key in value if key not in (*own, *DRAFTER_NAMES.same)]
+        value = DRAFTER_NAMES.own(value, [*own, *rest])
         if "method" not in value:
-            raise ValueError(f"a drafter needs a 'method', got the keys {sorted(value)}")
-        own = {f.name for f in fields(cls)}
+            raise ValueError(
+                "a drafter needs a 'method', such as 'ngram' or 'draft_model', got the keys "
+                f"{sorted(value)}"
+            )
         given = value.get("options", {})
         _require(isinstance(given, Mapping), "options", given, "a mapping")
-        options = {**given, **{k: v for k, v in value.items() if k not in own}}
+        options = {**given, **{key: value[key] for key in rest}}
         return cls(
             **{k: v for k, v in value.items() if k in own and k != "options"}, options=options
         )

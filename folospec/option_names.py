@@ -58,7 +58,7 @@ class OptionNames:
         if name in self.instead:
             return f"there is no {what} {name!r}: {self.instead[name]}"
         near = difflib.get_close_matches(name, [*known, *self.same, *self.instead], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
         return f"unknown {what} {name!r}; {hint}"
 
 
@@ -235,6 +235,17 @@ ENGINE_NAMES = OptionNames(
         ("enable_lora max_loras max_lora_rank lora_modules", "there is no LoRA"),
     ),
 )
+
+DRAFTER_NAMES = OptionNames(
+    owner="a drafter",
+    same={
+        **dict.fromkeys(("draft_model", "draft_model_path", "assistant_model"), "model"),
+        **dict.fromkeys(("speculative_model", "speculative_draft_model_path"), "model"),
+        **dict.fromkeys(("num_assistant_tokens", "max_draft_len"), "num_speculative_tokens"),
+        "prompt_lookup_num_tokens": "num_speculative_tokens",
+    },
+)
+"""Of every drafter; a drafter's file has the names for its own options."""
 
 _IN_PARAMS = dict.fromkeys(
     (

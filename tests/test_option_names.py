@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 
 from folospec import LLM, EngineConfig, SamplingParams, SpeculativeConfig
+from folospec.config import DrafterConfig
 from folospec.option_names import (
     CHAT_NAMES,
+    DRAFTER_NAMES,
     ENGINE_NAMES,
     GENERATE_NAMES,
     SAMPLING_NAMES,
     STREAM_NAMES,
     OptionNames,
 )
+from folospec.spec.drafters.base import DrafterContext
 
 
 def parameters(function: Any) -> list[str]:
@@ -26,6 +29,7 @@ def parameters(function: Any) -> list[str]:
 
 OWN_NAMES = {
     "SamplingParams": (SAMPLING_NAMES, parameters(SamplingParams)),
+    "a drafter": (DRAFTER_NAMES, parameters(DrafterConfig)),
     "LLM": (ENGINE_NAMES, parameters(EngineConfig)),
     "generate": (GENERATE_NAMES, parameters(LLM.generate)),
     "chat": (CHAT_NAMES, parameters(LLM.chat)),
@@ -156,6 +160,62 @@ def test_the_examples_of_messages_are_options() -> None:
         given = eval(f"dict({names.example})")
         assert given
         cls(**given)
+
+
+@pytest.mark.parametrize(
+    ("foreign", "own"),
+    [
+        ({"num_assistant_tokens": 3}, {"num_speculative_tokens": 3}),
+        ({"prompt_lookup_num_tokens": 3}, {"num_speculative_tokens": 3}),
+        ({"draft_model": "m", "max_draft_len": 3}, {"model": "m", "num_speculative_tokens": 3}),
+        ({"speculative_model": "m", "depth": 3}, {"model": "m", "options": {"depth": 3}}),
+    ],
+)
+def test_a_drafter_takes_names_that_mean_the_same(
+    foreign: dict[str, Any], own: dict[str, Any]
+) -> None:
+    expected = SpeculativeConfig.of({"method": "own", **own})
+    assert SpeculativeConfig.of({"method": "own", **foreign}) == expected
+    assert SpeculativeConfig.of({"drafters": [{"method": "own", **foreign}]}) == expected
+    assert SpeculativeConfig.of("own") != expected
+
+
+def test_an_option_of_a_drafter_has_one_name_at_a_time() -> None:
+    with pytest.raises(ValueError, match="draft_model and model are one option of a drafter"):
+        SpeculativeConfig.of({"method": "own", "draft_model": "m", "model": "m"})
+
+
+@pytest.mark.parametrize(
+    ("method", "foreign", "own"),
+    [
+        ("ngram", {"max_matching_ngram_size": 3}, {"prompt_lookup_max": 3}),
+        ("ngram", {"ngram_prompt_lookup_min": 3}, {"prompt_lookup_min": 3}),
+        ("suffix", {"suffix_decoding_max_tree_depth": 9}, {"max_tree_depth": 9}),
+        ("suffix", {"suffix_decoding_min_token_prob": 0.5}, {"min_token_prob": 0.5}),
+        ("lookahead", {"max_ngram_size": 3, "max_window_size": 2}, {"ngram_size": 3, "window": 2}),
+        ("lookahead", {"max_verification_set_size": 4}, {"guesses": 4}),
+    ],
+)
+def test_a_drafter_takes_names_of_its_own_options(
+    method: str, foreign: dict[str, Any], own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[dict[str, Any]] = []
+    real = DrafterContext.read_options
+
+    def record(self: Any, *args: Any) -> dict[str, Any]:
+        read.append(real(self, *args))
+        return read[-1]
+
+    monkeypatch.setattr(DrafterContext, "read_options", record)
+    for options in (foreign, own, {}):
+        LLM("folospec-demo", {"method": method, **options}, num_blocks=16)
+    assert read[0] == read[1] != read[2]
+
+
+def test_an_option_that_counts_something_else_is_refused_with_the_right_one() -> None:
+    suffix = {"method": "suffix", "suffix_decoding_max_cached_requests": 5}
+    with pytest.raises(ValueError, match="of the suffix drafter '.*requests': give max_cached_tok"):
+        LLM("folospec-demo", suffix, num_blocks=16)
 
 
 def test_a_config_reads_what_an_llm_reads() -> None:

@@ -85,7 +85,7 @@ def test_sampling_options_reach_the_engine(folospec, target):
         ([PROMPT, "--speculative", '{"model": "x"}'], "needs a 'method'"),
         (
             [PROMPT, "--speculative", '{"method": "ngram", "window": 3}'],
-            "unknown options ['window']",
+            "unknown option of the ngram drafter 'window'",
         ),
         ([PROMPT, "--speculative", "draft_model"], "needs the draft model's path"),
         ([PROMPT, "--speculative", "ngram", "--acceptance", "hope"], "acceptance must be one of"),

@@ -53,9 +53,9 @@ def defaults() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     real = DrafterContext.read_options
 
-    def recording(self: DrafterContext, options: Any) -> dict[str, Any]:
+    def recording(self: DrafterContext, options: Any, *names: Any) -> dict[str, Any]:
         found[self.config.method] = dict(options)
-        return real(self, options)
+        return real(self, options, *names)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DrafterContext, "read_options", recording)

@@ -133,7 +133,7 @@ BAD_OPTIONS = [
     ({"speculative": 7}, "speculative must be"),
     ({"speculative": {"model": "x"}}, "needs a 'method'"),
     ({"speculative": "telepathy"}, "must be one of"),
-    ({"speculative": {"method": "ngram", "gamma": 4}}, "unknown options"),
+    ({"speculative": {"method": "ngram", "gamma": 4}}, "unknown option"),
     ({"speculative": {"method": "ngram", "prompt_lookup_min": 5}}, "prompt_lookup_min"),
     ({"speculative": {"method": "ngram", "num_speculative_tokens": 0}}, "num_speculative_tokens"),
     ({"speculative": {"method": "ngram", "acceptance": "typical"}}, "acceptance must be"),

@@ -312,7 +312,7 @@ class TestCost:
         ({"tree": 1}, "tree must be None, True or False, got 1"),
         ({"tree": True, "acceptance": "block"}, "acceptance='block' judges chains"),
         ({"model": "draft"}, "the prediction drafter has no model"),
-        ({"depth": 3}, "unknown options"),
+        ({"depth": 3}, "unknown option"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

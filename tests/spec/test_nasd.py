@@ -269,7 +269,7 @@ def test_a_gate_that_closed_opens_again():
         ({"egag": True, "gamma_max": 9}, r"gamma_max must be an integer in \[1, 5\], got 9"),
         ({"egag": True, "gamma_min": 6}, r"gamma_min must be an integer in \[0, 5\], got 6"),
         ({"egag": True, "ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
-        ({"window": 3}, "unknown options"),
+        ({"window": 3}, "unknown option"),
         ({"model": "x"}, "has no model"),
     ],
 )

@@ -89,7 +89,7 @@ class WithoutContext(RepeatDrafter):
     [
         (object, {}, "drafter 'own' cannot be made of its context: TypeError"),
         (WithoutContext, {}, "drafter 'own' cannot be made of its context: TypeError"),
-        (RepeatDrafter, {"depht": 3}, r"unknown options \['depht'\] of the own drafter"),
+        (RepeatDrafter, {"depht": 3}, "unknown option of the own drafter 'depht'; known: none"),
     ],
 )
 def test_what_cannot_be_a_drafter_is_refused_by_its_name(

@@ -319,7 +319,7 @@ class TestState:
         ({"preload": [[1, 2, 3]], "max_cached_tokens": 2}, "at least the 3 tokens of preload"),
         ({"load": "/nowhere/corpus.npz"}, "cannot be read"),
         ({"model": "draft"}, "the suffix drafter has no model"),
-        ({"depth": 3}, "unknown options"),
+        ({"depth": 3}, "unknown option"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

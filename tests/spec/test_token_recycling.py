@@ -168,7 +168,7 @@ def test_a_vocabulary_smaller_than_the_rows_is_served():
     [
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"max_depth": True}, "max_depth must be an integer of at least 1, got True"),
-        ({"width": 1}, "unknown options"),
+        ({"width": 1}, "unknown option"),
         ({"model": "x"}, "has no model"),
     ],
 )

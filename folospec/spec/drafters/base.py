@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from folospec.config import AUTO, DrafterConfig
+from folospec.option_names import OptionNames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,19 +150,20 @@ class DrafterContext:
     def vocab_size(self) -> int:
         return self.target.vocab_size
 
-    def read_options(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    def read_options(
+        self, defaults: Mapping[str, Any], names: OptionNames | None = None
+    ) -> dict[str, Any]:
         """Return `defaults` updated by the user's options.
 
+        Args:
+            names: other engines' names for them.
+
         Raises:
-            ValueError: an option the drafter does not have.
+            ValueError: an option the drafter does not have, or one under two names.
         """
         self.has_read_options = True
-        method, options = self.config.method, self.config.options
-        unknown = sorted(set(options) - set(defaults))
-        if unknown:
-            known = ", ".join(sorted(defaults)) or "none"
-            raise ValueError(f"unknown options {unknown} of the {method} drafter; it has: {known}")
-        return {**defaults, **options}
+        names = names or OptionNames(owner=f"the {self.config.method} drafter")
+        return {**defaults, **names.own(self.config.options, defaults)}
 
     def refuse_model(self) -> None:
         """For drafters without a model.

@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from folospec.core.token_tree import ROOT, TokenTree
+from folospec.option_names import OptionNames
 from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
 from folospec.spec.drafters.base import (
     Drafter,
@@ -47,6 +48,15 @@ from folospec.spec.drafters.base import (
 from folospec.spec.phrase_pool import PhrasePool, phrase_confidence, phrase_tree
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE
+
+_NAMES = OptionNames(
+    owner="the lookahead drafter",
+    same={
+        "max_window_size": "window",
+        "max_ngram_size": "ngram_size",
+        "max_verification_set_size": "guesses",
+    },
+)
 
 
 class Window:
@@ -141,7 +151,8 @@ class LookaheadDrafter(Drafter):
                 "guesses": 7,
                 "prompt_ngrams": True,
                 "max_first_tokens": 10_000,
-            }
+            },
+            _NAMES,
         )
         _check(options)
         self.window, self.ngram_size, self.guesses = (

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from folospec.core.token_tree import ROOT, TokenTree
+from folospec.option_names import OptionNames
 from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
 from folospec.spec.drafters.base import (
     Drafter,
@@ -33,6 +34,14 @@ from folospec.spec.drafters.base import (
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import ACCEPTANCE
 
+_NAMES = OptionNames(
+    owner="the ngram drafter",
+    same={
+        "ngram_prompt_lookup_min": "prompt_lookup_min",
+        "ngram_prompt_lookup_max": "prompt_lookup_max",
+        "max_matching_ngram_size": "prompt_lookup_max",
+    },
+)
 _Match = tuple[int, int]
 """Index of the token after an n-gram that matches the end of the sequence, and n."""
 
@@ -93,7 +102,7 @@ class NgramDrafter(Drafter):
         super().__init__(context)
         context.refuse_model()
         options = context.read_options(
-            {"prompt_lookup_min": 2, "prompt_lookup_max": 4, "num_matches": 1}
+            {"prompt_lookup_min": 2, "prompt_lookup_max": 4, "num_matches": 1}, _NAMES
         )
         self.min_n, self.max_n = options["prompt_lookup_min"], options["prompt_lookup_max"]
         self.num_matches = options["num_matches"]

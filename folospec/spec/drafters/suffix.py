@@ -22,6 +22,7 @@ from typing import Any
 
 from folospec.core.token_tree import TokenTree
 from folospec.kernels.native_suffix import SuffixAsk, SuffixDraft, SuffixRules
+from folospec.option_names import OptionNames
 from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
 from folospec.spec.best_first import read_tree_option
 from folospec.spec.drafters.base import (
@@ -46,6 +47,16 @@ _OPTIONS: dict[str, Any] = {
     "preload": (),
     "load": None,
 }
+_NAMES = OptionNames(
+    owner="the suffix drafter",
+    same={
+        f"suffix_decoding_{name}": name
+        for name in ("max_tree_depth", "max_spec_factor", "min_token_prob")
+    },
+    instead={
+        "suffix_decoding_max_cached_requests": "give max_cached_tokens, which counts their tokens"
+    },
+)
 
 
 class SuffixDrafter(Drafter):
@@ -68,7 +79,7 @@ class SuffixDrafter(Drafter):
     def __init__(self, context: DrafterContext) -> None:
         super().__init__(context)
         context.refuse_model()
-        options = context.read_options(_OPTIONS)
+        options = context.read_options(_OPTIONS, _NAMES)
         _check(options)
         self.max_depth = options["max_tree_depth"]
         self.max_cached_tokens = options["max_cached_tokens"]
