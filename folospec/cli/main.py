@@ -3,9 +3,11 @@ when a command runs."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import shutil
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import folospec
 from folospec.cli import options
@@ -19,9 +21,22 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
+PANEL_WIDTH = 80
+"""Columns that the widest panel of the help takes."""
+
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+class _Command(TyperCommand):
+    """A command whose help is in panels where they fit; narrower ones would cut names of options
+    off."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if shutil.get_terminal_size().columns < PANEL_WIDTH:
+            self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
 
 
 def _show_version(wanted: bool) -> None:
@@ -41,7 +56,7 @@ def main(
     write_any_text()
 
 
-@app.command()
+@app.command(cls=_Command)
 def generate(
     prompts: options.Prompts = None,
     file: options.Files = None,
@@ -150,7 +165,7 @@ def generate(
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(cls=_Command)
 def steps(
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="A trace, as generate --trace writes it.")
@@ -164,7 +179,7 @@ def steps(
     raise typer.Exit(0)
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per completion.")] = 64,
     num_speculative_tokens: Annotated[
@@ -189,7 +204,7 @@ def demo(
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(cls=_Command)
 def info(json: Json = False) -> None:
     """Show versions, hardware, and what folospec chooses here and why."""
     with ends_quietly():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 from folospec.cli.batch import Totals
+from folospec.cli.main import app
 from folospec.cli.render import Measurement, rate_table, summary_lines
 from folospec.cli.runner import Counts
 
@@ -23,6 +25,17 @@ def test_the_help_fits_80_columns(folospec, monkeypatch, command):
     result = folospec(command, "--help")
     assert result.exit_code == 0
     check(result.stdout, 80)
+
+
+@pytest.mark.parametrize("width", [40, 60, 79, 80, 120])
+@pytest.mark.parametrize("command", ["generate", "demo", "info", "steps"])
+def test_the_help_has_every_option_whole(folospec, monkeypatch, command, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = folospec(command, "--help")
+    names = [n for option in get_command(app).commands[command].params for n in option.opts]
+    assert [name for name in names if name.startswith("--") and name not in result.stdout] == []
+    assert "…" not in result.stdout
+    assert ("╭" in result.stdout) == (width >= 80)
 
 
 @pytest.mark.parametrize("width", [60, 80])
