@@ -3,11 +3,13 @@
     python tests/matrix.py                         # every row that this processor can run
     python tests/matrix.py --only "openblas" "load" --tests tests/kernels tests/attention
     python tests/matrix.py --python .venv-3.13/bin/python
+    python tests/matrix.py --together --only "openblas Haswell" "aten default" "under load"
 
 No outcome of a test may depend on numpy's BLAS, torch's vector code, the instruction set of the
 native kernels, the number of threads, the load, or the Python version. A row is one such setting.
 Rows that the processor cannot run are skipped by its flags before they start and stay in the table.
 A row fails if a test fails, and if it ran nothing. Rows are appended to build/matrix.jsonl.
+`--together` is for little time: one row under all the chosen settings at once.
 """
 
 from __future__ import annotations
@@ -78,6 +80,26 @@ def processor_flags() -> set[str]:
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
+def together(rows: Sequence[Row]) -> Row:
+    """One row under the settings of all.
+
+    Raises:
+        ValueError: two of them set one variable.
+    """
+    environment: dict[str, str] = {}
+    for row in rows:
+        if twice := environment.keys() & row.environment.keys():
+            raise ValueError(f"rows that run together must differ in what they set, got {twice}")
+        environment |= row.environment
+    return Row(
+        " + ".join(row.name for row in rows),
+        environment,
+        tuple(dict.fromkeys(flag for row in rows for flag in row.flags)),
+        has_compiler=all(row.has_compiler for row in rows),
+        is_loaded=any(row.is_loaded for row in rows),
+    )
+
+
 @contextmanager
 def busy_cores() -> Iterator[None]:
     """Keep every core busy."""
@@ -146,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tests", nargs="+", default=["tests"], help="what pytest runs")
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--together", action="store_true", help="one row of all that are chosen")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(argv)
     names = [row.name for row in ROWS]
@@ -155,12 +178,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for python in args.python:
         if shutil.which(python) is None:
             parser.error(f"--python must be an interpreter, got {python!r}")
+    rows = [row for row in ROWS if row.name.startswith(tuple(args.only))]
+    if args.together:
+        try:
+            rows = [together(rows)]
+        except ValueError as error:
+            parser.error(str(error))
     present, found = processor_flags(), []
     for python in args.python:
         version = subprocess.check_output([python, "-V"], text=True).split()[-1]
-        for row in ROWS:
-            if not row.name.startswith(tuple(args.only)):
-                continue
+        for row in rows:
             outcome: dict[str, object] = {"row": row.name, "python": version}
             if missing := row.missing(present):
                 outcome |= {"outcome": f"skipped: no {', '.join(missing)}"}

@@ -70,5 +70,23 @@ def test_a_row_sets_its_environment_and_hides_compilers(
     assert usual["outcome"] == ("failed" if matrix.shutil.which("cc") else "passed")
 
 
+def test_rows_run_together_under_all_their_settings():
+    rows = [
+        Row("a", {"A": "1"}, ("avx2", "fma")),
+        Row("b", {"B": "2"}, ("fma",), has_compiler=False),
+        Row("c", is_loaded=True),
+    ]
+    expected = Row("a + b + c", {"A": "1", "B": "2"}, ("avx2", "fma"), False, True)
+    assert matrix.together(rows) == expected
+    with pytest.raises(ValueError, match="'A'"):
+        matrix.together([rows[0], Row("d", {"A": "3"})])
+
+
+def test_rows_that_contradict_each_other_are_refused(suite: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(matrix, "ROWS", (Row("x 1", {"X": "1"}), Row("x 2", {"X": "2"})))
+    with pytest.raises(SystemExit):
+        matrix.main(["--together", "--only", "x", "--tests", str(suite)])
+
+
 def test_every_row_has_a_name_of_its_own():
     assert len({row.name for row in matrix.ROWS}) == len(matrix.ROWS)
