@@ -52,6 +52,7 @@ def test_only_the_engine_says_that_a_text_is_too_long(
     llm: LLM, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")
     text = "2" * (MAX_LEN + 1)
     for prompt in (
         lambda: llm.generate(text, use_tqdm=False),
