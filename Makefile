@@ -23,7 +23,7 @@ demo: install
 # One torch thread per worker: two workers that each spin two threads on two cores take twice as long.
 test: export OMP_NUM_THREADS := 1
 test: export TOKENIZERS_PARALLELISM := false
-test: demo
+test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # Long forms of the tests that run under load: threads, servers, fuzz.
