@@ -12,6 +12,12 @@ from contextlib import suppress
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first: at the end there is nobody left to share them with."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 with suppress(ImportError):
     import torch
 

@@ -176,11 +176,10 @@ def require_native() -> native.Native:
 
 @lru_cache
 def built_for(target: str) -> native.Native:
-    """The kernels for another instruction set of x86: one that most machines have built as it would
-    be there, any other in a hurry. Skips where it cannot run."""
+    """The kernels for another instruction set of x86, in a hurry. Skips where it cannot run."""
     if platform.machine() != "x86_64" or (target == COMMON and "fma" not in info.cpu_flags()):
         pytest.skip(f"this machine does not run {target}")
-    return _build(target, SOURCES, "-O3" if target == COMMON else HURRY)
+    return _build(target, SOURCES, HURRY)
 
 
 @lru_cache

@@ -90,7 +90,7 @@ CHAINS = ["ngram", "suffix, chain", "nasd", "draft_model", "quantized", "layer_s
 
 def params() -> list[SamplingParams]:
     """Greedy and sampled requests, of which one says what it expects."""
-    common: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
+    common: dict[str, Any] = {"max_tokens": 16, "ignore_eos": True}
     return [
         SamplingParams(temperature=0, **common),
         SamplingParams(temperature=0.8, seed=1, **common),
@@ -168,7 +168,7 @@ def test_chains_are_judged_by_block_verification_too(method: str, plain: Any) ->
 def test_stops_end_the_output_in_a_full_pool_as_they_do_plainly(method: str, plain: Any) -> None:
     """Blocks are so few that drafts are shed and sequences preempted, and an output ends wherever a
     stop token is, inside an accepted draft or not."""
-    latest = [max(tokens[:18], key=tokens.index) for tokens, *_ in plain]
+    latest = [max(tokens[:12], key=tokens.index) for tokens, *_ in plain]
     stops = [[token] for token in latest]
     requests = [replace(r, stop_token_ids=stop) for r, stop in zip(params(), stops, strict=True)]
     expected = [

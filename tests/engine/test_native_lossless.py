@@ -44,7 +44,7 @@ def generate(llm: LLM) -> Run:
     """Greedy and sampled, in one batch."""
     prompts = [llm.tokenizer.encode(text) for text in TEXTS]
     params = [
-        SamplingParams(temperature=t, max_tokens=32, ignore_eos=True, seed=21, logprobs=2)
+        SamplingParams(temperature=t, max_tokens=20, ignore_eos=True, seed=21, logprobs=2)
         for t in (0.0, 0.8, 0.0, 1.0, 0.8, 0.0)
     ]
     return run(llm, prompts, params)

@@ -197,7 +197,7 @@ def test_the_law_is_neither_certain_nor_the_same_after_everything(law: Any) -> N
     assert max(abs(a - b) for a, b in zip(last[0], last[1], strict=True)) > 0.02
 
 
-def remembered(tiny: Tiny, seed_of: Any, count: int = 300) -> list[tuple[int, ...]]:
+def remembered(tiny: Tiny, seed_of: Any, count: int = 180) -> list[tuple[int, ...]]:
     """Outputs of requests whose drafts come from what the request before them said; the store holds
     little more than that."""
     settings = {

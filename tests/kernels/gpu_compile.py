@@ -1,17 +1,19 @@
-"""Compiles every launch of a module of cases for a card that need not be there.
+"""Compiles every launch of the modules of cases for cards that need not be there.
 
-    python tests/kernels/gpu_compile.py gpu_cases_attention 90 [once]
+    python tests/kernels/gpu_compile.py 80 90 [--once]
 
-Prints a JSON line per compiled variant: kernel, constants, bytes of shared memory. With "once" each
-kernel is compiled once, as it is launched first. Nothing is run: outputs stay as they were.
+Prints a JSON line per compiled variant: the module whose case asked for it first, kernel,
+constants, compute capability, bytes of shared memory. With `--once` each kernel is compiled once
+for each, as it is launched first. Nothing is run: outputs stay as they were.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
-import sys
+from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -66,10 +68,11 @@ def aligned(kernel: Any, values: dict[str, Any], signature: dict[str, str]) -> d
 class Compiler:
     """Stands in for `launch.launch`."""
 
-    def __init__(self, capability: int, once: bool) -> None:
+    def __init__(self, capabilities: list[int], once: bool) -> None:
+        self.capabilities = capabilities
         self.once = once
-        self.target = GPUTarget("cuda", capability, 32)
         self.seen: set[str] = set()
+        self.module = ""
 
     def __call__(self, kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
         constants = {p.name for p in kernel.params if p.is_constexpr}
@@ -97,15 +100,24 @@ class Compiler:
             attrs=aligned(kernel, values, signature),
         )
         options = {**flags, "enable_fp_fusion": True}
-        compiled = triton.compile(source, target=self.target, options=options)
-        print(json.dumps({**facts, "shared": compiled.metadata.shared}), flush=True)
+        for capability in self.capabilities:
+            target = GPUTarget("cuda", capability, 32)
+            shared = triton.compile(source, target=target, options=options).metadata.shared
+            found = {"module": self.module, "capability": capability, "shared": shared}
+            print(json.dumps(facts | found), flush=True)
 
 
-def main(module: str, capability: int, once: bool) -> None:
-    door.launch = Compiler(capability, once)
-    for case in importlib.import_module(module).cases(torch.device("cpu")):
-        case.run()
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capabilities", type=int, nargs="+")
+    parser.add_argument("--once", action="store_true")
+    args = parser.parse_args()
+    door.launch = compiler = Compiler(args.capabilities, args.once)
+    for path in sorted(Path(__file__).parent.glob("gpu_cases_*.py")):
+        compiler.module = path.stem
+        for case in importlib.import_module(path.stem).cases(torch.device("cpu")):
+            case.run()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["once"])
+    main()

@@ -189,9 +189,14 @@ def test_a_file_that_is_not_what_was_built_is_built_anew(fresh, pretend, content
     assert path.read_bytes() == b"lib\n"
 
 
-def test_a_library_cut_short_ends_no_process(fresh, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def whole():
+    """The library where it is kept: made ready before a test has a new cache to build it into."""
+    return Path(require_native().library._name)
+
+
+def test_a_library_cut_short_ends_no_process(whole, fresh, tmp_path, monkeypatch):
     """Control: loaded as it is, it would."""
-    whole = Path(require_native().library._name)
     monkeypatch.setenv("CXX", compiler(tmp_path, f"{PRETEND}\ncp {whole} $last"))
     path = build.build()
     path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])

@@ -11,24 +11,35 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-MODULES = sorted(path.stem for path in HERE.glob("gpu_cases_*.py"))
+MODULES = {path.stem for path in HERE.glob("gpu_cases_*.py")}
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Most shared memory of a block, by compute capability (CUDA C++ programming guide)."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("capability", "how"), [(80, ["once"]), (90, [])], ids=["kernels-8.0", "variants-9.0"]
-)
-@pytest.mark.parametrize("module", MODULES)
-def test_every_launch_compiles_and_fits(module, capability, how):
+def compiled(*options):
+    """What was built, a record for each variant and card."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "gpu_compile.py"), module, str(capability), *how],
+        [sys.executable, str(HERE / "gpu_compile.py"), *map(str, SHARED_BYTES), *options],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    built = [json.loads(line) for line in done.stdout.splitlines()]
-    assert built, "no launch was compiled"
-    assert max(variant["shared"] for variant in built) <= SHARED_BYTES[capability]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_fit(built):
+    for capability, limit in SHARED_BYTES.items():
+        mine = [variant for variant in built if variant["capability"] == capability]
+        assert {variant["module"] for variant in mine} == MODULES
+        assert max(variant["shared"] for variant in mine) <= limit
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_and_fits():
+    assert_fit(compiled("--once"))
+
+
+@pytest.mark.soak
+def test_every_launch_compiles_and_fits():
+    assert_fit(compiled())
