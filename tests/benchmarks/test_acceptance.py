@@ -59,15 +59,17 @@ def test_there_is_a_row_for_each_cell_and_no_model_is_steered(measured):
 def test_acceptance_follows_from_the_counts(measured):
     for row in measured.values():
         assert row["tokens_equal_to_plain"]
-        assert row["num_drafts"] > 0
         assert sum(row["acceptance_histogram"]) == row["num_drafts"]
-        assert sum(row["acceptance_rate_per_pos"]) == pytest.approx(row["acceptance_length"] - 1)
+        if row["num_drafts"]:  # in two short functions there may be nothing to copy
+            accepted = row["acceptance_length"] - 1
+            assert sum(row["acceptance_rate_per_pos"]) == pytest.approx(accepted)
         # A pass emits one token, and the accepted ones beside it.
         emitted = row["num_target_passes"] + row["num_accepted_tokens"]
         assert row["num_output_tokens"] == emitted
         assert row["target_passes_per_token"] <= 1
     drafted = measured["completion", 0.0, "draft_model"]
     assert 0 < drafted["num_accepted_tokens"] < drafted["num_draft_tokens"]
+    assert measured["editing_steered", 0.0, "ngram"]["num_drafts"] > 0
 
 
 def test_costs_are_in_passes_of_the_target(measured):

@@ -138,7 +138,7 @@ def test_equal_digests_are_equal_bytes(records):
     [
         ([], ["/no/such/file"], "--file /no/such/file: No such file"),
         ([], ["."], "--file .: is a folder"),
-        ([], ["a\0b"], "embedded null byte"),
+        ([], ["a\0b"], "embedded null"),
         (["-"], ["-"], "stdin can be read once"),
         ([""], [], "argument 1: the prompt is empty"),
         (["a", "\udcff"], [], "argument 2: not UTF-8"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fixed_costs import fix_costs
 from harness import PROMPTS, Run, assert_speculated, make_llm, run, save_tiny_llama
 from hostile_drafters import (
     HARMLESS,
@@ -47,6 +48,8 @@ class Bench:
             options = {"method": "hostile", "num_speculative_tokens": 8, **options}
             options |= {"model": model} if "model" in options else {}
         self.llm = make_llm(model, options, strict_drafters=False, **settings)
+        if options.get("adaptive"):
+            fix_costs(self.llm)
 
     def run(self, fault: str | None, seed: int = 0) -> tuple[Run, int]:
         """A run in which the drafter commits a fault, and how many failures were counted."""

@@ -3,6 +3,7 @@ same bits however its row came to be computed."""
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -290,7 +291,8 @@ def test_builds_with_the_same_instructions_have_the_same_bits(folders):
         Runs(load(folders["llama"], "float32", build)).chunks(50, 0, 100) for build in builds
     )
     assert own == breakable_
-    assert own == avx2
+    if os.environ.get("FOLOSPEC_KERNELS_TARGET") != "x86-64-v2":  # which does not fuse
+        assert own == avx2
 
 
 @pytest.mark.parametrize("rule", ["tiles up to the context", "a sum by the number of rows"])

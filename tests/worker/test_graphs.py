@@ -173,7 +173,11 @@ def test_a_replayed_pass_draws_and_verifies(checkpoint, filters):
         walks = walks_of(step, laws)
         result = replaying.forward(step, (), walks)
         found = result.walked()
-        assert found == sampling.walk(launching.forward(step).logits.float(), walks)
+        launched = sampling.walk(launching.forward(step).logits.float(), walks)
+        assert [walk[:2] for walk in found] == [walk[:2] for walk in launched]
+        # A graph's rows are padded, and a product may round a row differently beside other rows.
+        peaks = [walk.peak for walk in launched]
+        assert [walk.peak for walk in found] == pytest.approx(peaks, abs=1e-4)
         for index, walk in enumerate(found):
             accepted += len(walk.path)
             told[index] = [*told[index][: len(walk.path)], walk.token_id]
