@@ -52,7 +52,7 @@ LOGITS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(LOGITS, sampling_rows()), min_size=1, max_size=4))
 def test_every_row_of_a_batch_equals_the_slow_model(batch):
     logits = torch.tensor([values for values, _ in batch], dtype=torch.float64)
@@ -73,7 +73,7 @@ def test_every_row_of_a_batch_equals_the_slow_model(batch):
         assert [math.exp(g) for g in got] == pytest.approx(expected, abs=1e-9)
 
 
-@settings(max_examples=75, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(LOGITS, sampling_rows()), min_size=2, max_size=6), st.randoms())
 def test_every_row_alone_equals_the_row_in_a_shuffled_batch(batch, random):
     logits = torch.tensor([values for values, _ in batch], dtype=torch.float32)
