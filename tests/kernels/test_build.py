@@ -247,9 +247,8 @@ def test_the_openmp_is_torchs_own_where_there_are_several(monkeypatch):
 
 def test_the_sources_are_part_of_the_package():
     """What `pip install` leaves on a disk has them: they are declared as data."""
-    import tomllib
-
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    toml = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = toml.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["folospec"]
     package = Path(build.__file__).parents[1]
     declared = {path for pattern in patterns for path in package.glob(pattern)}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from paged_runner import PagedRunner
-from tiny_checkpoints import SHAPE, assert_equals, load, random_prompts, save_random
-from transformers import (
-    InternLM3Config,
-    IQuestCoderConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
+from tiny_checkpoints import (
+    SHAPE,
+    assert_equals,
+    config_class,
+    load,
+    random_prompts,
+    save_random,
 )
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from folospec.attention.metadata import AttentionMetadata, SequenceRows
 from folospec.models.decoder import Decoder
@@ -45,8 +45,10 @@ CONFIGS = {
     "llama, rope yarn": lambda: LlamaConfig(**SHAPE, rope_parameters=dict(YARN_ROPE)),
     "llama, what it ignores": lambda: LlamaConfig(**SHAPE, pretraining_tp=2, max_window_layers=1),
     "llama, eps": lambda: LlamaConfig(**SHAPE, rms_norm_eps=0.3),
-    "internlm3, biases": lambda: InternLM3Config(**SHAPE, head_dim=8, qkv_bias=True, bias=True),
-    "iquestcoder": lambda: IQuestCoderConfig(**SHAPE, head_dim=16),
+    "internlm3, biases": lambda: config_class("InternLM3Config")(
+        **SHAPE, head_dim=8, qkv_bias=True, bias=True
+    ),
+    "iquestcoder": lambda: config_class("IQuestCoderConfig")(**SHAPE, head_dim=16),
     "mistral, what it ignores": lambda: MistralConfig(
         **SHAPE, sliding_window=9, attention_bias=True, mlp_bias=True
     ),
