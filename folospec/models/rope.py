@@ -41,7 +41,7 @@ def frequencies(config: Any, head_size: int, max_model_len: int) -> tuple[Tensor
     if rope_type == "default":
         exponents = torch.arange(0, head_size, 2, dtype=torch.float) / head_size
         inverse, scaling = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
-    elif rope_type in ROPE_INIT_FUNCTIONS:
+    elif isinstance(rope_type, str) and rope_type in ROPE_INIT_FUNCTIONS:
         try:
             inverse, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, None, seq_len=max_model_len)
         except Exception as error:  # it takes its parameters to be there, and to be right
