@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class Odd:
         fields: dict[str, Callable[[], Any]] = {
             **dict.fromkeys(("stop", "bad_words"), self.texts),
             **dict.fromkeys(("stop_token_ids", "allowed_token_ids", "prediction"), self.token_ids),
-            "logit_bias": lambda: {self.token_id(): self.usual([0.5, -3.0]) for _ in range(3)},
+            "logit_bias": self.logit_bias,
             **{name: lambda values=v: self.usual(values) for name, v in USUAL.items()},
         }
         chosen = self.random.sample(sorted(fields), self.random.choice([0, 1, 2, 3, 4]))
@@ -126,6 +126,10 @@ class Odd:
         if self.random.random() < 0.25:
             settings["logits_processors"] = [self.processor()]
         return settings
+
+    def logit_bias(self) -> dict[Any, Any]:
+        keys = [self.token_id() for _ in range(3)]
+        return {key: self.usual([0.5, -3.0]) for key in keys if isinstance(key, Hashable)}
 
     def usual(self, values: list[Any]) -> Any:
         return self.random.choice(values) if self.random.random() < 0.75 else self.number()
