@@ -6,11 +6,26 @@ ignore it. Without a GPU, Triton's kernels are interpreted. Where torch is not i
 `tests/core` runs all the same.
 """
 
+import gc
 import os
 import signal
 from contextlib import suppress
 
+import pytest
+
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Nothing is garbage of what is imported and collected: a million objects that would be looked
+    through again and again, during the tests as well."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -17,7 +17,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -64,7 +66,10 @@ def build(target: str | None = None, sources: Path = SOURCES) -> Path:
     try:
         make_private(folder)
         check_private(folder)
-        return _find(folder, name) or _compile(compiler, flags, sources, folder, name)
+        if found := _find(folder, name):
+            return found
+        with _alone_in(folder):
+            return _find(folder, name) or _compile(compiler, flags, sources, folder, name)
     except OSError as error:
         raise BuildError(f"the kernels cannot be kept in {folder}: {error}") from error
 
@@ -136,6 +141,21 @@ def cache_folder() -> Path:
         raise BuildError(f"there is no folder for them, set FOLOSPEC_CACHE_DIR: {error}") from error
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Who comes second waits, and finds what the first has compiled. Where folders cannot be
+    locked, each compiles for itself."""
+    import fcntl  # not on Windows, where there is no OpenMP to share either
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
+
+
 def _find(folder: Path, name: str) -> Path | None:
     """The library that an earlier run has built."""
     for path in sorted(folder.glob(f"{name}-*.so")):
@@ -153,7 +173,7 @@ def _find(folder: Path, name: str) -> Path | None:
 def _compile(compiler: str, flags: tuple[str, ...], sources: Path, folder: Path, name: str) -> Path:
     # A warning, since it is seen where nothing is set up to log: the first start waits for this.
     logger.warning("compiling the CPU kernels with %s, once; this may take a minute", compiler)
-    # Beside the final place, so that the rename is atomic: processes may compile at once.
+    # Beside the final place, so that the rename is atomic: not everyone waits for the lock.
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
         linked, units = Path(scratch) / "kernels.so", sorted(sources.glob("*.cpp"))
         objects = [str(Path(scratch) / f"{unit.stem}.o") for unit in units]

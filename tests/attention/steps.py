@@ -43,14 +43,16 @@ def random_step(
     head_size: int = 8,
     contexts: tuple[int, ...] = (),
     num_rows: int | None = None,
+    num_slots: int | None = None,
 ) -> Step:
     """A step with one sequence per kind: "decode", "chain", "chunk" (long), "prompt", "tree".
 
     `contexts` are their tokens before the step, as far as it goes, and `num_rows` their rows in it;
-    else these are drawn too.
+    else these are drawn too. The KV has `num_slots`, as many as all steps need if None.
     """
+    num_slots = num_slots or NUM_SLOTS
     rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
-    blocks = list(range(NUM_SLOTS // BLOCK_SIZE))
+    blocks = list(range(num_slots // BLOCK_SIZE))
     rng.shuffle(blocks)
     given = [*contexts, *[None] * (len(kinds) - len(contexts))]
     sequences = [
@@ -62,7 +64,7 @@ def random_step(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=noise, dtype=torch.float64).to(dtype)
 
-    shape = (NUM_SLOTS, heads[1], head_size)
+    shape = (num_slots, heads[1], head_size)
     caches = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
     for rows in sequences:
         slots = [_slot(rows.block_table, index) for index in range(rows.context_len)]

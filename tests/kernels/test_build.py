@@ -206,9 +206,14 @@ def test_a_library_cut_short_ends_no_process(whole, fresh, tmp_path, monkeypatch
     assert path.read_bytes() == whole.read_bytes()
 
 
-def test_processes_may_build_at_once(fresh, tmp_path, monkeypatch):
-    slow = compiler(tmp_path, f"{PRETEND}\nsleep 0.5\necho lib > $last")
-    code = "from folospec.kernels import build; print(build.build())"
+@pytest.mark.parametrize("can_lock", [True, False])
+def test_processes_may_build_at_once(fresh, tmp_path, can_lock):
+    """One of them compiles. Where files cannot be locked, all of them may."""
+    log = tmp_path / "log"
+    slow = compiler(tmp_path, f"{PRETEND}\nsleep 0.5\necho $last >> {log}\necho lib > $last")
+    refused = "import fcntl; fcntl.flock = lambda *_: open('/nonexistent')\n"
+    code = "" if can_lock else refused
+    code += "from folospec.kernels import build; print(build.build())"
     environment = {**os.environ, "CXX": slow, "FOLOSPEC_CACHE_DIR": str(fresh.parent)}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
@@ -217,6 +222,8 @@ def test_processes_may_build_at_once(fresh, tmp_path, monkeypatch):
     said = {process.communicate(timeout=60)[0] for process in processes}
     assert len(said) == 1
     assert [str(path) for path in fresh.iterdir()] == [said.pop().decode().strip()]
+    made = log.read_text().split()
+    assert not can_lock or len(set(made)) == len(made)
 
 
 def test_the_cache_is_where_the_system_says(monkeypatch, tmp_path):

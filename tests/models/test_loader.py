@@ -45,10 +45,13 @@ def edit_tensors(folder, **changes):
 
 @contextmanager
 def transformers_logs_reach(caplog):
-    """Its loggers do not propagate to where `caplog` listens."""
+    """Its loggers do not propagate to where `caplog` listens, and benchmarks silence them."""
     logger = logging.getLogger("transformers")
+    level = logger.level
     logger.addHandler(caplog.handler)
+    logger.setLevel("WARNING")
     yield
+    logger.setLevel(level)
     logger.removeHandler(caplog.handler)
 
 

@@ -81,11 +81,12 @@ def assert_equals(model: Model, reference: Any) -> None:
     expected = [_generate(reference, prompt) for prompt in prompts]
     assert len({token for output in expected for token in output}) >= 8, expected
     full = [prompt + output for prompt, output in zip(prompts, expected, strict=True)]
+    references = [reference_logits(reference, tokens) for tokens in full]
     for chunk in (4, 64):
-        for tokens, logits in zip(full, all_logits(PagedRunner(model), full, chunk), strict=True):
-            torch.testing.assert_close(
-                logits, reference_logits(reference, tokens), rtol=0, atol=1e-4
-            )
+        for logits, theirs in zip(
+            all_logits(PagedRunner(model), full, chunk), references, strict=True
+        ):
+            torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-4)
         assert greedy(PagedRunner(model), prompts, NUM_NEW_TOKENS, chunk) == expected
     shifted = PagedRunner(model, move=lambda position: position + (position >= 3))
     assert greedy(shifted, prompts, NUM_NEW_TOKENS, 4) != expected

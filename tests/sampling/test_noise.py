@@ -53,6 +53,12 @@ def test_the_same_test_rejects_a_weak_hash(axis):
     assert pair_p_value(first, second) < FALSE_ALARM
 
 
+def test_a_single_number_is_that_of_its_row():
+    keys = keys_over(64, vary="seed")
+    for key_, row in zip(keys.tolist(), uniform(keys, IDS[::93]).tolist(), strict=True):
+        assert [noise.uniform_number(key_, token_id) for token_id in range(0, 1024, 93)] == row
+
+
 def test_the_low_bits_are_uniform_too():
     low = bits(keys_over(256, vary="position"), IDS) & 0xFFF
     assert uniform_p_value((low.double() + 0.5) / 4096) > FALSE_ALARM

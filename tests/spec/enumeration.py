@@ -88,8 +88,15 @@ class Toy:
 
     def target_probs(self, tree: TokenTree) -> torch.Tensor:
         """Laws of the root and of every node: float64 [num_nodes + 1, vocab_size]."""
-        contexts = [(), *(tuple(tree.path_token_ids(node)) for node in range(len(tree)))]
-        return torch.tensor([self.target(c) for c in contexts], dtype=torch.float64)
+        return _target_probs(self, tuple(tree.token_ids), tuple(tree.parents))
+
+
+@cache
+def _target_probs(toy: Toy, token_ids: Context, parents: tuple[int, ...]) -> torch.Tensor:
+    contexts: list[Context] = [()]
+    for token_id, parent in zip(token_ids, parents, strict=True):
+        contexts.append((*contexts[parent + 1], token_id))
+    return torch.tensor([toy.target(context) for context in contexts], dtype=torch.float64)
 
 
 @cache

@@ -7,6 +7,7 @@ them, are counted: a chi-square test, with fixed seeds and a false alarm of abou
 """
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -75,8 +76,8 @@ class PositionCoins:
         self.root_position, self.purposes = root_position, (accept, residual)
 
     def accept(self, probability, node):
-        keys = noise.key_tensor([position_key(self.root_position + node + 1, self.purposes[0])])
-        return float(noise.uniform(keys, TOKEN_IDS[:1])) < probability
+        key = position_key(self.root_position + node + 1, self.purposes[0])
+        return noise.uniform_number(key) < probability
 
     def draw(self, probs, row):
         key = position_key(self.root_position + row + 1, self.purposes[1])
@@ -86,15 +87,17 @@ class PositionCoins:
 def generate(toy, verify, num_tokens, step_noise=StepNoise, parents=CHAIN):
     """Draft, verify, and go on from the new root, until there are `num_tokens` tokens."""
     tokens, num_drafts, num_accepted = [0], 0, 0
+    sources = [step_noise(root_position) for root_position in range(num_tokens)]
+    gumbels = draft_noise(sources, parents)
     while len(tokens) < num_tokens:
-        source = step_noise(len(tokens) - 1)
-        tree, rows, draft_probs = draft(toy, tokens[-1], parents, source)
+        root = len(tokens) - 1
+        tree, rows, draft_probs = draft(toy, tokens[-1], parents, gumbels[root])
         if verify is verify_coupled:
             positions = [len(tokens) + depth for depth in (0, *tree.depths)]
             keys = [position_key(position, Purpose.TARGET) for position in positions]
             verdict = verify_coupled(tree, draw_target(toy.target[rows].log(), keys).tolist())
         else:
-            verdict = verify(Proposal(tree, draft_probs), toy.target[rows], source.coins)
+            verdict = verify(Proposal(tree, draft_probs), toy.target[rows], sources[root].coins)
         tokens += verdict.token_ids(tree)
         num_drafts += len(tree)
         num_accepted += verdict.num_accepted
@@ -102,15 +105,21 @@ def generate(toy, verify, num_tokens, step_noise=StepNoise, parents=CHAIN):
     return tokens[:num_tokens]
 
 
-def draft(toy, root, parents, source):
+def draft_noise(sources, parents):
+    """The Gumbels of every step's drafts, looked up at once: [num_steps, num_rows, vocab_size]."""
+    depths = [0]
+    for parent in parents:
+        depths.append(depths[parent + 1] + 1)
+    keys = [key for source in sources for key in source.draft_keys(depths)]
+    gumbels = noise.gumbel(noise.key_tensor(keys), TOKEN_IDS)
+    return gumbels.view(len(sources), len(depths), VOCAB_SIZE).tolist()
+
+
+def draft(toy, root, parents, gumbels):
     """Fill a tree: siblings are a Gumbel top-k in its order, that is, without replacement.
 
     Returns the tree, the token of each row, and the law of each node.
     """
-    depths = [0]
-    for parent in parents:
-        depths.append(depths[parent + 1] + 1)
-    gumbels = noise.gumbel(noise.key_tensor(source.draft_keys(depths)), TOKEN_IDS).tolist()
     rows, laws, tables = [root], [], toy.draft.tolist()
     for node, parent in enumerate(parents):
         earlier = [rows[i + 1] for i in range(node) if parents[i] == parent]
@@ -122,10 +131,13 @@ def draft(toy, root, parents, source):
 
 
 def plain(toy, num_tokens):
+    keys = [position_key(position, Purpose.TARGET) for position in range(1, num_tokens)]
+    # What is drawn at each position after each token: rows do not depend on each other.
+    log_probs = toy.target.log().repeat(len(keys), 1)
+    draws = draw_target(log_probs, noise.key_tensor(keys).repeat_interleave(VOCAB_SIZE))
     tokens = [0]
-    for position in range(1, num_tokens):
-        log_probs = toy.target[tokens[-1]].log()[None]
-        tokens.append(int(draw_target(log_probs, [position_key(position, Purpose.TARGET)])))
+    for drawn_after in draws.view(-1, VOCAB_SIZE).tolist():
+        tokens.append(drawn_after[tokens[-1]])
     return tokens
 
 
@@ -135,9 +147,10 @@ def chance_of(tokens, toy):
     Pairs that do not overlap, given the token before: `VOCAB_SIZE` rows of `VOCAB_SIZE ** 2` cells.
     """
     counts = torch.zeros(VOCAB_SIZE, VOCAB_SIZE, VOCAB_SIZE, dtype=torch.float64)
-    for i in range(0, len(tokens) - 2, 2):
-        before, first, second = tokens[i : i + 3]
-        counts[before, first, second] += 1
+    for (before, first, second), count in Counter(
+        zip(tokens[0:-2:2], tokens[1:-1:2], tokens[2::2], strict=True)
+    ).items():
+        counts[before, first, second] = count
     law = (toy.target[:, :, None] * toy.target[None]).double()
     expected = counts.sum((1, 2), keepdim=True) * law
     assert float(expected.min()) >= 5

@@ -110,6 +110,7 @@ def test_a_completion_ends_where_its_function_ends():
 def test_a_model_card_is_made_of_what_was_measured(exported, documents, tmp_path, monkeypatch):
     few = {module: documents[module] for module, _ in evaluate.COMPLETED} | {"a.py": "x = 1\n" * 9}
     monkeypatch.setattr(corpus, "documents", lambda: iter(few.items()))
+    monkeypatch.setattr(evaluate, "COMPLETION_TOKENS", 8)
     _, folder = exported
     args = {"models": folder / "models", "work": folder, "device": "cpu"}
     args.update(max_tokens=700, positions=2, results=tmp_path / "results.json")
