@@ -125,6 +125,12 @@ def uniform(keys: Tensor, token_ids: Tensor) -> Tensor:
     return _to_uniform(bits(keys, token_ids))
 
 
+def single_uniform(key: int, token_id: int = 0) -> float:
+    """One number of `uniform`, without the cost of a tensor."""
+    low, high = key & _MASK32, (key >> 32) & _MASK32
+    return (_mix32(_mix32(token_id ^ low) ^ high) + 0.5) * 2.0**-32
+
+
 def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise, float32, of the shape of `bits`."""
     return _to_gumbel(bits(keys, token_ids))
@@ -153,6 +159,12 @@ def _mix32_(x: Tensor) -> Tensor:
     x.bitwise_xor_(x >> 15).mul_(_MULTIPLIER_1).bitwise_and_(_MASK32)
     x.bitwise_xor_(x >> 12).mul_(_MULTIPLIER_2).bitwise_and_(_MASK32)
     return x.bitwise_xor_(x >> 15)
+
+
+def _mix32(x: int) -> int:
+    x = ((x ^ (x >> 15)) * _MULTIPLIER_1) & _MASK32
+    x = ((x ^ (x >> 12)) * _MULTIPLIER_2) & _MASK32
+    return x ^ (x >> 15)
 
 
 def _mix64(x: int) -> int:

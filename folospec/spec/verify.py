@@ -75,8 +75,7 @@ class KeyedCoins:
     def accept(self, probability: float, node: int) -> bool:
         if probability <= 0.0 or probability >= 1.0:
             return probability >= 1.0
-        keys = noise.key_tensor([self._key(noise.Purpose.ACCEPT, node + 1)])
-        return noise.uniform(keys, torch.zeros(1, dtype=torch.int64)).item() < probability
+        return noise.single_uniform(self._key(noise.Purpose.ACCEPT, node + 1)) < probability
 
     def draw(self, probs: torch.Tensor, row: int) -> int:
         return int(draw_target(probs.log()[None], [self._key(noise.Purpose.RESIDUAL, row)]))

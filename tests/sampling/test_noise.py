@@ -43,6 +43,14 @@ def test_hosts_and_devices_have_the_same_bits():
     assert torch.equal(noise.elementwise_bits(keys, few), noise._device_bits(keys, few))
 
 
+def test_single_uniforms_are_those_of_a_row():
+    keys = keys_over(40, vary="position")
+    singles = [
+        [noise.single_uniform(key, token_id) for token_id in range(5)] for key in keys.tolist()
+    ]
+    assert uniform(keys, IDS[:5]).tolist() == singles
+
+
 AXES = ["seed", "sample_index", "position", "purpose", "token_id"]
 
 
