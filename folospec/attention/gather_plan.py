@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from folospec.attention.metadata import AttentionMetadata, IntArray
+from folospec.attention.metadata import AttentionMetadata, IntArray, find_slots
 
 ROW_CLASSES = (8, 32)
 """Sequences of up to 8 rows share a call, and those of up to 32; longer ones run alone."""
@@ -50,7 +50,7 @@ class _Step:
         self.row_starts = metadata.query_start_loc.astype(np.int64)
         self.num_rows = np.diff(self.row_starts)
         self.contexts = metadata.context_lens.astype(np.int64)
-        self.block_table = metadata.block_table.astype(np.int64)
+        self.block_table = metadata.block_table
         self.block_size = metadata.block_size
         self.positions: IntArray = metadata.positions.cpu().numpy()
         self.suffix_starts = metadata.suffix_start_loc.astype(np.int64)
@@ -74,18 +74,19 @@ class _Step:
     def suffix_index(self, seqs: IntArray, logical: IntArray) -> IntArray:
         """Where in the flat suffix arrays a logical index points; clipped into the sequence's own
         suffix."""
-        offsets = np.clip(logical - self.contexts[seqs, None], 0, self.suffix_lens[seqs, None] - 1)
-        return self.suffix_starts[seqs, None] + offsets
+        offsets = np.maximum(logical - self.contexts[seqs, None], 0)
+        last = self.suffix_lens[seqs, None] - 1
+        return self.suffix_starts[seqs, None] + np.minimum(offsets, last)
 
     def slots(self, seqs: IntArray, logical: IntArray) -> IntArray:
         """KV slot of each key, [seqs, num_keys]."""
         slots = self.suffix_slots[self.suffix_index(seqs, logical)]
         if self.block_table.shape[1] == 0:
             return slots
-        context = np.clip(logical, 0, np.maximum(self.contexts[seqs, None] - 1, 0))
-        blocks = np.take_along_axis(self.block_table[seqs], context // self.block_size, axis=1)
-        in_context = logical < self.contexts[seqs, None]
-        return np.where(in_context, blocks * self.block_size + context % self.block_size, slots)
+        contexts = self.contexts[seqs, None]
+        context = np.minimum(logical, np.maximum(contexts - 1, 0))
+        paged = find_slots(self.block_table, seqs[:, None], context, self.block_size)
+        return np.where(logical < contexts, paged, slots)
 
     def visible(self, seqs: IntArray, logical: IntArray, num_rows: int) -> NDArray[np.bool_]:
         """Which keys each row sees, [seqs, num_rows, num_keys]; padded rows see what is in the

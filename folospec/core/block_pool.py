@@ -27,7 +27,8 @@ class Block:
 
 
 class BlockPool:
-    """A fixed number of blocks, each free or held. All operations are O(1) per block.
+    """A fixed number of blocks, each free or held. All operations are O(1) per block, and a pool as
+    large as memory costs nothing to make: a block's record is made when it is first taken.
 
     `on_evict` is called with a cached block that is about to be taken for something else; after
     that it has no hash.
@@ -39,22 +40,21 @@ class BlockPool:
     def __init__(self, num_blocks: int, on_evict: Callable[[Block], None] | None = None) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be an integer of at least 1, got {num_blocks!r}")
-        self.blocks = [Block(i) for i in range(num_blocks)]
+        self.num_blocks = num_blocks
+        self.blocks: list[Block] = []
+        """Those that were ever taken, by id; all others are free."""
         self._on_evict = on_evict
-        # Taken from the front. Blocks without a hash are put in front, cached ones at the back.
-        self._free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
+        # The free ones of `blocks`, without a hash in front, cached ones at the back. They are
+        # taken from the front; blocks that were never taken go between the two kinds.
+        self._free: OrderedDict[int, None] = OrderedDict()
 
     def __getitem__(self, block_id: int) -> Block:
         return self.blocks[block_id]
 
     @property
-    def num_blocks(self) -> int:
-        return len(self.blocks)
-
-    @property
     def num_free(self) -> int:
         """Blocks that can be allocated, those with cached contents included."""
-        return len(self._free)
+        return self.num_blocks - len(self.blocks) + len(self._free)
 
     def allocate(self) -> Block:
         """Take a free block, evicting the least recently used cached one if no other is left.
@@ -62,8 +62,12 @@ class BlockPool:
         Raises:
             RuntimeError: no block is free; callers look at `num_free` first.
         """
-        if not self._free:
+        if not self.num_free:
             raise RuntimeError(f"all {self.num_blocks} blocks are held")
+        first = next(iter(self._free), None)
+        if len(self.blocks) < self.num_blocks and (first is None or self.blocks[first].block_hash):
+            self.blocks.append(Block(len(self.blocks), ref_cnt=1))
+            return self.blocks[-1]
         block_id, _ = self._free.popitem(last=False)
         block = self.blocks[block_id]
         if block.block_hash is not None:

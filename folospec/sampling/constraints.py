@@ -217,11 +217,12 @@ def _penalize(logits: Tensor, rows: Sequence[SamplingRow], indices: list[int]) -
     counts = torch.from_numpy(in_output).to(logits.device)
     seen = (counts > 0) | torch.from_numpy(in_prompt > 0).to(logits.device)
     repetition = column("repetition_penalty")
-    old = logits if len(indices) == len(rows) else logits[indices]
+    at = torch.tensor(indices, device=logits.device)
+    old = logits if len(indices) == len(rows) else logits.index_select(0, at)
     new = torch.where(seen, torch.where(old > 0, old / repetition, old * repetition), old)
     new = new - column("frequency_penalty") * counts
     new = new - column("presence_penalty") * (counts > 0)
-    logits[indices] = new
+    logits.index_copy_(0, at, new)
 
 
 def _counts(

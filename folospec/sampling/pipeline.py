@@ -143,7 +143,8 @@ def _by_kind(
     log_probs = torch.empty_like(logits)
     for kind, indices in kinds.items():
         at = torch.tensor(indices, device=logits.device)
-        log_probs[at] = kind(logits[at], peak[at], [params[i] for i in indices])
+        chosen = logits.index_select(0, at), peak.index_select(0, at)
+        log_probs.index_copy_(0, at, kind(*chosen, [params[i] for i in indices]))
     return log_probs
 
 

@@ -31,8 +31,10 @@ def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
 
 def test_releasing_a_free_block_is_refused() -> None:
     pool = BlockPool(2)
+    block = pool.allocate()
+    pool.release([block])
     with pytest.raises(RuntimeError, match="nobody holds it"):
-        pool.release([pool[0]])
+        pool.release([block])
 
 
 def test_blocks_without_a_hash_are_taken_before_cached_ones() -> None:
@@ -41,6 +43,25 @@ def test_blocks_without_a_hash_are_taken_before_cached_ones() -> None:
     cached.block_hash = b"x"
     pool.release([cached, plain])
     assert pool.allocate() is plain
+
+
+def test_blocks_never_taken_are_taken_before_cached_ones() -> None:
+    pool = BlockPool(2)
+    cached = pool.allocate()
+    cached.block_hash = b"x"
+    pool.release([cached])
+    assert pool.allocate() is not cached
+    assert pool.allocate() is cached
+
+
+def test_blocks_that_are_never_taken_cost_nothing() -> None:
+    pool = BlockPool(10**12)
+    blocks = [pool.allocate(), pool.allocate()]
+    assert pool.blocks == blocks
+    assert pool.num_free == 10**12 - 2
+    pool.release(blocks)
+    pool.check()
+    assert pool.num_free == 10**12
 
 
 def test_cached_blocks_are_evicted_least_recently_used_first() -> None:
@@ -76,7 +97,9 @@ def test_a_pool_without_blocks_is_refused(num_blocks: int) -> None:
 @pytest.mark.parametrize(("ref_cnt", "words"), [(1, "but in the free"), (-1, "ref_cnt -1")])
 def test_check_catches_a_wrong_reference_count(ref_cnt: int, words: str) -> None:
     pool = BlockPool(3)
-    pool[1].ref_cnt = ref_cnt
+    block = pool.allocate()
+    pool.release([block])
+    block.ref_cnt = ref_cnt
     with pytest.raises(AssertionError, match=words):
         pool.check()
 
@@ -114,9 +137,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(block_id=st.integers(0, 3))
     def retain(self, block_id: int) -> None:
-        block = self.pool[block_id]
-        if block_id in self.counts or block.block_hash is not None:
-            self.pool.retain(block)
+        if block_id in self.counts or block_id in self.free_cached:
+            self.pool.retain(self.pool[block_id])
             self.counts[block_id] = self.counts.get(block_id, 0) + 1
             if block_id in self.free_cached:
                 self.free_cached.remove(block_id)

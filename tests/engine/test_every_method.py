@@ -4,6 +4,7 @@ some are rejected, and the tokens are those of plain decoding."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from harness import assert_speculated
 
 from folospec import LLM, RequestOutput, SamplingParams
 from folospec.engine import judgement
+from folospec.models.loader import load_tokenizer
 from folospec.spec import drafters
 from folospec.spec.drafters.base import known_drafters
 
@@ -99,8 +101,20 @@ def params() -> list[SamplingParams]:
     ]
 
 
+@cache
+def token_ids_of(text: str) -> list[int]:
+    """Read here once, so that no engine has to load a tokenizer."""
+    return tokenizer().encode(text)
+
+
+@cache
+def tokenizer() -> Any:
+    return load_tokenizer("folospec-demo")
+
+
 def expecting(requests: list[SamplingParams]) -> list[SamplingParams]:
-    return [replace(request, prediction=PREDICTION) for request in requests]
+    prediction = token_ids_of(PREDICTION)
+    return [replace(request, prediction=prediction) for request in requests]
 
 
 def tokens_of(outputs: list[RequestOutput]) -> list[list[list[int]]]:
@@ -110,13 +124,18 @@ def tokens_of(outputs: list[RequestOutput]) -> list[list[list[int]]]:
 def run(
     speculative: Any, requests: list[SamplingParams] | None = None, **options: Any
 ) -> tuple[list[list[list[int]]], dict[str, Any]]:
-    llm = LLM(
-        "folospec-demo", speculative=speculative, dtype="float64", strict_drafters=True, **options
-    )
+    settings = {
+        "dtype": "float64",
+        "skip_tokenizer_init": True,
+        "strict_drafters": True,
+        "num_blocks": 64,
+    }
+    llm = LLM("folospec-demo", speculative=speculative, **{**settings, **options})
     requests = requests or params()
     if llm.engine.speculation.needs.prediction:
         requests = expecting(requests)
-    outputs = llm.generate(PROMPTS, requests, use_tqdm=False)
+    prompts = [token_ids_of(prompt) for prompt in PROMPTS]
+    outputs = llm.generate(prompts, requests, use_tqdm=False)
     return tokens_of(outputs), llm.stats()
 
 

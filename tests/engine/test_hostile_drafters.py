@@ -4,6 +4,7 @@ decoding's, every block is accounted for, and its failures are counted."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from folospec.engine import asking, loading
 from folospec.engine import request as engine_request
 
 ASKED = PROMPTS[:4]
+NUM_BLOCKS = 64
 
 
 def params_of() -> list[SamplingParams]:
@@ -36,18 +38,25 @@ def params_of() -> list[SamplingParams]:
     ]
 
 
+@cache
+def plain_run(model: str, dtype: str) -> Run:
+    """Plain decoding's; the same for every drafter."""
+    return run(make_llm(model, dtype=dtype, num_blocks=NUM_BLOCKS), ASKED, params_of())
+
+
 class Bench:
     """An engine with the hostile drafter, and what plain decoding says there. The target is its
     draft model."""
 
     def __init__(self, model: str, dtype: str, /, **options: Any) -> None:
-        settings = {"dtype": dtype, "num_blocks": 64}
-        self.plain = run(make_llm(model, **settings), ASKED, params_of())
+        self.plain = plain_run(model, dtype)
         self.futures = {tuple(p): t[0] for p, t in zip(ASKED, self.plain.tokens, strict=True)}
         if "drafters" not in options:
             options = {"method": "hostile", "num_speculative_tokens": 8, **options}
             options |= {"model": model} if "model" in options else {}
-        self.llm = make_llm(model, options, strict_drafters=False, **settings)
+        self.llm = make_llm(
+            model, options, strict_drafters=False, dtype=dtype, num_blocks=NUM_BLOCKS
+        )
         if options.get("adaptive"):
             fix_costs(self.llm)
 

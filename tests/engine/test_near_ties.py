@@ -144,26 +144,36 @@ def test_a_lost_kv_row_is_not_excused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unexcused(plain, fast, params)[0] > 0
 
 
-@pytest.mark.parametrize("speculative", [DRAFT, "ngram"])
-def test_row_at_a_time_float32_needs_no_excuse_on_torch_either(speculative: Any) -> None:
-    """Row at a time, every speculative row is a plain one to the bit: tokens are equal, full stop,
-    and so is the last bit of every logprob."""
+def row_at_a_time(speculative: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Tokens and logprobs of a run on torch, row at a time, and its stats."""
     params = [
         SamplingParams(temperature=t, max_tokens=20, ignore_eos=True, seed=SEED, logprobs=1)
         for t in (0.0, 0.8, 1.0, 0.0)
     ]
-    results = []
-    for drafter in (None, speculative):
-        llm = LLM(
-            "folospec-demo",
-            drafter,
-            dtype="float32",
-            num_blocks=256,
-            deterministic=True,
-            attention_backend="torch",
-        )
-        outputs = llm.generate(PROMPTS[:4], params, use_tqdm=False)
-        results.append([(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs])
-        assert llm.stats()["lossless"] == "bit"
-    assert_speculated(llm.stats())
-    assert results[0] == results[1]
+    llm = LLM(
+        "folospec-demo",
+        speculative,
+        dtype="float32",
+        num_blocks=256,
+        deterministic=True,
+        attention_backend="torch",
+    )
+    outputs = llm.generate(PROMPTS[:4], params, use_tqdm=False)
+    assert llm.stats()["lossless"] == "bit"
+    return [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs], llm.stats()
+
+
+@pytest.fixture(scope="module")
+def plain_rows() -> list[Any]:
+    return row_at_a_time(None)[0]
+
+
+@pytest.mark.parametrize("speculative", [DRAFT, "ngram"])
+def test_row_at_a_time_float32_needs_no_excuse_on_torch_either(
+    speculative: Any, plain_rows: list[Any]
+) -> None:
+    """Row at a time, every speculative row is a plain one to the bit: tokens are equal, full stop,
+    and so is the last bit of every logprob."""
+    rows, stats = row_at_a_time(speculative)
+    assert_speculated(stats)
+    assert rows == plain_rows

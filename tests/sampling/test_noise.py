@@ -35,6 +35,14 @@ def neighbours(lookup, make_keys, axis):
     return v[0::2], v[1::2]
 
 
+def test_hosts_and_devices_have_the_same_bits():
+    keys, ids = keys_over(300, vary="position"), torch.cat([IDS, (1 << 18) - IDS])
+    assert keys.min() < 0 < keys.max()
+    assert torch.equal(bits(keys, ids), noise._device_bits(keys[:, None], ids))
+    few = ids[: len(keys)]
+    assert torch.equal(noise.elementwise_bits(keys, few), noise._device_bits(keys, few))
+
+
 AXES = ["seed", "sample_index", "position", "purpose", "token_id"]
 
 
