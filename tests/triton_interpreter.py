@@ -24,8 +24,11 @@ def mend() -> None:
         return TensorHandle(total + d.data, d.dtype.scalar)
 
     def cast_impl(self, src, dst_type):
-        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (tl.float32, tl.bfloat16):
             return TensorHandle(_round(src.data), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32) and src.data.dtype == np.uint16:  # no comparison
+            return _widen(src)
         return plain_cast(self, src, dst_type)
 
     if getattr(InterpreterBuilder, "is_mended", False):
