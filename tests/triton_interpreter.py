@@ -3,11 +3,14 @@
 It keeps bfloat16 as the integers of its bits, multiplies them as such in `tl.dot`, and truncates
 float32 where a card rounds to the nearest. It computes `tl.dot` with the matrix product of numpy's
 BLAS, in which a row of the result may depend on how many rows there are; a card's does not. And it
-replaces the whole language whenever a kernel calls a function; once in a launch is enough.
+searches and replaces the whole language at each launch, and whenever a kernel calls a function.
 """
+
+from types import FunctionType
 
 import numpy as np
 import triton.language as tl
+from interpreter_tapes import taped
 from quick_interpreter import make_quick
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -21,8 +24,11 @@ def mend() -> None:
         return TensorHandle(total + d.data, d.dtype.scalar)
 
     def cast_impl(self, src, dst_type):
-        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (tl.float32, tl.bfloat16):
             return TensorHandle(_round(src.data), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32) and src.data.dtype == np.uint16:  # no comparison
+            return _widen(src)
         return plain_cast(self, src, dst_type)
 
     if getattr(InterpreterBuilder, "is_mended", False):
@@ -44,23 +50,26 @@ def product(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _replace_once() -> None:
-    """Functions see the language as `tl`, or as `tl.core`, which are replaced one by one."""
-    function, launch = interpreter.InterpretedFunction, interpreter.GridExecutor.__call__
-    replaced: set[bool] = set()
+    """In a launch, as it was found to be done at the first."""
+    plain, found = interpreter._patch_lang, []
+
+    def replace(fn):
+        scope = interpreter._LangPatchScope()
+        if not found:
+            sees_both = FunctionType(fn.__code__, {"tl": tl, "core": tl.core})
+            changes = plain(sees_both)._changes
+            found.extend((place, name, getattr(place, name)) for place, name, _ in changes)
+            scope._changes = changes
+        else:
+            for change in found:
+                scope.set_attr(*change)
+        return scope
 
     def call(self, *args, **kwargs):
-        is_core = tl.core in (self.fn.__globals__.get(name) for name in ("tl", "core"))
-        if is_core not in replaced:
-            interpreter._patch_lang(self.fn)
-            replaced.add(is_core)
-        return self.rewrite()(*args, **kwargs)
+        return taped(self.rewrite(), self, args, kwargs)
 
-    def call_kernel(self, *args, **kwargs):
-        replaced.clear()
-        launch(self, *args, **kwargs)
-
-    function.__call__ = call
-    interpreter.GridExecutor.__call__ = call_kernel
+    interpreter._patch_lang = replace
+    interpreter.InterpretedFunction.__call__ = call
 
 
 def _widen(handle):

@@ -7,6 +7,9 @@ import pytest
 pytest.importorskip("triton")
 
 import numpy as np
+import torch
+import triton
+import triton.language as tl
 import triton_interpreter
 
 SIZES = (16, 32, 64, 128)
@@ -52,3 +55,17 @@ def test_a_product_is_that_of_float64_up_to_rounding(is_transposed: bool):
     found = triton_interpreter.product(left, right, np.dtype(np.float32))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
+def widen_kernel(source, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, tl.load(source + at).to(tl.float32))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
+def test_every_bfloat16_is_itself_in_float32():
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    source, out = bits.view(torch.bfloat16), torch.empty(2**16)
+    widen_kernel[1,](source, out, 2**16)
+    assert torch.equal(out.view(torch.int32), bits.int() << 16)
