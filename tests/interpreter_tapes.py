@@ -124,9 +124,8 @@ def taped(operation: Callable[..., Any], key: Any, args: Any, kwargs: dict[str, 
     if tape is not None:
         return tape.replay(handles)
     plain = interpreter_semantic.builder
-    has_twins = len({id(handle) for handle in handles}) < len(
-        handles
-    )  # x * x is no example of x * y
+    # x * x is no example of x * y.
+    has_twins = len({id(handle) for handle in handles}) < len(handles)
     if key in _TAPES or has_twins or type(plain) is Recorder:
         return operation(*args, **kwargs)
     recorder = interpreter_semantic.builder = Recorder(plain, handles)
