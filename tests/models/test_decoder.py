@@ -105,9 +105,9 @@ def test_taps_are_the_streams_before_each_layer_and_before_the_final_norm(qwen3)
         expected = reference.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
         normed = reference.model.norm(taps[3])
     for layer in range(3):
-        torch.testing.assert_close(taps[layer], expected[layer][0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(hidden, expected[3][0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(normed, hidden, rtol=0, atol=1e-5)
+        torch.testing.assert_close(taps[layer], expected[layer][0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(hidden, expected[3][0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(normed, hidden, rtol=0, atol=1e-4)
 
 
 def test_a_tap_that_no_layer_has_is_refused(qwen3):
@@ -145,7 +145,7 @@ def test_a_row_of_a_tree_has_the_logits_of_its_path_as_plain_text(qwen3):
     hidden, _ = model.forward(torch.tensor(root + nodes), metadata, runner.kv)
     for row, path in enumerate(paths):
         plain = PagedRunner(model).step({0: [*context, *root, *(nodes[node] for node in path)]})
-        torch.testing.assert_close(model.logits(hidden)[row], plain[0][-1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.logits(hidden)[row], plain[0][-1], rtol=0, atol=1e-4)
 
 
 def test_a_row_run_alone_has_the_same_bits_as_plain_text_and_as_a_node_of_a_tree(qwen3):

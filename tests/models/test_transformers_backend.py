@@ -145,9 +145,9 @@ def test_taps_are_the_streams_before_each_layer_and_before_the_final_norm(gemma3
         expected = reference.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
         normed = reference.model.norm(taps[3])
     for layer in (0, 2):
-        torch.testing.assert_close(taps[layer], expected[layer][0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(hidden, expected[3][0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(normed, hidden, rtol=0, atol=1e-5)
+        torch.testing.assert_close(taps[layer], expected[layer][0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(hidden, expected[3][0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(normed, hidden, rtol=0, atol=1e-4)
     assert model.forward(torch.tensor(tokens), metadata, runner.kv)[1] == {}
 
 

@@ -82,7 +82,7 @@ def test_chains_in_place_equal_chains_of_rows(runner: ModelRunner) -> None:
     chains = runner.chains(LENGTHS, tables())
     assert isinstance(chains, PassChains)
     for ours, theirs in zip(run(chains), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert runner.num_passes == 2 * (STEPS + len(LENGTHS))
 
 
@@ -95,7 +95,7 @@ def test_chains_that_do_not_move_on_are_noticed(
     start(runner)
     monkeypatch.setattr(AttentionMetadata, "advance", lambda self: None)
     found = run(runner.chains(LENGTHS, tables()))
-    assert torch.allclose(found[0], expected[0], atol=1e-5)
+    assert torch.allclose(found[0], expected[0], atol=1e-4)
     assert all((a - b).abs().max() > 0.1 for a, b in zip(found[1:3], expected[1:3], strict=True))
 
 
