@@ -7,7 +7,9 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -204,6 +206,24 @@ def test_a_library_cut_short_ends_no_process(whole, fresh, tmp_path, monkeypatch
     assert subprocess.run(load, capture_output=True, timeout=60).returncode < 0
     native.Native()
     assert path.read_bytes() == whole.read_bytes()
+
+
+def test_who_waits_for_another_process_says_so(pretend, fresh, caplog):
+    fcntl = pytest.importorskip("fcntl")
+    build.make_private(fresh)
+    descriptor = os.open(fresh, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(build.build)
+        try:
+            while not (said(caplog) or found.done()):
+                time.sleep(0.01)
+            assert not found.done()
+            assert said(caplog) == ["waiting for another process that compiles the CPU kernels"]
+        finally:
+            os.close(descriptor)
+        assert found.result().is_file()
+    assert len(said(caplog)) == 2, "it compiles, since the other left nothing behind"
 
 
 @pytest.mark.parametrize("can_lock", [True, False])
