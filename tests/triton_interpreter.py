@@ -9,6 +9,7 @@ searches and replaces the whole language at each launch, and whenever a kernel c
 from types import FunctionType
 
 import numpy as np
+import triton.experimental.gluon  # noqa: F401  else in a launch, out of the replaced language
 import triton.language as tl
 from interpreter_tapes import taped
 from quick_interpreter import make_quick
