@@ -23,7 +23,7 @@ def pointer(name: str, tensor: Tensor, dtype: torch.dtype, shape: Shape) -> int:
     """
     if (
         tensor.dtype != dtype
-        or tensor.device.type != "cpu"
+        or not tensor.is_cpu
         or not tensor.is_contiguous()
         or not _fits(tensor.shape, shape)
     ):
@@ -75,9 +75,14 @@ def pack_ids(name: str, ids: Iterable[int], code: str = "q") -> array[int]:
 
 
 def _fits(sizes: Sequence[int], shape: Shape) -> bool:
-    return len(sizes) == len(shape) and all(
-        wanted is None or wanted == size for wanted, size in zip(shape, sizes, strict=True)
-    )
+    if sizes == shape:  # mostly; this runs many times in a step
+        return True
+    if len(sizes) != len(shape):
+        return False
+    for size, wanted in zip(sizes, shape, strict=True):
+        if wanted is not None and wanted != size:
+            return False
+    return True
 
 
 def _words(dtype: Any, shape: Shape) -> str:
