@@ -67,16 +67,16 @@ def some_steps(seed=1):
 
 
 def check_same(left, right):
-    torch.testing.assert_close(left.logits, right.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(left.logits, right.logits, rtol=1e-5, atol=1e-5)
     for tap, stream in right.taps.items():
-        torch.testing.assert_close(left.taps[tap], stream, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(left.taps[tap], stream, rtol=1e-5, atol=1e-5)
     assert left.taps.keys() == right.taps.keys()
 
 
 def check_same_kv(left, right):
     for mine, theirs in zip(left.kv.layers, right.kv.layers, strict=True):
-        torch.testing.assert_close(mine.key, theirs.key, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(mine.value, theirs.value, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.key, theirs.key, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine.value, theirs.value, rtol=1e-5, atol=1e-5)
 
 
 def check_steps(replaying, launching, taps=()):
