@@ -42,7 +42,6 @@ class Rule(NamedTuple):
 
 NUM_KEYS = "clamp<int64_t>(s.num_keys[row] - tile, first"
 FIRST_KEY = "clamp<int64_t>(from - tile, 0"
-SUMS = "sums[i][0], sums[i][NR > 1 ? 1 : 0], sums[i][NR > 2 ? 2 : 0], sums[i][NR > 3 ? 3 : 0]"
 AT_END, STORED = "point.depth == node.depth", "tree.texts[text].is_stored"
 MORE = "tree.nodes[child].count > tree.nodes[most].count"
 RULES = {
@@ -113,8 +112,8 @@ RULES = {
         "(int64_t)((s.context_lens[s.row_seq[w.first_row]] + TILE - 1) % TILE) + 1 - TILE",
     ),
     "a sum by the number of rows": Rule(
-        *("linear.h", f"sum_four({SUMS})", f"sum_four({SUMS})"),
-        f"MR > 3 ? sum_lane_by_lane({SUMS}) : sum_four({SUMS})",
+        *("linear.h", "finish_four<NR>(sums[i]", "sums[i]"),
+        "MR > 3 ? add_lane_by_lane(sums[i]) : sums[i]",
     ),
 }
 """By what they break. None reads what is not there."""
@@ -123,11 +122,14 @@ REORDERED = ("tiles up to the context", "a sum by the number of rows")
 SWITCH = """
 extern "C" { inline __attribute__((visibility("default"))) int folospec_broken = 0; }
 namespace folospec {
-INLINE FourFloats sum_lane_by_lane(Vec a, Vec b, Vec c, Vec d) {
-    FourFloats totals = {};
-    for (int lane = 0; lane < LANES; lane++)
-        totals = totals + FourFloats{a[lane], b[lane], c[lane], d[lane]};
-    return totals;
+template <int N>
+INLINE Vec* add_lane_by_lane(Vec (&sums)[N]) {
+    for (Vec& v : sums) {
+        Vec one = {};
+        for (int lane = 0; lane < LANES; lane++) one[0] += v[lane];
+        v = one;
+    }
+    return sums;
 }
 }
 """

@@ -132,7 +132,7 @@ private:
     }
 
     void score_roughly() {
-        const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const IntVec lanes = lane_numbers();
         room.scores.resize((size + LANES - 1) / LANES * LANES);
         float factor = (float)(1.0 / temperature);
         for (int64_t i = 0; i < size; i += LANES) {

@@ -85,7 +85,7 @@ struct Share {
     }
 };
 
-constexpr int64_t OUT_UNIT = 12;  // outputs are shared out so that tiles of three and of four fit
+constexpr int64_t OUT_UNIT = 24;  // outputs are shared out so that tiles of any width fit
 constexpr int64_t INNER_UNIT = 48;  // and whole vectors of the MLP's inner columns besides
 
 class Worker {

@@ -22,19 +22,7 @@ EXPORT void folospec_sizes(int64_t* sizes) {
 }
 
 // What this build computes with.
-EXPORT const char* folospec_instruction_set() {
-#if defined(__AVX512BF16__)
-    return "AVX-512 with bfloat16";
-#elif defined(__AVX512F__)
-    return "AVX-512";
-#elif defined(__AVX2__) && defined(__FMA__)
-    return "AVX2";
-#elif defined(__aarch64__)
-    return "NEON";
-#else
-    return "no vector instructions in particular";
-#endif
-}
+EXPORT const char* folospec_instruction_set() { return instruction_set(); }
 
 EXPORT int64_t folospec_scratch_floats(const Model* model, const Pass* pass) {
     Scratch s;
@@ -130,11 +118,11 @@ EXPORT float folospec_read(const float* from, int64_t count, int64_t threads) {
     {
         Share mine(count, 64, omp_get_thread_num(), omp_get_num_threads());
         Vec sums[4] = {};
-        for (int64_t i = mine.begin; i + 64 <= mine.end; i += 64)
-            for (int v = 0; v < 4; v++) {
-                sums[v] = sums[v] + load(from + i + v * LANES);
-                __builtin_prefetch((const char*)(from + i + v * LANES) + AHEAD_BYTES, 0, 2);
-            }
+        for (int64_t i = mine.begin; i + 64 <= mine.end; i += 64) {
+            for (int v = 0; v < 64 / LANES; v++) sums[v % 4] = sums[v % 4] + load(from + i + v * LANES);
+            for (int line = 0; line < 4; line++)
+                __builtin_prefetch((const char*)(from + i) + line * LINE_BYTES + AHEAD_BYTES, 0, 2);
+        }
         total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
     return total;
