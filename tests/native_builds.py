@@ -144,6 +144,8 @@ GUARD = (
     "    for (; key < 0; key++) *places++ = 0;\n    const int32_t* table =",
 )
 """Where tiles begin before the first key, places are asked for that are not there."""
+NO_SPINS = ("SPINS = 8192;", "SPINS = 1;")
+"""Who waits for another thread falls asleep at once."""
 END = "}  // namespace folospec"
 
 
@@ -205,7 +207,8 @@ def with_switches(texts: dict[str, str]) -> dict[str, str]:
         wrongs[place] = f"folospec_broken == {number} ? ({wrong}) : {wrongs.get(place, right)}"
     for (file, line, right), choice in wrongs.items():
         texts[file] = texts[file].replace(line, line.replace(right, f"({choice})", 1))
-    for file, change in (("attention.h", GUARD), ("kernels.cpp", OVERRUN)):
+    changes = (("attention.h", GUARD), ("kernels.cpp", OVERRUN), ("team.h", NO_SPINS))
+    for file, change in changes:
         assert change[0] in texts[file]
         texts[file] = texts[file].replace(*change)
     head, _, tail = texts["vec.h"].rpartition(END)

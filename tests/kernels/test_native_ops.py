@@ -91,6 +91,18 @@ def test_a_sum_by_the_number_of_rows_is_as_right_and_has_other_bits():
     assert torch.equal(case.run(fine, 3), case.run(fine)[:3])
 
 
+def test_threads_that_fall_asleep_where_they_meet_are_woken():
+    """In this build they hardly spin; one that were not woken would never end."""
+    case, library = Case("float32", 97, 130, 3), breakable().library
+    alone = case.run(library)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        assert all(torch.equal(case.run(library), alone) for _ in range(200))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("target", ["x86-64-v3", "x86-64"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_linear_of_builds_for_lesser_machines(target, kind):
