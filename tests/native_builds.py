@@ -12,7 +12,6 @@ Libraries are kept in `build/test_kernels`, and found there by what they were bu
 from __future__ import annotations
 
 import ctypes
-import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +19,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import emulated_kernels
 import pytest
+from emulated_kernels import EmulatedInt, EmulatedLibrary
 
-from folospec.cli import info
-from folospec.kernels import build, native
+from folospec.kernels import build, native, targets
 from folospec.kernels.build import SOURCES
 
 FOLDER = Path(__file__).parents[1] / "build" / "test_kernels"
-COMMON, HURRY = "x86-64-v3", "-O1"
+HURRY = "-O1"
+X86 = ("x86-64-v3", "x86-64")
+ARM = tuple(target.name for target in targets.TARGETS["aarch64"])
+NEON = ARM[-1]
+BUILDS = (*X86, *ARM)
+"""Targets that are tested on any newer machine of their kind, and those for Arm elsewhere too."""
 
 
 class Rule(NamedTuple):
@@ -154,7 +159,7 @@ class Breakable:
 
     def __init__(self, library: native.Native) -> None:
         self.library = library
-        self._switch = ctypes.c_int.in_dll(library.library, "folospec_broken")
+        self._switch = _switch(library.library)
 
     @contextmanager
     def without(self, rule: str) -> Iterator[native.Native]:
@@ -180,20 +185,18 @@ def require_native() -> native.Native:
 
 @lru_cache
 def built_for(target: str) -> native.Native:
-    """The kernels for another instruction set of x86, in a hurry. Skips where it cannot run."""
-    if platform.machine() != "x86_64" or (target == COMMON and "fma" not in info.cpu_flags()):
-        pytest.skip(f"this machine does not run {target}")
+    """The kernels for another instruction set, in a hurry. Skips where it cannot run."""
     return _build(target, SOURCES, HURRY)
 
 
 @lru_cache
-def breakable() -> Breakable:
-    """The kernels with a switch at each of `RULES`."""
+def breakable(target: str | None = None) -> Breakable:
+    """The kernels with a switch at each of `RULES`, for this machine or another target."""
     texts = {path.name: path.read_text() for path in SOURCES.iterdir()}
     with tempfile.TemporaryDirectory() as folder:
         for file, text in with_switches(texts).items():
             (Path(folder) / file).write_text(text)
-        return Breakable(_build(None, Path(folder), HURRY))
+        return Breakable(_build(target, Path(folder), HURRY))
 
 
 def with_switches(texts: dict[str, str]) -> dict[str, str]:
@@ -217,13 +220,37 @@ def with_switches(texts: dict[str, str]) -> dict[str, str]:
 
 
 def _build(target: str | None, sources: Path, effort: str) -> native.Native:
-    try:
-        build.find_compiler()
-    except build.BuildError as error:
-        pytest.skip(str(error))
+    emulated = target in ARM and targets.machine() != "aarch64"
+    if reason := emulated_kernels.why_not() if emulated else _why_not(target):
+        pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FOLOSPEC_CACHE_DIR", str(FOLDER))
         patch.setattr(build, "FLAGS", (effort, *build.FLAGS[1:]))
         # Whoever may write to the checkout may write the tests as well.
         patch.setattr(build, "check_private", lambda path: None)
+        if emulated:
+            patch.setenv("CXX", emulated_kernels.COMPILER)
+            patch.setattr(native, "load_library", _load_emulated)
         return native.Native(target, sources)
+
+
+def _why_not(target: str | None) -> str | None:
+    """Say why this machine does not run a build for a target; None if it does."""
+    known = {each.name: each.runs_here for each in targets.local_targets()}
+    if target is not None and not known.get(target):
+        return f"this machine does not run {target}"
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+def _load_emulated(target: str, sources: Path) -> EmulatedLibrary:
+    return EmulatedLibrary(build.build(target, sources), emulated_kernels.build_driver(FOLDER))
+
+
+def _switch(library: ctypes.CDLL | EmulatedLibrary) -> ctypes.c_int | EmulatedInt:
+    if isinstance(library, EmulatedLibrary):
+        return EmulatedInt(library, "folospec_broken")
+    return ctypes.c_int.in_dll(library, "folospec_broken")

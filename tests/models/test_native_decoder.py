@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_builds import breakable, built_for, require_native
+from native_builds import ARM, NEON, breakable, built_for, require_native
 from tiny_checkpoints import save_random
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -255,6 +255,19 @@ def threads(count: int) -> Iterator[None]:
 def test_a_token_has_the_same_bits_however_its_row_was_computed(folders, name, kind):
     model = load(folders[name], kind)
     assert all(ways(model).values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [*((kind, NEON) for kind in KINDS[:3]), ("bfloat16", ARM[0])]
+)
+def test_a_build_for_arm_is_as_right_and_has_the_same_bits_however_a_row_was_computed(
+    folders, kind, target
+):
+    model = load(folders["qwen3"], kind, built_for(target))
+    assert all(ways(model, brief=True).values())
+    own, arm = (Runs(m).chunks(75, 0, 150).logits for m in (load(folders["qwen3"], kind), model))
+    # bfloat16 activations are rounded, here and there to either side.
+    torch.testing.assert_close(arm, own, rtol=0, atol=1e-4 if "bfloat16" not in kind else 0.1)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
