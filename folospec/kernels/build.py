@@ -32,23 +32,20 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
 TIMEOUT_SECONDS = 300
+_IS_APPLE = sys.platform == "darwin"
 FLAGS = (
     "-O3",
     "-std=c++17",
     "-fPIC",
-    *(("-Xclang",) if sys.platform == "darwin" else ()),  # Apple's compiler takes it no other way
-    "-fopenmp",
     "-fvisibility=hidden",
     "-ffp-contract=off",  # a sum is rounded where the source says so, whatever the loop around it
     "-fno-math-errno",
-    "-fno-tree-pre",  # GCC 12 crashes in it on split vectors, and gains nothing by it here
     "-Wno-psabi",
+    # GCC 12 crashes in -ftree-pre on split vectors, and gains nothing by it here.
+    *(("-Xclang", "-fopenmp") if _IS_APPLE else ("-fopenmp", "-fno-tree-pre")),
 )
-# Symbols that no library of the link has stay open; Linux needs no word for it.
-LINK_FLAGS = (
-    "-shared",
-    *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()),
-)
+# Symbols of OpenMP stay open; on Linux that goes without saying.
+LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if _IS_APPLE else ()))
 OPENMP_NAMES = ("libgomp", "libiomp5", "libomp")
 
 
