@@ -184,9 +184,9 @@ def require_native() -> native.Native:
 
 
 @lru_cache
-def built_for(target: str) -> native.Native:
-    """The kernels for another instruction set, in a hurry. Skips where it cannot run."""
-    return _build(target, SOURCES, HURRY)
+def built_for(target: str, effort: str = HURRY) -> native.Native:
+    """The kernels for another instruction set, in a hurry or not. Skips where it cannot run."""
+    return _build(target, SOURCES, effort)
 
 
 @lru_cache

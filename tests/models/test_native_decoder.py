@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_builds import ARM, NEON, breakable, built_for, require_native
+from native_builds import ARM, NEON, X86, breakable, built_for, require_native
 from tiny_checkpoints import save_random
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -303,7 +303,18 @@ def test_builds_with_the_same_instructions_have_the_same_bits(folders):
     assert own == hurried
 
 
-@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64"])
+@pytest.mark.soak
+@pytest.mark.parametrize("target", ARM)
+def test_a_build_for_arm_has_the_same_bits_however_it_was_optimised(folders, target):
+    builds = [built_for(target), built_for(target, "-O3")]
+    for kind in KINDS:
+        hurried, own = (
+            Runs(load(folders["llama"], kind, build)).chunks(50, 0, 100) for build in builds
+        )
+        assert own == hurried
+
+
+@pytest.mark.parametrize("target", X86)
 @pytest.mark.parametrize("kind", KINDS)
 def test_builds_for_lesser_machines_keep_the_bits_among_themselves(folders, target, kind):
     assert all(ways(load(folders["llama"], kind, built_for(target)), brief=True).values())
