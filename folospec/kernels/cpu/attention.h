@@ -22,6 +22,7 @@ namespace folospec {
 constexpr int TILE = 64;
 constexpr int MAX_HEAD = 256;
 constexpr int MAX_QUERIES = 64;  // of one unit: rows times query heads
+constexpr int TURN_OF_FEW = 2;   // query heads of a unit where there are few units
 
 struct AttentionStep {
     int64_t rows, heads, kv_heads, head_size, block_size, table_width;
@@ -52,49 +53,10 @@ struct Running {
 struct Unit {
     Running running[MAX_QUERIES];
     float scores[MAX_QUERIES][TILE] __attribute__((aligned(64)));
-    float keys[MAX_HEAD * TILE] __attribute__((aligned(64)));  // transposed: one dimension, TILE keys
     float queries[MAX_QUERIES][MAX_HEAD] __attribute__((aligned(64)));
     int64_t places[TILE], next_places[TILE];
     int32_t first[MAX_QUERIES], last[MAX_QUERIES];  // the keys of the tile that each query sees
 };
-
-// A word of a key: a dimension of float32, a pair of bfloat16. The score's sum goes word by word, and in a
-// word part by part.
-struct Float32KV {
-    typedef float T;
-    static constexpr int PER_WORD = 1, PARTS = 1;
-    template <int PART>
-    INLINE Vec score(const float* query, Vec keys, Vec sums) { return fma(splat(*query), keys, sums); }
-    INLINE void put_query(const float* from, float* to, int64_t size) { copy_converted(from, to, size); }
-};
-
-#if defined(FOLOSPEC_BF16_DOT)
-struct BFloat16KV {
-    typedef bfloat16 T;
-    static constexpr int PER_WORD = 2, PARTS = 1;
-    template <int PART>
-    INLINE Vec score(const float* query, Vec keys, Vec sums) {
-        return dot_pairs(as<UintVec>(splat(*query)), as<UintVec>(keys), sums);
-    }
-    INLINE void put_query(const float* from, float* to, int64_t size) {
-        copy_converted(from, (bfloat16*)to, size);
-    }
-};
-#else
-struct BFloat16KV {
-    typedef bfloat16 T;
-    static constexpr int PER_WORD = 2, PARTS = 2;
-    template <int PART>
-    INLINE Vec score(const float* query, Vec keys, Vec sums) {
-        return fma(splat(query[PART]), widen_part<PART>(as<UintVec>(keys)), sums);
-    }
-    INLINE void put_query(const float* from, float* to, int64_t size) {
-        each_vec(size, [&](int64_t i, int n) {
-            store_up_to(to + i, as<Vec>(round_to_bfloat16(load_up_to(from + i, n))), n);
-        });
-    }
-};
-#endif
 
 // Where the keys [begin, end) that `row` sees lie: runs within a page, then its tail. A place is the
 // number of elements before the first of KV head 0.
@@ -122,45 +84,23 @@ INLINE void fetch(const AttentionStep& s, const void* pages, int64_t first, int6
     }
 }
 
-// Transpose `count` keys of one head: word w of key j goes to keys[w * TILE + j].
-template <class KV>
-void load_keys(const AttentionStep& s, const Pages& pages, int64_t head, int count, Unit& u) {
-    const typename KV::T* keys = (const typename KV::T*)pages.key + head * s.head_size;
-    int64_t words = s.head_size / KV::PER_WORD;
-    for (int j = 0; j < count; j += LANES)
-        for (int64_t w = 0; w < words; w += LANES) {
-            Vec block[LANES];
-            for (int i = 0; i < LANES; i++)
-                std::memcpy(&block[i], keys + u.places[std::min(j + i, count - 1)] + w * KV::PER_WORD,
-                            sizeof(Vec));
-            transpose(block);
-            for (int i = 0; i < LANES; i++) store(u.keys + (w + i) * TILE + j, block[i]);
-        }
-}
-
-template <class KV, int PART, int Q, int VECS>
-INLINE void add_scores(const Unit& u, int first, int64_t word, int key, Vec sums[Q][VECS]) {
-    if constexpr (PART < KV::PARTS) {
-        for (int v = 0; v < VECS; v++) {
-            Vec keys = load(u.keys + word * TILE + key + v * LANES);
-            keep(keys);
-            for (int q = 0; q < Q; q++)
-                sums[q][v] = KV::template score<PART>(u.queries[first + q] + word * KV::PARTS, keys, sums[q][v]);
-        }
-        add_scores<KV, PART + 1, Q, VECS>(u, first, word, key, sums);
-    }
-}
-
-// Scores of Q queries and a tile's keys, of so many keys at once that the sums stay in registers.
-template <class KV, int Q>
-void score_keys(const AttentionStep& s, int first, Unit& u) {
-    constexpr int VECS = std::min(TILE / LANES, ATTENTION_SUMS / Q);
-    int64_t words = s.head_size / KV::PER_WORD;
-    for (int j = 0; j < TILE; j += VECS * LANES) {
-        Vec sums[Q][VECS] = {};
-        for (int64_t w = 0; w < words; w++) add_scores<KV, 0, Q, VECS>(u, first, w, j, sums);
+// Scores of Q queries and `count` keys of a tile: a product whose weights are the keys.
+template <class F, int Q>
+void score_keys(const AttentionStep& s, const Pages& pages, int64_t head, int count, int first, Unit& u) {
+    constexpr int KEYS = std::min(8, ATTENTION_SUMS / Q);
+    const typename F::W* keys = (const typename F::W*)pages.key + head * s.head_size;
+    const typename F::X* queries = (const typename F::X*)u.queries[first];
+    for (int j = 0; j < count; j += KEYS) {
+        const typename F::W* w[KEYS];
+        for (int i = 0; i < KEYS; i++) w[i] = keys + u.places[std::min(j + i, count - 1)];
+        Vec sums[Q][KEYS] = {};
+        for (int64_t d = 0; d < s.head_size; d += F::COLUMNS)
+            add_step<F, 0, Q, KEYS>(w, d, queries + d, MAX_HEAD * sizeof(float) / sizeof(typename F::X), sums);
         for (int q = 0; q < Q; q++)
-            for (int v = 0; v < VECS; v++) store(u.scores[first + q] + j + v * LANES, sums[q][v]);
+            for (int i = 0; i < KEYS; i += 4) {
+                FourFloats four = sum_four(sums[q][i], sums[q][i + 1], sums[q][i + 2], sums[q][i + 3]);
+                std::memcpy(u.scores[first + q] + j + i, &four, sizeof four);
+            }
     }
 }
 
@@ -198,16 +138,16 @@ INLINE void weigh(const AttentionStep& s, int q, Unit& u) {
 
 // Add keys [begin, end) of the tile to the weighted values of Q queries, one key after the other;
 // VECS vectors of the head at once.
-template <class KV, int Q, int VECS>
+template <class F, int Q, int VECS>
 void add_values(const AttentionStep& s, const Pages& pages, int64_t head, int first, int begin, int end,
                 Unit& u) {
-    const typename KV::T* values = (const typename KV::T*)pages.value + head * s.head_size;
+    const typename F::W* values = (const typename F::W*)pages.value + head * s.head_size;
     for (int64_t d = 0; d < s.head_size; d += VECS * LANES) {
         Vec sums[Q][VECS];
         for (int q = 0; q < Q; q++)
             for (int v = 0; v < VECS; v++) sums[q][v] = load(u.running[first + q].values + d + v * LANES);
         for (int j = begin; j < end; j++) {
-            const typename KV::T* from = values + u.places[j] + d;
+            const typename F::W* from = values + u.places[j] + d;
             for (int v = 0; v < VECS; v++) {
                 Vec value = load(from + v * LANES);
                 keep(value);
@@ -221,20 +161,21 @@ void add_values(const AttentionStep& s, const Pages& pages, int64_t head, int fi
 }
 
 // As much of the head at once as registers hold sums for, and as divides it.
-template <class KV, int Q, int VECS = ATTENTION_SUMS / Q>
+template <class F, int Q, int VECS = ATTENTION_SUMS / Q>
 INLINE void add_values_wide(const AttentionStep& s, const Pages& pages, int64_t head, int first, int begin,
                             int end, Unit& u) {
     constexpr int LEAST = 32 / LANES;
     if (begin >= end) return;
     if constexpr (VECS > LEAST)
         if (s.head_size % (VECS * LANES) != 0)
-            return add_values_wide<KV, Q, VECS / 2>(s, pages, head, first, begin, end, u);
-    add_values<KV, Q, VECS>(s, pages, head, first, begin, end, u);
+            return add_values_wide<F, Q, VECS / 2>(s, pages, head, first, begin, end, u);
+    add_values<F, Q, VECS>(s, pages, head, first, begin, end, u);
 }
 
-template <class KV, int Q>
-void attend_queries(const AttentionStep& s, const Pages& pages, int64_t head, int first, Unit& u) {
-    score_keys<KV, Q>(s, first, u);
+template <class F, int Q>
+void attend_queries(const AttentionStep& s, const Pages& pages, int64_t head, int count, int first, Unit& u) {
+    constexpr int TOGETHER = std::min(Q, ATTENTION_SUMS / 4);
+    for (int q = first; q < first + Q; q += TOGETHER) score_keys<F, TOGETHER>(s, pages, head, count, q, u);
     int begin = 0, end = TILE;
     for (int q = first; q < first + Q; q++) {
         weigh(s, q, u);
@@ -244,21 +185,20 @@ void attend_queries(const AttentionStep& s, const Pages& pages, int64_t head, in
     // A key that only some of them see is added for those alone: not even zero times it for others.
     if (end < begin) end = begin;
     for (int q = first; q < first + Q; q++)
-        add_values_wide<KV, 1>(s, pages, head, q, u.first[q], std::min(begin, u.last[q]), u);
-    add_values_wide<KV, Q>(s, pages, head, first, begin, end, u);
+        add_values_wide<F, 1>(s, pages, head, q, u.first[q], std::min(begin, u.last[q]), u);
+    add_values_wide<F, Q>(s, pages, head, first, begin, end, u);
     for (int q = first; q < first + Q; q++)
-        add_values_wide<KV, 1>(s, pages, head, q, std::max(end, u.first[q]), u.last[q], u);
+        add_values_wide<F, 1>(s, pages, head, q, std::max(end, u.first[q]), u.last[q], u);
 }
 
 // Queries [first, end) meet one tile, whose places are known.
-template <class KV>
+template <class F>
 void attend_tile(const AttentionStep& s, const Pages& pages, int64_t head, int count, int first, int end,
                  Unit& u) {
-    load_keys<KV>(s, pages, head, count, u);
     int q = first;
-    for (; q + 4 <= end; q += 4) attend_queries<KV, 4>(s, pages, head, q, u);
-    for (; q + 2 <= end; q += 2) attend_queries<KV, 2>(s, pages, head, q, u);
-    for (; q < end; q++) attend_queries<KV, 1>(s, pages, head, q, u);
+    for (; q + 4 <= end; q += 4) attend_queries<F, 4>(s, pages, head, count, q, u);
+    for (; q + 2 <= end; q += 2) attend_queries<F, 2>(s, pages, head, count, q, u);
+    for (; q < end; q++) attend_queries<F, 1>(s, pages, head, count, q, u);
 }
 
 // Whether rows a and b have the same keys in logical numbers [begin, end), as far as they have any.
@@ -281,14 +221,16 @@ struct Work {
     }
 };
 
-template <class KV>
+template <class F>
 void begin_unit(const AttentionStep& s, const Work& w, const float* queries, int64_t query_stride, Unit& u) {
     for (int64_t head = w.first_head; head < w.end_head; head++)
         for (int64_t row = w.first_row; row < w.end_row; row++)
             for (int f = 0; f < w.fold; f++) {
                 int q = w.query(head, row) + f;
                 const float* from = queries + row * query_stride + w.query_head(s, head, f) * s.head_size;
-                KV::put_query(from, u.queries[q], s.head_size);
+                typename F::X* to = (typename F::X*)u.queries[q];
+                for (int64_t d = 0; d < s.head_size; d += LANES)
+                    F::put_x(to + d / F::COLUMNS * F::COLUMNS, d % F::COLUMNS, load(from + d));
                 u.running[q].maximum = -INFINITY;
                 u.running[q].total = 0;
                 std::memset(u.running[q].values, 0, s.head_size * sizeof(float));
@@ -309,7 +251,7 @@ INLINE int see(const AttentionStep& s, const Work& w, int64_t row, int64_t tile,
 }
 
 // Rows [first, end), which read the same keys, meet a tile.
-template <class KV>
+template <class F>
 void attend_rows(const AttentionStep& s, const Pages& pages, const Work& w, int64_t first, int64_t end,
                  int64_t tile, int count, Unit& u) {
     // Of rows with one tail the longest knows every place; shorter ones do not ask for more.
@@ -319,9 +261,9 @@ void attend_rows(const AttentionStep& s, const Pages& pages, const Work& w, int6
     // The values are due when the keys are done, and the next tile's keys after that.
     int64_t next = std::clamp<int64_t>(s.num_keys[longest] - tile - TILE, 0, TILE);
     find_places(s, longest, tile, tile + count, u.places);
-    fetch<typename KV::T>(s, pages.value, w.first_head, w.end_head, u.places, count);
+    fetch<typename F::W>(s, pages.value, w.first_head, w.end_head, u.places, count);
     find_places(s, longest, tile + TILE, tile + TILE + next, u.next_places);
-    fetch<typename KV::T>(s, pages.key, w.first_head, w.end_head, u.next_places, next);
+    fetch<typename F::W>(s, pages.key, w.first_head, w.end_head, u.next_places, next);
     auto sees = [&](int64_t row) {
         int q = w.query(w.first_head, row);
         return u.first[q] < u.last[q];
@@ -330,15 +272,15 @@ void attend_rows(const AttentionStep& s, const Pages& pages, const Work& w, int6
         int64_t stop = row;
         while (stop < end && sees(stop)) stop++;
         for (int64_t head = w.first_head; head < w.end_head && stop > row; head++)
-            attend_tile<KV>(s, pages, head, count, w.query(head, row), w.query(head, stop - 1) + w.fold, u);
+            attend_tile<F>(s, pages, head, count, w.query(head, row), w.query(head, stop - 1) + w.fold, u);
         row = stop + 1;  // the one at `stop` sees nothing of this tile
     }
 }
 
-template <class KV>
+template <class F>
 void attend_unit(const AttentionStep& s, const Pages& pages, const Work& w, const float* queries,
                  int64_t query_stride, const Operand& out, Unit& u) {
-    begin_unit<KV>(s, w, queries, query_stride, u);
+    begin_unit<F>(s, w, queries, query_stride, u);
     int64_t first_key = INT64_MAX, last_key = 0;
     for (int64_t row = w.first_row; row < w.end_row; row++) {
         first_key = std::min<int64_t>(first_key, s.first_key ? s.first_key[row] : 0);
@@ -350,7 +292,7 @@ void attend_unit(const AttentionStep& s, const Pages& pages, const Work& w, cons
             int64_t end = row;
             for (; end < w.end_row && same_keys(s, row, end, tile + TILE); end++)
                 count = std::max(count, see(s, w, end, tile, u));
-            attend_rows<KV>(s, pages, w, row, end, tile, count, u);
+            attend_rows<F>(s, pages, w, row, end, tile, count, u);
             row = end;
         }
     for (int64_t row = w.first_row; row < w.end_row; row++) {
@@ -372,24 +314,25 @@ void attend_one(const AttentionStep& s, const Pages& pages, const float* queries
 // Who does what changes no bit.
 struct Units {
     const AttentionStep& s;
-    int64_t fold, turns, ranges;
+    int64_t fold, most, turns, ranges;
 
     Units(const AttentionStep& s, int64_t parts) : s(s), fold(s.heads / s.kv_heads) {
         int64_t rows = 1;
         for (int64_t g = 0; g < s.groups; g++)
             rows = std::max<int64_t>(rows, s.group_start[g + 1] - s.group_start[g]);
-        // Of very many query heads per KV head, some run after the others.
-        turns = (fold + MAX_QUERIES - 1) / MAX_QUERIES;
         int64_t heads = std::max<int64_t>(1, MAX_QUERIES / (rows * fold));
         ranges = std::max((s.kv_heads + heads - 1) / heads,
-                          std::min(s.kv_heads, (parts + s.groups - 1) / s.groups));
+                          std::min(s.kv_heads, (2 * parts + s.groups - 1) / s.groups));
+        // Of very many query heads per KV head, some run after the others; of few units, some elsewhere.
+        bool is_short = parts > 1 && s.groups * ranges < 4 * parts;
+        most = is_short ? TURN_OF_FEW : MAX_QUERIES;
+        turns = (fold + most - 1) / most;
     }
     int64_t count() const { return s.groups * ranges * turns; }
     Work operator[](int64_t i) const {
-        int64_t group = i / turns / ranges, range = i / turns % ranges, first = i % turns * MAX_QUERIES;
+        int64_t group = i / turns / ranges, range = i / turns % ranges, first = i % turns * most;
         return {s.group_start[group], s.group_start[group + 1], s.kv_heads * range / ranges,
-                s.kv_heads * (range + 1) / ranges, (int)std::min<int64_t>(fold - first, MAX_QUERIES),
-                (int)first};
+                s.kv_heads * (range + 1) / ranges, (int)std::min<int64_t>(fold - first, most), (int)first};
     }
 };
 

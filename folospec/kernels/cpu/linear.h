@@ -24,7 +24,8 @@ namespace folospec {
 enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
 // What a step does, for each way to keep a weight. A step is one load of a weight row, COLUMNS of them; it
-// has PARTS, each one vector of what that load holds against one vector of `X`, the activations it wants.
+// has PARTS, each one vector of what that load holds against one vector of `X`, the activations it wants;
+// `put_x` writes LANES of a step's activations, from `column` of the step on.
 template <class Weight>
 struct WidenedWeight {
     typedef Weight W;
@@ -32,6 +33,7 @@ struct WidenedWeight {
     static constexpr int PARTS = 1, COLUMNS = LANES;
     template <int PART>
     INLINE Vec load_w(const Weight* w) { return load(w); }
+    INLINE void put_x(float* step, int64_t column, Vec v) { store(step + column, v); }
     INLINE Vec load_x(const float* x) { return load(x); }
     INLINE Vec accumulate(Vec w, Vec x, Vec sums) { return fma(w, x, sums); }
 };
@@ -46,6 +48,7 @@ struct PairedWeight {
     static constexpr int PARTS = 1, COLUMNS = 2 * LANES;
     template <int PART>
     INLINE UintVec load_w(const bfloat16* w) { return load_x(w); }
+    INLINE void put_x(bfloat16* step, int64_t column, Vec v) { store(step + column, v); }
     INLINE UintVec load_x(const bfloat16* x) {
         UintVec v;
         std::memcpy(&v, x, sizeof v);
@@ -62,6 +65,11 @@ struct SplitWeight {
     static constexpr int PARTS = 2, COLUMNS = 2 * LANES;
     template <int PART>
     INLINE Vec load_w(const bfloat16* w) { return load_widened<PART>(w); }
+    INLINE void put_x(float* step, int64_t column, Vec v) {
+        Vec rounded = as<Vec>(round_to_bfloat16(v)), parts = shuffle<EvenThenOdd>(rounded, rounded);
+        std::memcpy(step + column / 2, &parts, sizeof parts / 2);
+        std::memcpy(step + LANES + column / 2, (char*)&parts + sizeof parts / 2, sizeof parts / 2);
+    }
     INLINE Vec load_x(const float* x) { return load(x); }
     INLINE Vec accumulate(Vec w, Vec x, Vec sums) { return fma(w, x, sums); }
 };
@@ -82,9 +90,9 @@ struct Matrix {
 
 constexpr int STREAM_ROWS = 4;  // up to these, W goes by once and x is near anyway
 constexpr int BLOCK_OUT = 24;   // outputs that stay in the cache while rows pass
-// Columns that are worked off at a time. While W comes from memory, a chunk of x has to stay in the first
-// level; when many tiles share what has come, longer chunks cost fewer interruptions.
-constexpr int CHUNK = 512, LONG_CHUNK = 2048, MANY_TILES = 4;
+// Of an activation row, what is worked off at a time. While W comes from memory, a chunk of x has to stay in
+// the first level; when many tiles share what has come, longer chunks cost fewer interruptions.
+constexpr int CHUNK_BYTES = 2048, LONG_CHUNK_BYTES = 8192, MANY_TILES = 4;
 // How far ahead of a stream from memory to ask. Asked for in the order of addresses and no nearer than
 // the second level: four rows at once look like noise to the machine's own prefetching, and this makes
 // up for it (measured: 25 to 33 GB/s without, 40 to 50 with, where reading alone gives 50).
@@ -131,7 +139,6 @@ INLINE int64_t padded_columns(int64_t columns, int64_t format) {
 
 // One row of an operand, to be written a vector of columns at a time.
 struct OperandRow {
-    typedef BFloat16Weight::X Rounded;
     char* base;
     int64_t step, rows;
     bool is_rounded;
@@ -139,22 +146,13 @@ struct OperandRow {
     OperandRow(const Operand& x, int64_t row) : step(step_of(x.format)), is_rounded(x.format == BFLOAT16) {
         int64_t tile = x.tiling.tile_of(row), first = x.tiling.first(tile);
         rows = x.tiling.first(tile + 1) - first;
-        int64_t bytes = is_rounded ? sizeof(Rounded) : sizeof(float);
+        int64_t bytes = is_rounded ? sizeof(BFloat16Weight::X) : sizeof(float);
         base = (char*)x.data + (first * x.columns + (row - first) * step) * bytes;
     }
     inline void put(int64_t column, Vec v) const {
         int64_t within = column & (step - 1), place = (column - within) * rows;  // a step is a power of two
-        if (!is_rounded) store((float*)base + place + within, v);
-        else put_rounded((Rounded*)base + place, within, v);
-    }
-
-private:
-    INLINE void put_rounded(bfloat16* to, int64_t within, Vec v) { store(to + within, v); }
-    INLINE void put_rounded(float* to, int64_t within, Vec v) {
-        Vec rounded = as<Vec>(round_to_bfloat16(v));
-        Vec parts = shuffle<EvenThenOdd>(rounded, rounded);
-        std::memcpy(to + within / 2, &parts, sizeof parts / 2);
-        std::memcpy(to + LANES + within / 2, (char*)&parts + sizeof parts / 2, sizeof parts / 2);
+        if (is_rounded) BFloat16Weight::put_x((BFloat16Weight::X*)base + place, within, v);
+        else Float32Weight::put_x((float*)base + place, within, v);
     }
 };
 
@@ -166,18 +164,19 @@ struct Ahead {
     int first, end;
 };
 
-// Add one step, at x and at column k of the weights.
+// Add one step, at column k of the weights and at x, whose rows are so many numbers apart.
 template <class F, int PART, int MR, int NR>
-INLINE void add_step(const typename F::W* const w[NR], const typename F::X* x, int64_t k, Vec sums[MR][NR]) {
+INLINE void add_step(const typename F::W* const w[NR], int64_t k, const typename F::X* x, int64_t apart,
+                     Vec sums[MR][NR]) {
     if constexpr (PART < F::PARTS) {
         decltype(F::template load_w<PART>(w[0])) weights[NR];
         for (int j = 0; j < NR; j++) weights[j] = F::template load_w<PART>(w[j] + k);
         for (int i = 0; i < MR; i++) {
-            auto row = F::load_x(x + i * F::COLUMNS + PART * LANES);
+            auto row = F::load_x(x + i * apart + PART * LANES);
             keep(row);
             for (int j = 0; j < NR; j++) sums[i][j] = F::accumulate(weights[j], row, sums[i][j]);
         }
-        add_step<F, PART + 1, MR, NR>(w, x, k, sums);
+        add_step<F, PART + 1, MR, NR>(w, k, x, apart, sums);
     }
 }
 
@@ -192,9 +191,11 @@ INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x
         for (int j = 0; j < NR; j++)
             if (j >= ahead.first && j < ahead.end)
                 __builtin_prefetch(ahead.from + (k - begin) * NR + j * LINE, 0, 2);
-        for (int s = 0; s < LINE; s += F::COLUMNS) add_step<F, 0, MR, NR>(w, x + (k + s) * MR, k + s, sums);
+        for (int s = 0; s < LINE; s += F::COLUMNS)
+            add_step<F, 0, MR, NR>(w, k + s, x + (k + s) * MR, F::COLUMNS, sums);
     }
-    for (; k + F::COLUMNS <= end; k += F::COLUMNS) add_step<F, 0, MR, NR>(w, x + k * MR, k, sums);
+    for (; k + F::COLUMNS <= end; k += F::COLUMNS)
+        add_step<F, 0, MR, NR>(w, k, x + k * MR, F::COLUMNS, sums);
     if (k < end) {
         typename F::W parts[NR][F::COLUMNS] = {};
         const typename F::W* last[NR];
@@ -202,7 +203,7 @@ INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x
             std::memcpy(parts[j], w[j] + k, (end - k) * sizeof(typename F::W));
             last[j] = parts[j];
         }
-        add_step<F, 0, MR, NR>(last, x + k * MR, 0, sums);
+        add_step<F, 0, MR, NR>(last, 0, x + k * MR, F::COLUMNS, sums);
     }
 }
 
@@ -267,7 +268,7 @@ template <class F, int MR, int NR>
 void block_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_stride, int64_t begin,
                 int64_t end, bool add, int64_t tile, int64_t tiles) {
     constexpr int GROUPS = BLOCK_OUT / NR;
-    int64_t chunk = tiles < MANY_TILES ? CHUNK : LONG_CHUNK;
+    int64_t chunk = (tiles < MANY_TILES ? CHUNK_BYTES : LONG_CHUNK_BYTES) / sizeof(typename F::X);
     Vec waiting[GROUPS][MR][NR];
     int64_t groups = (end - begin + NR - 1) / NR;
     int64_t sharers = std::min<int64_t>(tiles, NR);

@@ -64,16 +64,6 @@ struct InPairs {
     static constexpr int at(int i) { return (i & 2 ? LANES : 0) + (i & ~3) + 2 * HIGH + (i & 1); }
 };
 
-// `a` where the bit is not set, and what comes over from the first halves of `b`; and the rest of both.
-template <int D>
-struct FirstHalves {
-    static constexpr int at(int i) { return i & D ? LANES + (i ^ D) : i; }
-};
-template <int D>
-struct LastHalves {
-    static constexpr int at(int i) { return i & D ? LANES + i : i ^ D; }
-};
-
 template <int D>
 struct Swapped {
     static constexpr int at(int i) { return i ^ D; }
@@ -180,10 +170,16 @@ INLINE void keep(T& value) {
 
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-template <int D>
-INLINE Vec sum_halves(Vec v) {
-    if constexpr (D < 4) return v;
-    else return sum_halves<D / 2>(v + shuffle<Swapped<D>>(v, v));
+// The sum of a vector's halves, and of theirs, down to four floats.
+template <int BYTES, class V>
+INLINE FourFloats sum_halves(V v) {
+    if constexpr (BYTES == sizeof(FourFloats)) return v;
+    else {
+        typedef float Half __attribute__((vector_size(BYTES / 2)));
+        Half halves[2];
+        std::memcpy(halves, &v, sizeof v);
+        return sum_halves<BYTES / 2>(halves[0] + halves[1]);
+    }
 }
 
 // The sums of four vectors, by one fixed tree, so that a sum is the same whichever three stand beside
@@ -191,10 +187,7 @@ INLINE Vec sum_halves(Vec v) {
 INLINE FourFloats sum_four(Vec a, Vec b, Vec c, Vec d) {
     Vec ab = shuffle<InTurns<0>>(a, b) + shuffle<InTurns<1>>(a, b);
     Vec cd = shuffle<InTurns<0>>(c, d) + shuffle<InTurns<1>>(c, d);
-    Vec all = sum_halves<LANES / 2>(shuffle<InPairs<0>>(ab, cd) + shuffle<InPairs<1>>(ab, cd));
-    FourFloats low;
-    std::memcpy(&low, &all, sizeof low);
-    return low;
+    return sum_halves<VECTOR_BYTES>(shuffle<InPairs<0>>(ab, cd) + shuffle<InPairs<1>>(ab, cd));
 }
 
 INLINE float sum(Vec v) { return sum_four(v, v, v, v)[0]; }
@@ -225,20 +218,6 @@ INLINE Vec exp(Vec x) {
     IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
     y = y * as<Vec>(power);
     return as<Vec>(as<IntVec>(y) & ~underflow);
-}
-
-// Swap rows and columns of a square block: in every round rows that are D apart exchange halves.
-template <int D = LANES / 2>
-INLINE void transpose(Vec rows[LANES]) {
-    if constexpr (D > 0) {
-        for (int i = 0; i < LANES; i += 2 * D)
-            for (int j = i; j < i + D; j++) {
-                Vec a = rows[j], b = rows[j + D];
-                rows[j] = shuffle<FirstHalves<D>>(a, b);
-                rows[j + D] = shuffle<LastHalves<D>>(a, b);
-            }
-        transpose<D / 2>(rows);
-    }
 }
 
 // The two bfloat16s of every word, as floats: the first ones, or the second ones.
