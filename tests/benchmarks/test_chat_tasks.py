@@ -1,8 +1,10 @@
 """The tasks for a chat model: enough of them, all different, and an edit is an edit."""
 
+import json
 from functools import cache
 
 import chat_tasks
+import never_slower
 import pytest
 import tasks
 
@@ -87,3 +89,25 @@ def test_code_ends_with_the_head_of_a_function():
 def test_too_many_items_are_refused():
     with pytest.raises(ValueError, match="items of file_editing, got count=1000"):
         tasks.make_task("file_editing", tokenizer(), 1000)
+
+
+def test_never_slower_runs_on_tasks_with_their_own_lengths(tmp_path):
+    chosen = ["--tasks", "chat,translation", "--temperatures", "0,0.8", "--batches", "1"]
+    out = tmp_path / "rows.jsonl"
+    never_slower.main([*chosen, "--pairs", "1", "--max-tokens", "33", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["workload"], row["temperature"], row["max_tokens"]) for row in rows] == [
+        ("chat at 0", 0.0, 33),
+        ("chat at 0.8", 0.8, 33),
+        ("translation at 0", 0.0, 32),
+        ("translation at 0.8", 0.8, 32),
+    ]
+    assert all(row["tokens_equal"] for row in rows)
+    assert sum(row["auto_counts"]["num_drafts"] for row in rows) > 0
+
+
+def test_unknown_tasks_are_refused(capsys):
+    for option, name in (("--tasks", "editing"), ("--workloads", "chat")):
+        with pytest.raises(SystemExit):
+            never_slower.main([option, name])
+        assert f"got ['{name}']" in capsys.readouterr().err
