@@ -1,7 +1,9 @@
-"""Write the results of benchmarks/peers.py into docs/peers.md and draw its plot.
+"""Write the results of benchmarks/peers.py and benchmarks/bound.py into docs/peers.md, and draw the
+plot of the first.
 
 python benchmarks/peers.py --out peers.jsonl
-python docs/update_peers.py peers.jsonl
+python benchmarks/bound.py --out bound.jsonl
+python docs/update_peers.py peers.jsonl bound.jsonl
 
 Several runs may be given, each with a part of the table. What is compared must come from one.
 """
@@ -15,7 +17,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
-from page_sections import fill, read_rows, run_of  # noqa: E402 - the page's folder is known only now
+from page_sections import fill, model_name, read_rows, run_of  # noqa: E402 - the page's folder is known only now
 
 PAGE = DOCS / "peers.md"
 PLOT = DOCS / "plots" / "peers.svg"
@@ -30,6 +32,12 @@ HEADERS = (
     ("share of the limit", "---:"),
     ("tokens as folospec plain", "---:"),
     ("excess surprise", "---:"),
+)
+
+BOUND_HEADER = (
+    "| | T | plain, tokens/s | auto, tokens/s | bound, tokens/s | auto / plain | bound / plain "
+    "| foresight / plain | auto / bound | best rule | acceptance length | time of the prompts |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|\n"
 )
 
 Row = dict[str, Any]
@@ -51,7 +59,6 @@ def section(rows: Sequence[Row]) -> str:
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
-    """What the rows of a table have in common."""
     return tuple(row[key] for key in ("checkpoint", "dtype", "task", "temperature", "batch"))
 
 
@@ -94,6 +101,45 @@ def _table(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def bound_section(rows: Sequence[Row]) -> str:
+    """A table for every run: what auto reaches, next to what could be reached."""
+    parts = []
+    for run in dict.fromkeys(map(run_of, rows)):
+        own = [row for row in rows if run_of(row) == run]
+        title = f"**{model_name(own[0]['model'])}, {own[0]['dtype']}, batch 1**"
+        lines = "".join(map(_bound_line, own))
+        parts.append(f"{title}\n\n{BOUND_HEADER}{lines}\n{_bound_setting(own[0])}\n")
+    return "\n".join(parts)
+
+
+def _bound_line(row: Row) -> str:
+    limit, floor = row["best_limit"], row["best_floor"]
+    rule = f"at most {limit}, chance at least {floor:g}" if limit else "no drafts"
+    rates = [f"{row[f'{name}_tokens_per_second']:.1f}" for name in ("plain", "auto", "bound")]
+    ratios = [row[f"{name}_ratio"] for name in ("auto", "bound", "foresight")]
+    cells = [
+        row["task"],
+        f"{row['temperature']:g}",
+        *rates,
+        *(f"{ratio:.2f}" for ratio in (*ratios, row["share_of_bound"])),
+        rule,
+        _number(row["acceptance_length"]),
+        f"{row['prompt_share']:.0%}",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _bound_setting(row: Row) -> str:
+    source = row["provenance"]
+    changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
+    curve = ", ".join(f"{rows}: {cost:.2f}" for rows, cost in row["row_curve"].items())
+    return (
+        f"Row curve of the first: {curve}. {source['cpu']}, threads: {row['threads']}, "
+        f"{row['rounds']} rounds, torch {source['torch']}, commit "
+        f"{str(source['git_commit'])[:10]}{changed}. Command: `{source['command']}`.\n"
+    )
+
+
 def _precision(row: Row) -> str:
     """What it calculates in; one word where all is the same."""
     parts = list(dict.fromkeys(row["precision"].values()))
@@ -126,8 +172,16 @@ def _number(value: float | None) -> str:
 
 
 def updated(page: str, rows: Sequence[Row]) -> str:
-    """Return the page with the section filled in; see `fill`."""
-    return fill(page, rows, {"peers": section}, Path(__file__).name, table_of=_cell)
+    """Return the page with its sections filled in; see `fill`."""
+    sections = {"peers": section, "bound": bound_section}
+    return fill(page, rows, sections, Path(__file__).name, table_of=_table_key)
+
+
+def _table_key(row: Row) -> tuple[Any, ...]:
+    """What the rows of a table have in common."""
+    if row["benchmark"] == "bound":
+        return row["model"], row["dtype"], row["task"], row["temperature"]
+    return _cell(row)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -140,7 +194,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def main() -> None:
     rows = read_rows(sys.argv)
     PAGE.write_text(updated(PAGE.read_text(), rows))
-    draw(rows, PLOT)
+    compared = [row for row in rows if row["benchmark"] == "peers"]
+    if compared:
+        draw(compared, PLOT)
 
 
 if __name__ == "__main__":

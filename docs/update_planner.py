@@ -15,7 +15,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
-from page_sections import fill, read_rows, run_of  # noqa: E402 - the page's folder is known only now
+from page_sections import fill, model_name, read_rows, run_of  # noqa: E402 - the page's folder is known only now
 
 PAGE = DOCS / "planner.md"
 HEADER = (
@@ -32,8 +32,8 @@ def section(rows: Sequence[Row]) -> str:
     for run in dict.fromkeys(map(run_of, rows)):
         own = [row for row in rows if run_of(row) == run]
         dtype = "" if own[0]["dtype"] == "auto" else f", {own[0]['dtype']}"
-        title = f"**{Path(own[0]['model']).name}{dtype}**"
-        parts.append(f"{title}\n\n{HEADER}{''.join(map(_line, own))}\n{_setting(own[0])}\n")
+        title = f"**{model_name(own[0]['model'])}{dtype}**"
+        parts.append(f"{title}\n\n{HEADER}{''.join(map(_line, own))}\n{_setting(own)}\n")
     return "\n".join(parts)
 
 
@@ -53,11 +53,13 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def _setting(row: Row) -> str:
+def _setting(rows: Sequence[Row]) -> str:
+    row, counts = rows[0], sorted({row["max_tokens"] for row in rows})
+    tokens = " or ".join(map(str, counts))
     source = row["provenance"]
     changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
     return (
-        f"{row['pairs']} pairs of at least {row['prompts_per_run']} prompts, {row['max_tokens']} "
+        f"{row['pairs']} pairs of at least {row['prompts_per_run']} prompts, {tokens} "
         f"new tokens each. {source['cpu']}, torch threads: {source['torch_threads']}, torch "
         f"{source['torch']}, commit {str(source['git_commit'])[:10]}{changed}. Command: "
         f"`{source['command']}`.\n"

@@ -67,6 +67,42 @@ def test_figures_ratios_and_their_source_are_on_the_page(update):
     assert page.startswith(PAGE.partition("<!-- peers")[0])
 
 
+def bound_row(**extra):
+    return {
+        "benchmark": "bound",
+        "model": "build/models/smollm2/bf16",
+        "dtype": "bfloat16",
+        "task": "chat",
+        "temperature": 0.0,
+        "rounds": 5,
+        "threads": 2,
+        "plain_tokens_per_second": 50.0,
+        "auto_tokens_per_second": 60.0,
+        "bound_tokens_per_second": 62.5,
+        "auto_ratio": 1.2,
+        "bound_ratio": 1.25,
+        "foresight_ratio": 1.5,
+        "share_of_bound": 0.96,
+        "best_limit": 12,
+        "best_floor": 0.05,
+        "acceptance_length": 2.5,
+        "prompt_share": 0.04,
+        "row_curve": {"1": 1.0, "8": 1.5},
+        "provenance": {**PROVENANCE, "torch": "2"},
+        **extra,
+    }
+
+
+def test_the_bound_stands_next_to_auto(update):
+    page = update.updated(PAGE, [bound_row(), bound_row(task="code", best_limit=0)])
+    assert "**smollm2 bf16, bfloat16, batch 1**" in page
+    assert "| chat | 0 | 50.0 | 60.0 | 62.5 | 1.20 | 1.25 | 1.50 | 0.96 |" in page
+    assert "| at most 12, chance at least 0.05 | 2.50 | 4% |" in page
+    assert "| no drafts |" in page
+    assert "Row curve of the first: 1: 1.00, 8: 1.50." in page
+    assert page.startswith(PAGE.partition("<!-- bound")[0])
+
+
 def test_a_failure_is_on_the_page(update):
     failed = {"error": "RuntimeError: a | b"}
     page = update.updated(PAGE, [row("vllm plain", **failed)])
