@@ -20,7 +20,7 @@ from limits import ITEM_BYTES, Work
 from peer_checkpoints import checkpoint_for, has_draft
 from peer_kinds import FOLOSPEC_KIND, PEER_KINDS, PeerKind
 from peer_process import WorkerProcess
-from peer_venvs import PEERS, python_of
+from peer_venvs import PEERS, environment_of, python_of
 
 WORKERS = Path(__file__).parent / "peer_workers"
 ANCHOR = "folospec plain"
@@ -49,6 +49,17 @@ FOLOSPEC: list[dict[str, Any]] = [
 FOLOSPEC_ALONE = [setting for setting in FOLOSPEC if setting["name"] in ("plain", "suffix")]
 FOLOSPEC_ALONE.insert(1, {"name": "auto", "speculative": "auto"})
 """The settings where there is no draft model."""
+NATIVE = "native"
+TARGETS: dict[str, dict[str, str]] = {
+    NATIVE: {},
+    "x86-64-v3": {
+        "FOLOSPEC_KERNELS_TARGET": "x86-64-v3",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+}
+"""What tells folospec, torch, and oneDNN in torch and OpenVINO to leave newer instructions alone;
+llama.cpp is built for them, and the worker of vLLM chooses its library by them."""
 NGRAM = 3
 """Longest n-gram that the peers' lookups match."""
 ASSISTANT_CONFIDENCE = 0.4
@@ -156,6 +167,8 @@ class Setup:
     max_batch: int
     max_len: int
     timeout: float
+    target: str = NATIVE
+    """The instructions that everybody may use."""
 
     def kv_bytes(self, work: Work) -> int:
         """What the largest batch needs, and half as much for drafts."""
@@ -196,20 +209,22 @@ class Setup:
 
     def process(self, contestant: Contestant, work: Work) -> WorkerProcess:
         script = WORKERS / f"{contestant.engine}_worker.py"
+        python = python_of(environment_of(contestant.engine, self.target))
         return WorkerProcess(
-            [str(python_of(contestant.engine)), str(script)],
-            environment(contestant.engine, self.threads, self.kv_gib(work)),
+            [str(python), str(script)],
+            environment(contestant.engine, self.threads, self.kv_gib(work), self.target),
             PEERS / "logs" / f"worker-{contestant.worker.replace(' ', '-')}.log",
             self.timeout,
         )
 
 
-def environment(peer: str, threads: int, kv_gib: int) -> dict[str, str]:
+def environment(peer: str, threads: int, kv_gib: int, target: str = NATIVE) -> dict[str, str]:
     """The environment variables of a worker."""
     common = {
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **TARGETS[target],
     }
     if peer != "vllm":
         return common
@@ -221,7 +236,7 @@ def environment(peer: str, threads: int, kv_gib: int) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CACHE_ROOT": str(PEERS / "vllm-cache"),
+        "VLLM_CACHE_ROOT": str(PEERS / ("vllm-cache" if target == NATIVE else f"vllm-{target}")),
         # It warns that it is slow without.
         "LD_PRELOAD": str(PEERS / "vllm" / "lib" / "libiomp5.so"),
     }

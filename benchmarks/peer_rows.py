@@ -47,6 +47,7 @@ def make_rows(
         "checkpoint": setup.checkpoint,
         "dtype": setup.dtype,
         "threads": setup.threads,
+        "target": setup.target,
         "task": cell.task,
         "temperature": cell.temperature,
         "batch": cell.batch,

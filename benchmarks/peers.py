@@ -112,6 +112,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=_count, default=5)
     parser.add_argument("--max-tokens", type=_count, default=64, help="of a chat model at most")
     parser.add_argument("--threads", type=_count, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--target",
+        choices=tuple(peer_contestants.TARGETS),
+        default=peer_contestants.NATIVE,
+        help="the instructions that all may use; the machine's own, or those of AVX2",
+    )
     parser.add_argument("--memory-gib", type=float, help="default: 0.85 of what is available")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds of a load or a run")
     parser.add_argument("--setup-only", action="store_true")
@@ -128,7 +134,9 @@ def set_up(args: argparse.Namespace) -> dict[str, str]:
         wanted = [c for c in args.checkpoints if kind.only_checkpoint in ("", c)]
         try:
             print(f"setting up {peer}", file=sys.stderr)
-            peer_venvs.install(kind.engine or peer)
+            engine = kind.engine or peer
+            for name in dict.fromkeys((engine, peer_venvs.environment_of(engine, args.target))):
+                peer_venvs.install(name)  # the first converts
             for name in [*(["draft"] if any(map(has_draft, wanted)) else []), *wanted]:
                 for dtype in args.dtypes:
                     peer_checkpoints.checkpoint_for(peer, name, dtype)
@@ -151,7 +159,9 @@ def contest(
     longest = max(own.longest for own in rounds.values())
     # Speculation may need room beyond the last token, and some engines whole blocks.
     max_len = min(MAX_MODEL_LEN, -(-(longest + 32) // 64) * 64)
-    setup = Setup(checkpoint, dtype, args.threads, max(args.batches), max_len, args.timeout)
+    setup = Setup(
+        checkpoint, dtype, args.threads, max(args.batches), max_len, args.timeout, args.target
+    )
     folder = peer_checkpoints.hf_checkpoint(checkpoint)
     work, ends = Work.of_checkpoint(folder), end_token_ids(folder)
     cells = [Cell(t, u, b) for t, b in rounds for u in args.temperatures]

@@ -51,15 +51,21 @@ def section(rows: Sequence[Row]) -> str:
         own = [row for row in rows if run_of(row) == run]
         for cell in dict.fromkeys(map(_cell, own)):
             part = [row for row in own if _cell(row) == cell]
-            checkpoint, dtype, task, temperature, batch = cell
-            title = f"**{checkpoint}, {dtype}, {task}, temperature {temperature:g}, batch {batch}**"
+            checkpoint, dtype, task, temperature, batch, target = cell
+            what = f"{checkpoint}, {dtype}, {task}, temperature {temperature:g}, batch {batch}"
+            title = f"**{what}{_instructions(target)}**"
             parts.append(f"{title} ({_limit(part[0])})\n\n{_table(part)}\n")
         parts.append(f"{_setting(own)}\n")
     return "".join(parts)
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("checkpoint", "dtype", "task", "temperature", "batch"))
+    keys = ("checkpoint", "dtype", "task", "temperature", "batch", "target")
+    return tuple(row[key] for key in keys)
+
+
+def _instructions(target: str | None) -> str:
+    return "" if target in (None, "native") else f", instructions of {target}"
 
 
 def _limit(row: Row) -> str:
@@ -106,7 +112,8 @@ def bound_section(rows: Sequence[Row]) -> str:
     parts = []
     for run in dict.fromkeys(map(run_of, rows)):
         own = [row for row in rows if run_of(row) == run]
-        title = f"**{model_name(own[0]['model'])}, {own[0]['dtype']}, batch 1**"
+        target = _instructions(own[0]["provenance"].get("kernels_target"))
+        title = f"**{model_name(own[0]['model'])}, {own[0]['dtype']}, batch 1{target}**"
         lines = "".join(map(_bound_line, own))
         parts.append(f"{title}\n\n{BOUND_HEADER}{lines}\n{_bound_setting(own[0])}\n")
     return "\n".join(parts)
@@ -180,7 +187,8 @@ def updated(page: str, rows: Sequence[Row]) -> str:
 def _table_key(row: Row) -> tuple[Any, ...]:
     """What the rows of a table have in common."""
     if row["benchmark"] == "bound":
-        return row["model"], row["dtype"], row["task"], row["temperature"]
+        target = row["provenance"].get("kernels_target")
+        return row["model"], row["dtype"], row["task"], row["temperature"], target
     return _cell(row)
 
 

@@ -32,7 +32,9 @@ def section(rows: Sequence[Row]) -> str:
     for run in dict.fromkeys(map(run_of, rows)):
         own = [row for row in rows if run_of(row) == run]
         dtype = "" if own[0]["dtype"] == "auto" else f", {own[0]['dtype']}"
-        title = f"**{model_name(own[0]['model'])}{dtype}**"
+        target = own[0]["provenance"].get("kernels_target")
+        built = f", instructions of {target}" if target else ""
+        title = f"**{model_name(own[0]['model'])}{dtype}{built}**"
         parts.append(f"{title}\n\n{HEADER}{''.join(map(_line, own))}\n{_setting(own)}\n")
     return "\n".join(parts)
 
@@ -67,7 +69,8 @@ def _setting(rows: Sequence[Row]) -> str:
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("model", "dtype", "workload", "batch"))
+    target = row["provenance"].get("kernels_target")
+    return (*(row[key] for key in ("model", "dtype", "workload", "temperature", "batch")), target)
 
 
 def updated(page: str, rows: Sequence[Row]) -> str:

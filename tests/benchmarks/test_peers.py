@@ -8,6 +8,7 @@ import peer_contestants
 import peer_kinds
 import peer_prompts
 import peer_table
+import peer_venvs
 import peers
 import peers_plots
 import pytest
@@ -279,6 +280,19 @@ def test_weights_of_its_own_run_in_the_other_engine_and_are_nobodys_rival():
     assert rows[VLLM.name]["precision"] == dict.fromkeys(
         ("weights", "activations", "kv"), "float32"
     )
+
+
+def test_all_are_held_to_the_instructions_of_the_target():
+    for engine in ("folospec", "vllm", "openvino", "transformers"):
+        native = peer_contestants.environment(engine, 2, 1)
+        older = peer_contestants.environment(engine, 2, 1, "x86-64-v3")
+        assert "ATEN_CPU_CAPABILITY" not in native
+        assert older["FOLOSPEC_KERNELS_TARGET"] == "x86-64-v3"
+        assert older["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+        assert native.get("VLLM_CACHE_ROOT") != older.get("VLLM_CACHE_ROOT") or engine != "vllm"
+    assert peer_venvs.environment_of("llama_cpp", "x86-64-v3") == "llama_cpp-x86-64-v3"
+    assert peer_venvs.environment_of("llama_cpp", "native") == "llama_cpp"
+    assert peer_venvs.environment_of("vllm", "x86-64-v3") == "vllm"
 
 
 def test_outputs_that_go_on_behind_their_end_are_counted():

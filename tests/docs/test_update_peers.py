@@ -33,6 +33,7 @@ def row(contestant: str, batch: int = 1, **extra: Any) -> dict[str, Any]:
         "temperature": 0.0,
         "batch": batch,
         "threads": 2,
+        "target": "native",
         "rounds": 5,
         "max_tokens": 64,
         "contestant": contestant,
@@ -113,6 +114,8 @@ def test_what_is_calculated_in_and_what_goes_on_behind_its_end_is_on_the_page(up
     precision = {"weights": "bfloat16", "activations": "float32", "kv": "float16"}
     page = update.updated(PAGE, [row("llama_cpp plain", precision=precision, share_past_end=0.25)])
     assert "| llama_cpp plain | bfloat16 / float32 / float16 | 81.2 |" in page
+    page_of_older = update.updated(PAGE, [row("a"), row("a", target="x86-64-v3")])
+    assert "batch 1, instructions of x86-64-v3**" in page_of_older
     assert "64 new tokens of each, 25% of the outputs go on behind their end)" in page
 
 
