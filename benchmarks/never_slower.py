@@ -67,7 +67,7 @@ WORKLOADS = {
 def task_workloads(tasks: Sequence[str], temperatures: Sequence[float]) -> list[Workload]:
     """The tasks of `chat_tasks`, at every temperature."""
     return [
-        Workload(task, temperature, task, is_task=True)
+        Workload(f"{task} at {temperature:g}", temperature, task, is_task=True)
         for task in tasks
         for temperature in temperatures
     ]
@@ -227,7 +227,7 @@ def table(found: list[Row]) -> Table:
         length = f"{1 + counts['num_accepted_tokens'] / drafts:.2f}" if drafts else "-"
         most = sorted(reasons, key=lambda name: -reasons[name])[:3]
         table.add_row(
-            f"{row['workload']}, T {row['temperature']:g}",
+            row["workload"],
             str(row["batch"]),
             f"{row['ratio']:.3f}",
             f"{row['ratio_low']:.3f}-{row['ratio_high']:.3f}",

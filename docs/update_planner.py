@@ -35,7 +35,7 @@ def section(rows: Sequence[Row]) -> str:
         target = own[0]["provenance"].get("kernels_target")
         built = f", instructions of {target}" if target else ""
         title = f"**{model_name(own[0]['model'])}{dtype}{built}**"
-        parts.append(f"{title}\n\n{HEADER}{''.join(map(_line, own))}\n{_setting(own)}\n")
+        parts.append(f"{title}\n\n{HEADER}{''.join(map(_line, own))}\n{_setting(own[0])}\n")
     return "\n".join(parts)
 
 
@@ -45,7 +45,7 @@ def _line(row: Row) -> str:
     length = f"{1 + counts['num_accepted_tokens'] / drafts:.2f}" if drafts else "no drafts"
     differ = row["num_differing_pairs"]
     cells = [
-        f"{row['workload']}, T {row['temperature']:g}",
+        f"{row['workload'].partition(' at ')[0]}, T {row['temperature']:g}",
         str(row["batch"]),
         f"{row['ratio']:.3f}",
         f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
@@ -55,13 +55,11 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def _setting(rows: Sequence[Row]) -> str:
-    row, counts = rows[0], sorted({row["max_tokens"] for row in rows})
-    tokens = " or ".join(map(str, counts))
+def _setting(row: Row) -> str:
     source = row["provenance"]
     changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
     return (
-        f"{row['pairs']} pairs of at least {row['prompts_per_run']} prompts, {tokens} "
+        f"{row['pairs']} pairs of at least {row['prompts_per_run']} prompts, {row['max_tokens']} "
         f"new tokens each. {source['cpu']}, torch threads: {source['torch_threads']}, torch "
         f"{source['torch']}, commit {str(source['git_commit'])[:10]}{changed}. Command: "
         f"`{source['command']}`.\n"

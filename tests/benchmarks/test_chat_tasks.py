@@ -97,10 +97,10 @@ def test_never_slower_runs_on_tasks_with_their_own_lengths(tmp_path):
     never_slower.main([*chosen, "--pairs", "1", "--max-tokens", "33", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["workload"], row["temperature"], row["max_tokens"]) for row in rows] == [
-        ("chat", 0.0, 33),
-        ("chat", 0.8, 33),
-        ("translation", 0.0, 32),
-        ("translation", 0.8, 32),
+        ("chat at 0", 0.0, 33),
+        ("chat at 0.8", 0.8, 33),
+        ("translation at 0", 0.0, 32),
+        ("translation at 0.8", 0.8, 32),
     ]
     assert all(row["tokens_equal"] for row in rows)
     assert sum(row["auto_counts"]["num_drafts"] for row in rows) > 0
