@@ -18,7 +18,7 @@ from typing import Any
 
 from limits import ITEM_BYTES, Work
 from peer_checkpoints import checkpoint_for, has_draft
-from peer_kinds import FOLOSPEC_KIND, PEER_KINDS, PeerKind
+from peer_kinds import FOLOSPEC_KIND, PEER_KINDS, PeerKind, Precision
 from peer_process import WorkerProcess
 from peer_venvs import PEERS, environment_of, python_of
 
@@ -169,6 +169,10 @@ class Setup:
     timeout: float
     target: str = NATIVE
     """The instructions that everybody may use."""
+
+    def precision(self, contestant: Contestant) -> Precision:
+        """What a contestant calculates in."""
+        return contestant.kind.precision_of(self.dtype, self.target == NATIVE)
 
     def kv_bytes(self, work: Work) -> int:
         """What the largest batch needs, and half as much for drafts."""

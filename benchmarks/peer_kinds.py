@@ -37,10 +37,16 @@ class PeerKind:
     another model, in fewer bits, and is nobody's rival."""
     precision: Mapping[str, Precision] = field(default_factory=lambda: _AS_ASKED)
     """By the type that is asked for."""
+    older_precision: Mapping[str, Precision] = field(default_factory=dict)
+    """Where that differs on a processor with nothing wider than AVX2."""
 
     @property
     def is_rival(self) -> bool:
         return not self.only_checkpoint
+
+    def precision_of(self, dtype: str, native: bool) -> Precision:
+        """What it calculates in, with the machine's own instructions or held to older ones."""
+        return (None if native else self.older_precision.get(dtype)) or self.precision[dtype]
 
 
 PEER_KINDS = {
@@ -55,6 +61,7 @@ PEER_KINDS = {
         shares_process=False,
         weight_copies=2,
         precision={**_AS_ASKED, "bfloat16": _BFLOAT16._replace(weights="float16")},
+        older_precision={"bfloat16": _FLOAT32._replace(weights="float16")},
     ),
     "llama_cpp": PeerKind(
         ("plain", "lookup"),

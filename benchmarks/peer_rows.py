@@ -69,7 +69,7 @@ def make_rows(
             "speculative": entry.contestant.is_speculative,
             "group": entry.group,
             "settings": {"mode": entry.contestant.mode, **entry.contestant.options},
-            "precision": entry.contestant.kind.precision[setup.dtype]._asdict(),
+            "precision": setup.precision(entry.contestant)._asdict(),
             "versions": entry.versions,
         }
         if entry.error is not None or not entry.seconds:

@@ -295,6 +295,13 @@ def test_all_are_held_to_the_instructions_of_the_target():
     assert peer_venvs.environment_of("vllm", "x86-64-v3") == "vllm"
 
 
+def test_what_is_calculated_in_may_depend_on_the_instructions():
+    openvino = Contestant("openvino plain", "openvino", "plain")
+    setups = [Setup("demo", "bfloat16", 2, 1, 64, 1.0, name) for name in peer_contestants.TARGETS]
+    assert [setup.precision(openvino).activations for setup in setups] == ["bfloat16", "float32"]
+    assert [setup.precision(VLLM).activations for setup in setups] == ["bfloat16", "bfloat16"]
+
+
 def test_outputs_that_go_on_behind_their_end_are_counted():
     assert past_end([[[1, 2, 9], [1, 9, 2]], [[3, 4, 5], [9, 9, 9]]], {9}) == 0.5
     assert past_end([], {9}) is None
