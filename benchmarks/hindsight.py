@@ -67,9 +67,10 @@ class RowCurve:
             self.costs.append(max(costs[rows] / costs[1], *self.costs[-1:], 1.0))
 
     def __call__(self, rows: int) -> float:
-        if rows in self.rows or len(self.rows) == 1:
-            return self.costs[min(bisect_left(self.rows, rows), len(self.rows) - 1)]
-        right = min(bisect_left(self.rows, rows), len(self.rows) - 1)  # the last line goes on
+        if len(self.rows) == 1:
+            return self.costs[0]
+        # Behind the last point the last line goes on.
+        right = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
         (first, second), (low, high) = self.rows[right - 1 :][:2], self.costs[right - 1 :][:2]
         return low + (rows - first) / (second - first) * (high - low)
 
