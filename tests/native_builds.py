@@ -149,7 +149,7 @@ GUARD = (
     "    for (; key < 0; key++) *places++ = 0;\n    const int32_t* table =",
 )
 """Where tiles begin before the first key, places are asked for that are not there."""
-NO_SPINS = ("SPINS = 8192;", "SPINS = 1;")
+NO_SPINS = ("SPINS = 2048;", "SPINS = 1;")
 """Who waits for another thread falls asleep at once."""
 END = "}  // namespace folospec"
 

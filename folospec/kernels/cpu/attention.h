@@ -15,6 +15,7 @@
 #pragma once
 
 #include "rowwise.h"
+#include "team.h"
 
 namespace folospec {
 
@@ -363,16 +364,49 @@ void attend_unit(const AttentionStep& s, const Pages& pages, const Work& w, cons
     }
 }
 
-// Every `parts`-th unit of work, from `part` on: as many heads in one as it has room for, and as leave
-// something for every thread. Who does what changes no bit.
-void attend_part(const AttentionStep& s, const Pages& pages, const float* queries, int64_t query_stride,
-                 const Operand& out, int64_t part, int64_t parts);
+// One unit of work, as `Units` cut them.
+void attend_one(const AttentionStep& s, const Pages& pages, const float* queries, int64_t query_stride,
+                const Operand& out, const Work& work);
 
-// Write a row's key or value, [kv_heads, head_size], to its slot.
-INLINE void write_kv(const AttentionStep& s, void* pages, int64_t slot, const float* from) {
-    int64_t size = s.kv_heads * s.head_size;
-    if (s.kv_format == BFLOAT16) copy_converted(from, (bfloat16*)pages + slot * size, size);
-    else copy_converted(from, (float*)pages + slot * size, size);
+// How a step is cut: as many heads in one unit as it has room for, and as leave something for every thread.
+// Who does what changes no bit.
+struct Units {
+    const AttentionStep& s;
+    int64_t fold, turns, ranges;
+
+    Units(const AttentionStep& s, int64_t parts) : s(s), fold(s.heads / s.kv_heads) {
+        int64_t rows = 1;
+        for (int64_t g = 0; g < s.groups; g++)
+            rows = std::max<int64_t>(rows, s.group_start[g + 1] - s.group_start[g]);
+        // Of very many query heads per KV head, some run after the others.
+        turns = (fold + MAX_QUERIES - 1) / MAX_QUERIES;
+        int64_t heads = std::max<int64_t>(1, MAX_QUERIES / (rows * fold));
+        ranges = std::max((s.kv_heads + heads - 1) / heads,
+                          std::min(s.kv_heads, (parts + s.groups - 1) / s.groups));
+    }
+    int64_t count() const { return s.groups * ranges * turns; }
+    Work operator[](int64_t i) const {
+        int64_t group = i / turns / ranges, range = i / turns % ranges, first = i % turns * MAX_QUERIES;
+        return {s.group_start[group], s.group_start[group + 1], s.kv_heads * range / ranges,
+                s.kv_heads * (range + 1) / ranges, (int)std::min<int64_t>(fold - first, MAX_QUERIES),
+                (int)first};
+    }
+};
+
+INLINE void attend_step(const AttentionStep& s, const Pages& pages, const float* queries, int64_t query_stride,
+                        const Operand& out, Member& member) {
+    Units units(s, member.parts);
+    member.share(units.count(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) attend_one(s, pages, queries, query_stride, out, units[i]);
+    });
+}
+
+// Write keys or values of `heads` KV heads of a row, from `head` on, to its slot.
+INLINE void write_kv(const AttentionStep& s, void* pages, int64_t slot, int64_t head, int64_t heads,
+                     const float* from) {
+    int64_t place = (slot * s.kv_heads + head) * s.head_size, size = heads * s.head_size;
+    if (s.kv_format == BFLOAT16) copy_converted(from, (bfloat16*)pages + place, size);
+    else copy_converted(from, (float*)pages + place, size);
 }
 
 }  // namespace folospec

@@ -197,7 +197,7 @@ extern "C" __attribute__((visibility("default"))) void folospec_children(
     const float* logits, int64_t size, const folospec::Law* laws, const folospec::Wanted* wanted, int64_t rows,
     int64_t most, int64_t* tokens, float* chances, int64_t* found, int32_t threads) {
     using namespace folospec;
-    share_out(threads, rows, 2, [&](int64_t row) {
+    share_out(threads, rows, [&](int64_t row) {
         static thread_local ChildRoom room;
         ChildRow drawn(logits + row * size, size, laws[wanted[row].law], wanted[row], room);
         found[row] = drawn.draw(tokens + row * most, chances + row * most);

@@ -79,7 +79,7 @@ constexpr int64_t INNER_UNIT = 48;  // and whole vectors of the MLP's inner colu
 
 class Worker {
 public:
-    Worker(const Model& model, const Pass& pass, const Scratch& scratch, const Member& member)
+    Worker(const Model& model, const Pass& pass, const Scratch& scratch, Member& member)
         : m(model), p(pass), a(pass.attention), s(scratch), member(member), rows(pass.attention.rows) {}
 
     void run() {
@@ -98,70 +98,67 @@ private:
     const Pass& p;
     const AttentionStep& a;
     const Scratch& s;
-    const Member member;
+    Member& member;
     const int64_t rows;
 
-    void meet() const { member.meet(); }
+    template <class Body>
+    void each(int64_t count, Body body) {
+        member.share(count, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) body(i);
+        });
+    }
 
     void embed() {
-        Share mine(rows, 1, member);
-        for (int64_t row = mine.begin; row < mine.end; row++) {
+        each(rows, [&](int64_t row) {
             int64_t from = p.input_ids[row] * m.hidden;
             float* to = s.stream + row * m.hidden;
             if (m.embedding_format == BFLOAT16) widen((const bfloat16*)m.embedding + from, to, m.hidden);
             else widen((const float*)m.embedding + from, to, m.hidden);
-        }
-        meet();
+        });
     }
 
     void tap(int64_t layer) {
         if (!p.taps[layer]) return;
-        Share mine(rows * m.hidden, 64, member);
-        std::memcpy(p.taps[layer] + mine.begin, s.stream + mine.begin,
-                    (mine.end - mine.begin) * sizeof(float));
-        meet();
+        member.share(rows * m.hidden, 64, [&](int64_t begin, int64_t end) {
+            std::memcpy(p.taps[layer] + begin, s.stream + begin, (end - begin) * sizeof(float));
+        });
     }
 
     void norm(const float* weight, int64_t first_row, int64_t count, const Operand& to) {
-        Share mine(count, 1, member);
-        for (int64_t row = mine.begin; row < mine.end; row++)
+        each(count, [&](int64_t row) {
             rms_norm(s.stream + (first_row + row) * m.hidden, weight, m.hidden, (float)m.eps,
                      OperandRow(to, row));
-        meet();
+        });
     }
 
     void linear(const Matrix& matrix, const Operand& x, float* y, bool add) {
-        Share mine(matrix.out, OUT_UNIT, member);
-        linear_part(matrix, x, y, matrix.out, mine.begin, mine.end, add);
-        meet();
+        member.share(matrix.out, OUT_UNIT, [&](int64_t begin, int64_t end) {
+            linear_part(matrix, x, y, matrix.out, begin, end, add);
+        });
+    }
+
+    // Rotate a head, and write it if it is one of the keys, with the values that belong to it.
+    void rotate(const Layer& layer, int64_t row, int64_t head) {
+        int64_t size = a.head_size, width = (a.heads + 2 * a.kv_heads) * size;
+        const float* head_norm = head < a.heads ? layer.query_norm : layer.key_norm;
+        int64_t angle = p.positions[row] * (size / 2), slot = p.slot_mapping[row];
+        float* from = s.heads + row * width + head * size;
+        rotate_head(from, size, head_norm, (float)m.eps, p.cos + angle, p.sin + angle);
+        if (head < a.heads) return;
+        write_kv(a, layer.pages.key, slot, head - a.heads, 1, from);
+        write_kv(a, layer.pages.value, slot, head - a.heads, 1, from + a.kv_heads * size);
     }
 
     void attend(const Layer& layer) {
-        int64_t size = a.head_size, width = (a.heads + 2 * a.kv_heads) * size;
+        int64_t heads = a.heads + a.kv_heads, width = (heads + a.kv_heads) * a.head_size;
         Operand input = {s.input, m.hidden, layer.qkv.format, Tiling(rows)};
         norm(layer.input_norm, 0, rows, input);
         linear(layer.qkv, input, s.heads, false);
-        Share mine(rows * (a.heads + a.kv_heads), 1, member);
-        for (int64_t i = mine.begin; i < mine.end; i++) {
-            int64_t row = i / (a.heads + a.kv_heads), head = i % (a.heads + a.kv_heads);
-            const float* head_norm = head < a.heads ? layer.query_norm : layer.key_norm;
-            int64_t angle = p.positions[row] * (size / 2);
-            rotate_head(s.heads + row * width + head * size, size, head_norm, (float)m.eps,
-                        p.cos + angle, p.sin + angle);
-        }
-        meet();
-        Share written(rows, 1, member);
-        for (int64_t row = written.begin; row < written.end; row++) {
-            const float* keys = s.heads + row * width + a.heads * size;
-            write_kv(a, layer.pages.key, p.slot_mapping[row], keys);
-            write_kv(a, layer.pages.value, p.slot_mapping[row], keys + a.kv_heads * size);
-        }
-        meet();
+        each(rows * heads, [&](int64_t i) { rotate(layer, i / heads, i % heads); });
         AttentionStep step = a;
         step.first_key = layer.window ? p.window_first + (layer.window - 1) * rows : nullptr;
-        Operand attended = {s.input, a.heads * size, layer.output.format, Tiling(rows)};
-        attend_part(step, layer.pages, s.heads, width, attended, member.part, member.parts);
-        meet();
+        Operand attended = {s.input, a.heads * a.head_size, layer.output.format, Tiling(rows)};
+        attend_step(step, layer.pages, s.heads, width, attended, member);
         linear(layer.output, attended, s.stream, true);
     }
 
@@ -172,15 +169,14 @@ private:
             Operand inner = {s.inner, m.inner, layer.down.format, Tiling(count)};
             norm(layer.post_norm, first, count, input);
             // A thread makes the gate and the up of the same columns, so that it can multiply them.
-            Share mine(m.inner, INNER_UNIT, member);
-            for (int64_t offset : {(int64_t)0, m.inner})
-                linear_part(layer.gate_up, input, s.gate_up, 2 * m.inner, offset + mine.begin,
-                            offset + mine.end, false);
-            for (int64_t row = 0; row < count; row++) {
-                const float* gate = s.gate_up + row * 2 * m.inner;
-                silu_mul(gate, gate + m.inner, mine.begin, mine.end, OperandRow(inner, row));
-            }
-            meet();
+            member.share(m.inner, INNER_UNIT, [&](int64_t begin, int64_t end) {
+                for (int64_t offset : {(int64_t)0, m.inner})
+                    linear_part(layer.gate_up, input, s.gate_up, 2 * m.inner, offset + begin, offset + end, false);
+                for (int64_t row = 0; row < count; row++) {
+                    const float* gate = s.gate_up + row * 2 * m.inner;
+                    silu_mul(gate, gate + m.inner, begin, end, OperandRow(inner, row));
+                }
+            });
             linear(layer.down, inner, s.stream + first * m.hidden, true);
         }
     }

@@ -31,25 +31,26 @@ EXPORT int64_t folospec_scratch_floats(const Model* model, const Pass* pass) {
 EXPORT void folospec_forward(const Model* model, const Pass* pass) {
     Scratch s;
     lay_out(*model, pass->attention, pass->scratch, s);
-    together(pass->threads, [&](const Member& member) { Worker(*model, *pass, s, member).run(); });
+    together(pass->threads, [&](Member& member) { Worker(*model, *pass, s, member).run(); });
 }
 
 // y [rows, out] = x [rows, in] W^T; `room` holds the operand: rows * (in + 31) floats are enough.
 EXPORT void folospec_linear(const Matrix* m, const float* x, void* room, int64_t rows, float* y,
                             int64_t threads) {
     Operand operand = {room, padded_columns(m->in, m->format), m->format, Tiling(rows)};
-    together(threads, [&](const Member& member) {
-        Share rows_of_mine(rows, 1, member);
-        for (int64_t row = rows_of_mine.begin; row < rows_of_mine.end; row++) {
-            OperandRow to(operand, row);
-            for (int64_t i = 0; i < operand.columns; i += LANES) {
-                int count = std::clamp<int64_t>(m->in - i, 0, LANES);
-                to.put(i, load_up_to(x + row * m->in + i, count));
+    together(threads, [&](Member& member) {
+        member.share(rows, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) {
+                OperandRow to(operand, row);
+                for (int64_t i = 0; i < operand.columns; i += LANES) {
+                    int count = std::clamp<int64_t>(m->in - i, 0, LANES);
+                    to.put(i, load_up_to(x + row * m->in + i, count));
+                }
             }
-        }
-        member.meet();
-        Share mine(m->out, OUT_UNIT, member);
-        linear_part(*m, operand, y, m->out, mine.begin, mine.end, false);
+        });
+        member.share(m->out, OUT_UNIT, [&](int64_t begin, int64_t end) {
+            linear_part(*m, operand, y, m->out, begin, end, false);
+        });
     });
 }
 
@@ -58,15 +59,15 @@ EXPORT void folospec_attention(const AttentionStep* step, const Pages* pages, co
                                const float* keys, const float* values, const int64_t* slot_mapping,
                                float* out, int64_t threads) {
     int64_t kv_width = step->kv_heads * step->head_size, width = step->heads * step->head_size;
-    together(threads, [&](const Member& member) {
-        Share mine(step->rows, 1, member);
-        for (int64_t row = mine.begin; row < mine.end; row++) {
-            write_kv(*step, pages->key, slot_mapping[row], keys + row * kv_width);
-            write_kv(*step, pages->value, slot_mapping[row], values + row * kv_width);
-        }
-        member.meet();
-        Operand rows = {out, width, FLOAT32, Tiling(step->rows, true)};
-        attend_part(*step, *pages, queries, width, rows, member.part, member.parts);
+    Operand rows = {out, width, FLOAT32, Tiling(step->rows, true)};
+    together(threads, [&](Member& member) {
+        member.share(step->rows, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) {
+                write_kv(*step, pages->key, slot_mapping[row], 0, step->kv_heads, keys + row * kv_width);
+                write_kv(*step, pages->value, slot_mapping[row], 0, step->kv_heads, values + row * kv_width);
+            }
+        });
+        attend_step(*step, *pages, queries, width, rows, member);
     });
 }
 
@@ -107,16 +108,17 @@ EXPORT void folospec_move_rows(void* const* tensors, const int64_t* bytes, int64
 // Read `count` floats and return their sum: what memory gives at best.
 EXPORT float folospec_read(const float* from, int64_t count, int64_t threads) {
     std::atomic<float> total{0};
-    together(threads, [&](const Member& member) {
-        Share mine(count, 64, member);
-        Vec sums[4] = {};
-        for (int64_t i = mine.begin; i + 64 <= mine.end; i += 64) {
-            for (int v = 0; v < 64 / LANES; v++) sums[v % 4] = sums[v % 4] + load(from + i + v * LANES);
-            for (int line = 0; line < 4; line++)
-                __builtin_prefetch((const char*)(from + i) + line * LINE_BYTES + AHEAD_BYTES, 0, 2);
-        }
-        float own = sum((sums[0] + sums[1]) + (sums[2] + sums[3])), before = total;
-        while (!total.compare_exchange_weak(before, before + own)) {}
+    together(threads, [&](Member& member) {
+        member.share(count / 64, 1, [&](int64_t begin, int64_t end) {
+            Vec sums[4] = {};
+            for (int64_t i = begin * 64; i < end * 64; i += 64) {
+                for (int v = 0; v < 64 / LANES; v++) sums[v % 4] = sums[v % 4] + load(from + i + v * LANES);
+                for (int line = 0; line < 4; line++)
+                    __builtin_prefetch((const char*)(from + i) + line * LINE_BYTES + AHEAD_BYTES, 0, 2);
+            }
+            float own = sum((sums[0] + sums[1]) + (sums[2] + sums[3])), before = total;
+            while (!total.compare_exchange_weak(before, before + own)) {}
+        });
     });
     return total;
 }

@@ -196,7 +196,7 @@ EXPORT_SAMPLING void folospec_walk(const float* logits, int64_t size, const folo
                                    const folospec::Tree* trees, const int64_t* nodes, int64_t count,
                                    folospec::Walked* walked, int64_t* paths, int64_t threads) {
     using namespace folospec;
-    share_out(threads, count, 1, [&](int64_t i) {
+    share_out(threads, count, [&](int64_t i) {
         walked[i] = walk_tree(logits, size, laws[i], trees[i], nodes, paths, memory_of_thread());
     });
 }
@@ -206,7 +206,7 @@ EXPORT_SAMPLING void folospec_log_probs(const float* logits, int64_t size, const
                                         const int64_t* law_of, int64_t count, float* out, float* peaks,
                                         int64_t threads) {
     using namespace folospec;
-    share_out(threads, count, 2, [&](int64_t i) {
+    share_out(threads, count, [&](int64_t i) {
         log_probs_row(logits + i * size, size, laws[law_of[i]], peaks + i, out + i * size,
                       memory_of_thread());
     });
