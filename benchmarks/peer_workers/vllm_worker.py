@@ -5,10 +5,16 @@ Its environment variables have to be set before it is imported: see `peer_contes
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch
 from channel import Batch, Engine, Load, Result, serve
-from vllm import LLM, SamplingParams
+
+if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":  # its library is chosen when it is imported
+    torch.cpu._is_avx512_supported = torch.cpu._is_avx512_bf16_supported = lambda: False
+
+from vllm import LLM, SamplingParams  # noqa: E402
 
 _BATCHED_TOKENS = 2048
 

@@ -132,6 +132,17 @@ def test_filling_in_twice_is_once_and_other_sections_stay(
     assert script.updated(once, [COUPLED]).count("Some CPU") == 3
 
 
+def test_a_chat_model_has_a_section_of_its_own(script: SimpleNamespace, page: str) -> None:
+    chat = accepted("suffix", 0.0, model="build/models/smollm2/bf16", task="file_editing")
+    filled = script.updated(page, [chat])
+    _, _, rest = filled.partition("<!-- acceptance of a chat model")
+    section, _, _ = rest.partition("<!-- end of acceptance of a chat model")
+    assert "**file_editing**" in section
+    assert "`build/models/smollm2/bf16`, 4 items of each task" in section
+    assert ".svg" not in section
+    assert filled.partition("### A chat model")[0] == page.partition("### A chat model")[0]
+
+
 def test_rows_of_two_runs_and_no_rows_are_refused(script: SimpleNamespace, page: str) -> None:
     other = {**PROVENANCE, "time": "2026-01-02T00:00:00+00:00"}
     with pytest.raises(ValueError, match="must come from one run"):
