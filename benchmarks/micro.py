@@ -8,7 +8,7 @@ its operations over the peak, both measured (`limits.py`; bandwidth also by the 
 kernels, whichever is more). Weights and KV are so many copies in turn that none is in a cache
 when it is read, as it is in a model whose layers come one after the other.
 
-A linear is all four products of one layer; an attention is one layer of a step whose metadata are
+A linear is all four products of one layer, or (op "matrix") that of one matrix; an attention is one layer of a step whose metadata are
 planned. The two contestants take turns; figures are medians.
 """
 
@@ -38,7 +38,7 @@ from folospec.attention.metadata import AttentionMetadata, SequenceRows
 from folospec.kernels import torch_ops
 from folospec.kernels.native import Native, load, matrix, why_not
 
-OPS = ("linear", "attention", "rowwise")
+OPS = ("linear", "matrix", "attention", "rowwise")
 FORMATS = ("float32", "bfloat16", "int8")
 ROWS = (1, 2, 4, 6, 8, 16, 32, 64, 512)
 HEAD_SIZE, BLOCK_SIZE = 64, 16
@@ -77,15 +77,23 @@ def copies_of(make: Callable[[], Any], num_bytes: int) -> Iterator[Any]:
     return itertools.cycle([make() for _ in range(max(1, -(-BEYOND_CACHE // num_bytes)))])
 
 
-def layer_weights(shape: Shape, kind: str) -> list[torch_ops.Int8Weight | Tensor]:
-    """The four matrices of a layer, random."""
+Sizes = Sequence[tuple[int, int]]
+"""Outputs and inputs of matrices."""
+MATRIX, MATRIX_NAME = (8192, 2048), "8192 x 2048"
+
+
+def layer_sizes(shape: Shape) -> Sizes:
+    """The four matrices of a layer."""
     width = (shape.heads + 2 * shape.kv_heads) * HEAD_SIZE
-    sizes = [
+    return [
         (width, shape.hidden),
         (shape.hidden, shape.heads * HEAD_SIZE),
         (2 * shape.inner, shape.hidden),
         (shape.hidden, shape.inner),
     ]
+
+
+def random_weights(sizes: Sizes, kind: str) -> list[torch_ops.Int8Weight | Tensor]:
     made = [torch.randn(size) * size[1] ** -0.5 for size in sizes]
     if kind == "int8":
         return [torch_ops.quantize_int8(weight) for weight in made]
@@ -93,17 +101,17 @@ def layer_weights(shape: Shape, kind: str) -> list[torch_ops.Int8Weight | Tensor
 
 
 def linear_rows(
-    native: Native, machine: Machine, model: str, kind: str, seconds: float, counts: Sequence[int]
+    native: Native, machine: Machine, name: str, sizes: Sizes, kind: str, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """A layer's four products, for each number of rows."""
-    weights = layer_weights(SHAPES[model], kind)
+    """The products of these matrices, for each number of rows."""
+    weights = random_weights(sizes, kind)
     cells = sum((w.values if isinstance(w, torch_ops.Int8Weight) else w).numel() for w in weights)
     num_bytes = cells * {"float32": 4, "bfloat16": 2, "int8": 1}[kind]
-    layers = copies_of(lambda: layer_weights(SHAPES[model], kind), num_bytes)
+    layers = copies_of(lambda: random_weights(sizes, kind), num_bytes)
     described = copies_of(lambda: [(w, matrix(w)) for w in next(layers)], num_bytes)
     inputs = [w.shape[1] if isinstance(w, Tensor) else w.values.shape[1] for w in weights]
     of_torch = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    for count in counts:
+    for count in args.rows:
         x = [torch.randn(count, size) for size in inputs]
         narrow = [each.to(of_torch) for each in x]
 
@@ -115,10 +123,10 @@ def linear_rows(
             for each, (_, m) in zip(x, next(described), strict=True):
                 native.apply_linear(each, m)
 
-        times = median_times({"torch": with_torch, "native": natively}, seconds)
+        times = median_times({"torch": with_torch, "native": natively}, args.seconds)
         peak = "bfloat16" if kind == "bfloat16" else "float32"
         limit = machine.seconds(num_bytes, 2 * cells * count, peak)
-        yield row("linear", f"{model}, {count} rows", kind, times, limit)
+        yield row("linear", f"{name}, {count} rows", kind, times, limit)
 
 
 STEPS = {
@@ -249,10 +257,14 @@ def row(op: str, case: str, kind: str, times: dict[str, float], limit: float) ->
 
 
 def cases(native: Native, machine: Machine, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if "matrix" in args.ops:
+        for kind in args.formats:
+            yield from linear_rows(native, machine, MATRIX_NAME, [MATRIX], kind, args)
     for model in args.models:
         if "linear" in args.ops:
             for kind in args.formats:
-                yield from linear_rows(native, machine, model, kind, args.seconds, args.rows)
+                sizes = layer_sizes(SHAPES[model])
+                yield from linear_rows(native, machine, model, sizes, kind, args)
         if "attention" in args.ops:
             for kind in sorted({"float32", "bfloat16"} & set(args.formats)):
                 yield from attention_rows(machine, model, kind, args.seconds)

@@ -2,6 +2,7 @@
 
 import limits
 import pytest
+import torch
 from limits import Machine, Work
 
 from folospec.models.checkpoint import read_tensors
@@ -54,6 +55,12 @@ def test_this_machine_can_be_measured(monkeypatch):
     assert found.bytes_per_second > 0
     assert found.operations_per_second.keys() == limits.ITEM_BYTES.keys()
     assert min(found.operations_per_second.values()) > 0
+
+
+def test_bfloat16_is_no_slower_than_what_it_can_be_widened_to(monkeypatch):
+    monkeypatch.setattr(limits, "ARRAY_BYTES", 1 << 16)
+    monkeypatch.setattr(limits, "peak", {torch.float32: 9.0, torch.bfloat16: 2.0}.get)
+    assert limits.measure(1).operations_per_second == {"float32": 9.0, "bfloat16": 9.0}
 
 
 @pytest.mark.parametrize(("slow", "largest"), [(1e-9, 512), (1e-12, 2048)])
