@@ -250,7 +250,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     deterministic: bool | None = None
     """Demand (True), waive (False), or take where it is free (None) logits that do not depend on
-    the batch, bit for bit."""
+    the batch, bit for bit. Only where they are waived, measurements choose what computes them."""
     generation_config: str = "auto"
     """"auto": a request without sampling parameters has the defaults of the model's
     generation_config.json. "folospec": it has those of `SamplingParams`."""

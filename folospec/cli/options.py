@@ -215,7 +215,7 @@ Deterministic = Annotated[
     _option(
         ENGINE,
         "--deterministic/--no-deterministic",
-        help="Demand, or waive, logits that do not depend on the batch.",
+        help="Demand, or waive for speed, logits that do not depend on the batch.",
     ),
 ]
 GpuMemoryUtilization = Annotated[

@@ -29,6 +29,7 @@ from folospec.engine.loading import load_parts
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.open_requests import OpenRequests
 from folospec.engine.output_processor import Increment
+from folospec.engine.product_timing import choose_products
 from folospec.engine.request import Request
 from folospec.engine.run_ahead import RunAhead
 from folospec.engine.speculation import Speculation
@@ -68,6 +69,7 @@ class LLMEngine:
         self.config, self._exclusive = config, Exclusive()
         check_path(config.trace)
         self.parts = parts = load_parts(config)
+        choose_products(config, parts)
         self.tokenizer = parts.tokenizer
         self.manager = KVCacheManager(
             parts.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from folospec.attention.native_cpu import NativeAttention
+from folospec.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine
@@ -21,6 +22,7 @@ def stats_report(engine: LLMEngine) -> dict[str, Any]:
         "num_speculative_tokens": speculation.limit,
         "attention_backend": parts.attention_backend,
         "native_kernels": native_kernels(engine),
+        "torch_products_from": torch_products_from(engine),
         "device": str(parts.device),
         "dtype": str(parts.target.model.config.dtype).removeprefix("torch."),
         "quantization": engine.config.quantization,
@@ -43,11 +45,21 @@ def native_kernels(engine: LLMEngine) -> str | None:
     return f"{attention.library.origin}, {attention.library.instructions}"
 
 
+def torch_products_from(engine: LLMEngine) -> int | None:
+    """Rows from which on passes of a natively run target take torch's products; None: none do, or
+    the target does not run natively."""
+    model = engine.parts.target.model
+    return model.torch_products_from if isinstance(model, Decoder) else None
+
+
 def lossless_level(engine: LLMEngine) -> str:
     """The strongest level of the lossless contract that holds: "bit", "path" (up to near ties) or
-    "law"; "none" under a lossy rule."""
+    "law"; "none" under a lossy rule. With `deterministic=False` bits are not promised, whatever was
+    chosen on this machine."""
     rule = engine.speculation.rule
     if rule.promise != "tokens":
         return "law" if rule.promise == "distribution" else "none"
+    if engine.config.deterministic is False or not engine.parts.target.is_deterministic:
+        return "path"
     # A registered rule has the tokens drawn by torch, where plain steps may use kernels.
-    return "bit" if engine.parts.target.is_deterministic and rule.has_kernels else "path"
+    return "bit" if rule.has_kernels else "path"

@@ -46,8 +46,6 @@ _ORDER = (1, 64, 8, 24, 4, 2, 16, 32, 12, 48, 6, 3)
 _LEAST_COUNTS = 2
 _DRAFT_COUNTS = (1, 64, 16)
 _CONTEXT = 128
-_ENOUGH_SLOTS = _CONTEXT + max(ROW_COUNTS)
-"""A larger pool measures the same."""
 _REPEATS = 5
 _SECONDS = 1.5
 """Time for the target; a third of it for each draft model."""
@@ -61,7 +59,7 @@ def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
         return UNKNOWN_COSTS
     for one in parts.all_runners:
         one.warm_up(max_rows_each=max(ROW_COUNTS))
-    target = _Subject(parts.target, [_facts(config.model)], _ORDER, _SECONDS)
+    target = Subject(parts.target, [model_facts(config.model)], _ORDER, _SECONDS)
     points = target.points(config, parts.num_blocks)
     if not points:
         return UNKNOWN_COSTS
@@ -70,9 +68,13 @@ def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
         runner = next(iter(drafter.access.runners), None)
         if not isinstance(runner, ModelRunner):
             continue
-        facts = [drafter.config.method, str(dict(drafter.config.options)), _facts(config.model)]
-        facts += [_facts(drafter.config.model)] if drafter.config.model else []
-        own = _Subject(runner, facts, _DRAFT_COUNTS, _SECONDS / 3).points(config, parts.num_blocks)
+        facts = [
+            drafter.config.method,
+            str(dict(drafter.config.options)),
+            model_facts(config.model),
+        ]
+        facts += [model_facts(drafter.config.model)] if drafter.config.model else []
+        own = Subject(runner, facts, _DRAFT_COUNTS, _SECONDS / 3).points(config, parts.num_blocks)
         if 1 in own:
             most = max(own)
             slope = max(0.0, own[most] - own[1]) / max(1, most - 1)
@@ -88,7 +90,7 @@ def in_buckets(points: Points) -> Points:
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
+class Subject:
     """A runner to be measured, what its model is, at which counts, and in what time."""
 
     runner: ModelRunner
@@ -97,8 +99,8 @@ class _Subject:
     seconds: float
 
     def points(self, config: EngineConfig, num_blocks: int) -> Points:
-        key = self._key(config, num_blocks)
-        path = _path(key)
+        key = self.key(config, num_blocks)
+        path = path_of(key)
         points = None if path is None else read_points(path, key)
         if points is None:
             block_size = config.block_size
@@ -107,8 +109,9 @@ class _Subject:
                 write_points(path, key, points)
         return points
 
-    def _key(self, config: EngineConfig, num_blocks: int) -> dict[str, Any]:
-        """Everything that the figures depend on, as JSON has it."""
+    def key(self, config: EngineConfig, num_blocks: int) -> dict[str, Any]:
+        """Everything that the figures depend on, as JSON has it. A pool that holds the context and
+        the largest count measures the same as a larger one."""
         model = self.runner.model
         is_cuda = model.device.type == "cuda"
         has_affinity = hasattr(os, "sched_getaffinity")
@@ -123,7 +126,7 @@ class _Subject:
             "row_at_a_time": self.runner.row_at_a_time,
             "deterministic": config.deterministic,
             "block_size": config.block_size,
-            "num_slots": min(num_blocks * config.block_size, _ENOUGH_SLOTS),
+            "num_slots": min(num_blocks * config.block_size, _CONTEXT + max(self.counts)),
             "max_num_batched_tokens": min(self.runner.max_num_batched_tokens, max(self.counts)),
             "kv_cache_dtype": config.kv_cache_dtype,
             "quantization": config.quantization,
@@ -179,7 +182,7 @@ def _time(runner: ModelRunner, batch: list[Rows], deadline: float) -> float:
     return min(taken)
 
 
-def _facts(model: str) -> str:
+def model_facts(model: str) -> str:
     """What a checkpoint is: its config, whatever folder it lies in."""
     config = (resolve_model(model) / "config.json").read_bytes()
     return hashlib.sha256(config).hexdigest()[:16]
@@ -210,7 +213,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _path(key: dict[str, Any]) -> Path | None:
+def path_of(key: dict[str, Any]) -> Path | None:
     """Where the figures are kept; None where nothing can be."""
     try:
         folder = cache_folder() / "step_costs"

@@ -106,6 +106,9 @@ class Decoder:
         that a kernel could read it from."""
         self.native: NativeDecoder | None = None
         """Runs the whole pass in native code; made at the first, when the weights are there."""
+        self.torch_products_from: int | None = None
+        """Where the model runs natively: passes of at least so many rows run with torch's products
+        all the same, between native attention; None: no pass does."""
         self.runs_on_gpu = isinstance(attention, PagedBackend) and spec.dtype != torch.float64
         self.gpu: GpuDecoder | None = None
         """Runs the pass with kernels of a GPU; made at the first, too."""
@@ -125,7 +128,7 @@ class Decoder:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `Model.forward`."""
         check_taps(taps, self.config.num_layers)
-        if (fast := self._native() or self._gpu()) is not None:
+        if (fast := self._fast(len(input_ids))) is not None:
             return fast.forward(input_ids, metadata, kv, taps)
         stream = functional.embedding(input_ids, self.embedding)
         angles = rope.cos_sin(
@@ -141,11 +144,13 @@ class Decoder:
             if index not in self.skip_mlp:
                 stream = stream + self._mlp(index, stream)
         tapped.update((tap, stream) for tap in taps if tap >= depth)
+        if self.runs_natively:  # the streams of other passes are float32
+            tapped = {tap: each.float() for tap, each in tapped.items()}
         return rms_norm(stream, self.final_norm, self.eps), tapped
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
-        if (fast := self._native() or self._gpu()) is not None:
+        if (fast := self._fast(len(hidden))) is not None:
             return fast.logits(hidden)
         return as_logits(linear(hidden, self.lm_head))
 
@@ -164,14 +169,20 @@ class Decoder:
         """See `Model.deterministic`; torch's products sum by the number of rows, and on a GPU those
         of rounded weights, a model's or a view's, are torch's."""
         is_rounded = self.quantization is not None or isinstance(self.lm_head, Int8Weight)
-        return self.runs_natively or (
-            self.runs_on_gpu and self.attention.deterministic and not is_rounded
-        )
+        is_native = self.runs_natively and self.torch_products_from is None
+        return is_native or (self.runs_on_gpu and self.attention.deterministic and not is_rounded)
 
     @property
     def captures(self) -> bool:
         """See `Model.captures`."""
         return isinstance(self.attention, PagedBackend) and self.attention.captures
+
+    def _fast(self, num_rows: int) -> NativeDecoder | GpuDecoder | None:
+        """Return what runs so many rows; None is torch."""
+        least = self.torch_products_from
+        if least is not None and num_rows >= least:
+            return None
+        return self._native() or self._gpu()
 
     def _native(self) -> NativeDecoder | None:
         if self.native is None and self.runs_natively:

@@ -30,6 +30,8 @@ def view_of(
 ) -> Model:
     """Return a model that computes less and has the same KV layout: layer i writes layer i's KV.
 
+    It runs natively where the model can, whatever the number of rows.
+
     What it writes is not what the target would: another layer input, or rounded weights. So a row
     that a view has written is good for the view's own drafts only, until the target runs it too.
 
@@ -62,7 +64,7 @@ def view_of(
             if not 0 <= layer < num_layers:
                 raise ValueError(f"{name} must have layers in 0..{num_layers - 1}, got {layer}")
     view = copy.copy(model)
-    view.native = view.gpu = None
+    view.native = view.gpu = view.torch_products_from = None
     view.skip_attention, view.skip_mlp = frozenset(skip_attention), frozenset(skip_mlp)
     if quantized:
         unused = view.skip_attention & view.skip_mlp

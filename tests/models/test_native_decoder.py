@@ -21,6 +21,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from folospec.attention.base import LayerKV
 from folospec.attention.native_cpu import NativeAttention
 from folospec.kernels.native import Native
+from folospec.kernels.torch_ops import linear
+from folospec.models import decoder
 from folospec.models.base import Model
 from folospec.models.decoder import Decoder
 from folospec.models.loader import load_model
@@ -357,6 +359,29 @@ def test_taps_are_those_of_torch_and_have_the_bits_of_plain_decoding(folders):
     for i in range(70):
         alone = runs.runner.forward([Rows([TOKENS[i]], i, TABLE)], taps).taps
         assert all(torch.equal(alone[tap][0], results[0][tap][i]) for tap in taps)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_large_passes_may_take_torchs_products_over_the_same_kv(folders, monkeypatch, kind):
+    rows = []
+    monkeypatch.setattr(decoder, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
+    model = load(folders["llama"], kind)
+    assert model.deterministic
+    model.torch_products_from = 40
+    assert not model.deterministic
+    runs = Runs(model)
+    parts = [runs.chunks(40, 0, 80), runs.chunks(39, 80, 119), runs.decode(119, 130)]
+    assert set(rows) == {40}
+    exact = Runs(load(folders["llama"], "exact")).chunks(130, 0, 130).logits
+    off = (torch.cat([part.logits for part in parts]).double() - exact).abs()
+    assert off.mean() < (1e-5 if kind == "float32" else 0.1)
+    tapped = [runs.runner.forward([Rows(TOKENS[:n], 0, TABLE)], (1,)).taps[1] for n in (39, 40)]
+    assert rows[-1] == 40
+    assert [one.dtype for one in tapped] == [torch.float32] * 2
+    rows.clear()
+    assert view_of(model, skip_mlp=frozenset({0})).deterministic
+    Runs(view_of(model, skip_mlp=frozenset({0}))).chunks(80, 0, 80)
+    assert not rows, "a view's passes stay native"
 
 
 def test_a_view_that_leaves_layers_out_is_what_it_is_in_torch(folders):
