@@ -8,8 +8,9 @@ its operations over the peak, both measured (`limits.py`; bandwidth also by the 
 kernels, whichever is more). Weights and KV are so many copies in turn that none is in a cache
 when it is read, as it is in a model whose layers come one after the other.
 
-A linear is all four products of one layer, or (op "matrix") that of one matrix; an attention is one layer of a step whose metadata are
-planned. The two contestants take turns; figures are medians.
+A linear is all four products of one layer, or of one large matrix (the op "matrix"); an attention
+is one layer of a step whose metadata are planned. The two contestants take turns; figures are
+medians.
 """
 
 from __future__ import annotations
