@@ -83,7 +83,7 @@ static uint64_t key_of_count(const Row& row, int64_t k, std::vector<uint64_t>& o
 constexpr int BUCKETS = 1024;
 
 INLINE int bucket_of(double odds) {
-    int64_t below_one = (as<int64_t>(1.0) - as<int64_t>(odds)) >> 47;
+    uint64_t below_one = (as<uint64_t>(1.0) - as<uint64_t>(odds)) >> 47;
     return below_one < BUCKETS - 1 ? (int)below_one : BUCKETS - 1;
 }
 

@@ -46,7 +46,7 @@ INLINE uint32_t mix32(uint32_t x) {
 }
 
 INLINE double uniform(uint64_t key, uint32_t id) {
-    return (mix32(mix32(id ^ (uint32_t)key) ^ (uint32_t)(key >> 32)) + 0.5) * 0x1p-32;
+    return (to_double(mix32(mix32(id ^ (uint32_t)key) ^ (uint32_t)(key >> 32))) + 0.5) * 0x1p-32;
 }
 
 INLINE float gumbel(double u) { return (float)-std::log(-std::log1p(-u)); }

@@ -23,6 +23,11 @@ typedef uint16_t HalfVec __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef int8_t ByteVec __attribute__((vector_size(VECTOR_BYTES / 4)));
 typedef float FourFloats __attribute__((vector_size(16)));
 
+constexpr int DOUBLES = LANES / 2;
+typedef double DoubleVec __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t LongVec __attribute__((vector_size(VECTOR_BYTES)));
+typedef float HalfFloats __attribute__((vector_size(VECTOR_BYTES / 2)));
+
 struct bfloat16 {
     uint16_t bits;
 };
@@ -94,10 +99,28 @@ INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+INLINE DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) {
+#if defined(FOLOSPEC_AVX512)
+    return (DoubleVec)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(FOLOSPEC_AVX2)
+    return (DoubleVec)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(FOLOSPEC_NEON)
+    return (DoubleVec)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 INLINE Vec load(const float* from) {
     Vec v;
     std::memcpy(&v, from, sizeof v);
     return v;
+}
+
+INLINE DoubleVec load_doubles(const float* from) {
+    HalfFloats v;
+    std::memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, DoubleVec);
 }
 
 INLINE Vec load(const bfloat16* from) {
