@@ -340,11 +340,11 @@ class LLMEngine:
         return self.speculation.num_draft_slots(self.open.request_of(seq), seq)
 
     def _propose(self, scheduled: list[ScheduledSequence]) -> dict[str, Proposal]:
-        begin = time.perf_counter()
+        begin, is_idle = time.perf_counter(), self.speculation.is_idle
         candidates = [
             Candidate(self.open.request_of(item.seq), item.seq, item.num_draft_slots)
-            for item in scheduled
-            if item.num_draft_slots > 0 and not self.speculation.is_idle
+            for item in ([] if is_idle else scheduled)
+            if item.num_draft_slots > 0
         ]
         proposals = self.speculation.propose(candidates, scheduled)
         self.speculation.count_undrafted(scheduled, proposals, self.open.request_of)

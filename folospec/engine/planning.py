@@ -96,12 +96,13 @@ class Planning:
     def begin(self, running: Seq[Sequence], request_of: Callable[[Sequence], Request]) -> None:
         """Plan the step before it is scheduled."""
         seq_ids = [seq.seq_id for seq in running]
+        self._rests = self.planner.resting(seq_ids)
+        if self._rests and not self._asked:
+            return  # as in the last step, which has left nothing behind
         self._unpaid.clear()  # of a step that failed
         self.planner.begin_step()
         self._offers, self._pruned, self._drafting, self._num_nodes = {}, set(), 0.0, 0
-        self._rests = self.planner.resting(seq_ids)
         if self._rests:
-            self._asked = self.planner.last_plan
             return
         rows, context, num_ready = [], 0, 0
         for seq in running:
@@ -289,6 +290,8 @@ class Planning:
     def record(self, seconds: float) -> None:
         """Learn how long the step took, drafting included. One that computes prompts teaches
         nothing."""
+        if self._rests and not self._has_prompts and self.planner.skip_step():
+            return
         begin, is_idle = time.perf_counter(), self.is_idle
         # What it took to learn from the last step of this kind is a part of what such a step costs.
         seconds += self._learning[is_idle] - self._drafting

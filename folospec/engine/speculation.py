@@ -138,11 +138,9 @@ class Speculation:
         else:
             self.planning.note_schedule(scheduled)
             found = self._propose_planned(self.planning, candidates) if candidates else {}
-        self._own_nodes = {
-            (name, seq_id): nodes
-            for seq_id, one in found.items()
-            for name, nodes in one.own_nodes.items()
-        }
+        self._own_nodes = {}
+        for seq_id, one in found.items():
+            self._own_nodes |= {(name, seq_id): nodes for name, nodes in one.own_nodes.items()}
         return {seq_id: one.proposal for seq_id, one in found.items()}
 
     def _propose_fixed(self, candidates: list[Candidate]) -> dict[str, Found]:
@@ -263,11 +261,12 @@ class Speculation:
         planned = self.planning.reasons if self.planning is not None else {}
         for item in scheduled if self.drafters else ():
             seq = item.seq
-            if seq.seq_id in proposals or item.num_tokens > 1 or not item.samples:
+            seq_id = seq.seq_id
+            if item.num_tokens > 1 or seq_id in proposals or not item.samples:
                 continue
             request = request_of(seq)
-            reason = planned.get(seq.seq_id) if request.room(seq) > 1 else "no_room"
-            reason = self.reasons[seq.seq_id] = reason or self._reason(request, item)
+            reason = planned.get(seq_id) if request.room(seq) > 1 else "no_room"
+            reason = self.reasons[seq_id] = reason or self._reason(request, item)
             self.stats.record_undrafted(request.group.metrics, reason)
 
     def _reason(self, request: Request, item: ScheduledSequence) -> str:
@@ -289,8 +288,9 @@ class Speculation:
         try:
             self._telling.tell(observed, result, self._own_nodes)
         finally:
-            finished = [s for seen in observed for s in seen.family if s.status.is_finished]
-            self.drop(finished, finished=True)
+            for seen in observed:
+                if seen.siblings or seen.seq.status.is_finished:
+                    self.drop([s for s in seen.family if s.status.is_finished], finished=True)
 
     def drop(self, sequences: Iterable[Sequence], *, finished: bool) -> None:
         """Forget the drafters' state of preempted sequences, and of finished ones their draft

@@ -26,10 +26,9 @@ from folospec.spec.step_plan import StepPlan
 
 _LEAST_REST, _MOST_REST, _MOST_HOLD = 31, 63, 7
 """For how many steps a plan of no drafts, or at most one of some, is kept."""
-_LEARN_PLAIN, _LEARN_EVERY = 256, 16
-_LEARN_ALL, _LEARN_ROUTINE = 64, 3
-"""Learning takes time. Of plain steps every sixteenth is learned from, and at first those too that
-follow a new plan; of those with questions the first ones, and then every third."""
+_LEARN_PLAIN, _LEARN_ALL, _LEARN_ROUTINE = 256, 64, 4
+"""Learning takes time. Of plain steps the last ones before a new plan are learned from, and at
+first those too that follow one; of those with questions the first ones, and then every fourth."""
 _FIRST_PLAIN, _REFERENCE_EVERY = 4, 100
 
 
@@ -63,7 +62,7 @@ class Planner:
         self._batch: list[str] = []
         self._rest = self._rested = self._calm = 0
         self._drafted: list[tuple[str, int, int, int, int, float]] = []
-        self._num_plain = self._since_plain = self._num_routine = 0
+        self._num_plain = self._since_plain = self._num_routine = self._num_skipped = 0
         self._is_reference = False
 
     # Plan -----------------------------------------------------------------------------------------
@@ -103,7 +102,9 @@ class Planner:
         """
         changed = seq_ids != self._batch
         num_steps = 1 + self._rested
-        self._since_plain += num_steps
+        self._count_skipped()
+        if self._plan.depths:
+            self._since_plain += num_steps
         self.beliefs.relax(num_steps, self._plan.asked)
         self._batch, self._rested = seq_ids, 0
         self.probing.next_plan(num_steps - 1)
@@ -245,8 +246,6 @@ class Planner:
         self.probing.earn(seconds)
         if num_draft_rows == 0 and not self.last_plan:
             self._count_plain()
-            if self._passes_over():
-                return
         self.beliefs.cost.observe(
             *(shape, num_draft_rows, seconds),
             asked=bool(self._drafted),
@@ -263,13 +262,20 @@ class Planner:
             )
         self._drafted.clear()
 
-    def _passes_over(self) -> bool:
-        """Whether a plain step is too much like others to be learned from. Those of reference are
-        not, nor the last ones before a new plan, by when the machine's speed has to be known."""
-        if self._is_reference or self._rest - self._rested < 2:
-            return False
+    def skip_step(self) -> bool:
+        """Whether a step of a plan that holds is too much like others to be learned from; it is
+        counted then. The last ones before a new plan are not: by then the machine's speed has to be
+        known."""
         is_known = self._rested > 2 or self._num_plain > _LEARN_PLAIN
-        return is_known and self._num_plain % _LEARN_EVERY != 1
+        if self.last_plan or not is_known or self._rest - self._rested < 2:
+            return False
+        self._num_skipped += 1
+        return True
+
+    def _count_skipped(self) -> None:
+        self.probing.earn_again(self._num_skipped)
+        self._num_plain += self._num_skipped
+        self._num_skipped = 0
 
     def pass_over(self, seconds: float) -> None:
         """A step took so long that teaches nothing, since it computed prompts too. It counts as the

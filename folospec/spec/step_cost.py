@@ -107,17 +107,16 @@ class StepCost:
         """Steps that were learned from."""
         return self._fit.num_seen
 
-    def _features(self, shape: StepShape, num_draft_rows: int, asked: bool) -> Array:
-        rows = min(shape.num_rows + num_draft_rows, MAX_ROWS)
-        passed = float(self.curve.table[rows]) / self._unit
+    def _features(self, shape: StepShape, num_draft_rows: int, asked: bool) -> list[float]:
+        passed = self.curve.at(shape.num_rows + num_draft_rows) / self._unit
         counts = shape.num_sequences, float(asked), num_draft_rows, shape.context / 4096
-        return np.array([passed, 1.0, *counts])
+        return [passed, 1.0, *counts]
 
     @property
     def asking(self) -> float:
         """Seconds that a step takes longer because anyone is asked for a draft, whatever comes of
         it and without the asking itself."""
-        return float(self._fit.coefficients[_ASKED]) * self._unit * self.slowdown
+        return self._fit.coefficients[_ASKED] * self._unit * self.slowdown
 
     def table(self, shape: StepShape, most: int) -> Array:
         """Expected seconds with 0, 1, ... `most` draft rows, without `asking`: float [most + 1],
@@ -191,8 +190,8 @@ class DraftCost:
         """Seconds per call, per row, per pass, per row and pass, and per token of catching up; none
         is negative."""
         scale = self._unit * slowdown
-        call, row, one_pass, level, lag = self._fit.coefficients * scale
-        return float(call), float(row), float(one_pass), float(level), float(lag)
+        call, row, one_pass, level, lag = self._fit.coefficients
+        return call * scale, row * scale, one_pass * scale, level * scale, lag * scale
 
     def observe(
         self,
@@ -211,7 +210,7 @@ class DraftCost:
             return
         if not self.in_passes:
             num_passes = num_levels = 0
-        x = np.array([1.0, num_rows, num_passes, num_levels, lag], dtype=np.float64)
+        x = [1.0, num_rows, num_passes, num_levels, lag]
         self._fit.update(x, seconds / (self._unit * slowdown), 1e-4)
 
     def relax(self, share: float) -> None:
