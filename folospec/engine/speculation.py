@@ -248,7 +248,7 @@ class Speculation:
 
     def planner_stats(self) -> dict[str, Any] | None:
         """What the planner believes; None where nothing is planned."""
-        return self.planning.planner.beliefs.stats() if self.planning is not None else None
+        return self.planning.planner.stats() if self.planning is not None else None
 
     def count_undrafted(
         self,

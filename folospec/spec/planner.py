@@ -16,8 +16,10 @@ decide, nothing is pruned. So whatever rule a confidence is fit for, this is too
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from folospec.spec.beliefs import Beliefs
+from folospec.spec.feedback import Feedback
 from folospec.spec.offers import learn_end, learn_offer, make_offer, prune_offers
 from folospec.spec.plan_terms import Offer, PlanRow, Source
 from folospec.spec.probing import Probing
@@ -29,7 +31,9 @@ _LEAST_REST, _MOST_REST, _MOST_HOLD = 31, 63, 7
 _LEARN_PLAIN, _LEARN_ALL, _LEARN_ROUTINE = 256, 64, 4
 """Learning takes time. Of plain steps the last ones before a new plan are learned from, and at
 first those too that follow one; of those with questions the first ones, and then every fourth."""
-_FIRST_PLAIN, _REFERENCE_EVERY = 4, 100
+_FIRST_PLAIN, _REFERENCE_SHARE, _REFERENCE_EVERY = 4, 0.005, (16, 100)
+"""Plain steps amid drafts cost this share of the time, and come after so many steps at least and at
+most: the less drafts gain, the sooner it has to be known whether they do."""
 
 
 class FixedPlanner:
@@ -58,18 +62,24 @@ class Planner:
     def __init__(self, sources: Sequence[Source], curve: CostCurve = DEFAULT_CURVE) -> None:
         self.beliefs = Beliefs(sources, curve)
         self.probing = Probing()
-        self._plan = StepPlan(self.beliefs, self.probing, [], StepShape(1, 1))
+        self.feedback = Feedback()
+        self._plan = StepPlan(self.beliefs, self.probing, self.feedback, [], StepShape(1, 1))
         self._batch: list[str] = []
         self._rest = self._rested = self._calm = 0
         self._drafted: list[tuple[str, int, int, int, int, float]] = []
         self._num_plain = self._since_plain = self._num_routine = self._num_skipped = 0
         self._is_reference = False
+        self._slowdown = 1.0
+        """Of the machine, when the plan was made."""
+        self._num_accepted = 0
 
     # Plan -----------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """Forget what was drafted in a step that failed before it was recorded."""
+        """Forget what was drafted in the last step, also in one that failed before it was
+        recorded."""
         self._drafted.clear()
+        self._num_accepted = 0
 
     def resting(self, seq_ids: list[str]) -> bool:
         """Whether the last plan still holds: the batch is the same, and it was made lately."""
@@ -106,10 +116,12 @@ class Planner:
         if self._plan.depths:
             self._since_plain += num_steps
         self.beliefs.relax(num_steps, self._plan.asked)
+        self.feedback.relax(num_steps, self._plan.asked)
         self._batch, self._rested = seq_ids, 0
         self.probing.next_plan(num_steps - 1)
-        plan = self._plan = StepPlan(self.beliefs, self.probing, rows, shape)
-        self._is_reference = bool(rows) and self._needs_reference()
+        corrected, self._slowdown = self._plan.corrected, self.beliefs.cost.slowdown
+        plan = self._plan = StepPlan(self.beliefs, self.probing, self.feedback, rows, shape)
+        self._is_reference = bool(rows) and self._needs_reference(corrected)
         if self._is_reference:
             plan.reasons = {row.seq_id: "reference" for row in rows}
             self._rest = self._calm = 0
@@ -134,12 +146,13 @@ class Planner:
         self._calm = least if changed else min(max(2 * self._calm + 1, least), most)
         return self._calm
 
-    def _needs_reference(self) -> bool:
+    def _needs_reference(self, gain: float) -> bool:
         """Whether to take a step without drafts, so that it is known what one costs: the first
-        ones, and then every so often where there are always drafts."""
-        if self._num_plain < _FIRST_PLAIN:
-            return True
-        return self._since_plain >= _REFERENCE_EVERY
+        ones, and then every so often where there are always drafts, which bring `gain` times the
+        rate."""
+        least, most = _REFERENCE_EVERY
+        every = min(max((gain - 1.0) / _REFERENCE_SHARE, least), most)
+        return self._num_plain < _FIRST_PLAIN or self._since_plain >= every
 
     def min_path_probability(self, name: str) -> float:
         """The chance below which a draft with a model is not worth another level."""
@@ -239,11 +252,13 @@ class Planner:
     def observe(self, offer: Offer, path: Sequence[int]) -> None:
         """Learn from a verdict: `path` are the accepted nodes, as they are numbered in the
         offer."""
+        self._num_accepted += len(path)
         learn_offer(self.beliefs.records[offer.source], offer, path)
 
     def record_step(self, shape: StepShape, num_draft_rows: int, seconds: float) -> None:
         """Learn how long a step took, drafting left out."""
         self.probing.earn(seconds)
+        self._compare(shape, seconds)
         if num_draft_rows == 0 and not self.last_plan:
             self._count_plain()
         self.beliefs.cost.observe(
@@ -260,7 +275,23 @@ class Planner:
                 seconds=spent,
                 slowdown=self.beliefs.cost.speed_now,
             )
-        self._drafted.clear()
+        self.begin_step()
+
+    def _compare(self, shape: StepShape, seconds: float) -> None:
+        """Compare a step with what is expected of one without drafts."""
+        cost, plan = self.beliefs.cost, self._plan
+        if self._is_reference and self._num_plain >= _FIRST_PLAIN:
+            self.feedback.note_reference(seconds / float(cost.table(shape, 0)[0]))
+        if not self._drafted:
+            return
+        plain = plan.plain_seconds * cost.slowdown / self._slowdown
+        taken = seconds + sum(spent for *_, spent in self._drafted)
+        got = 1.0 + self._num_accepted / shape.num_sequences
+        if plan.probe_loss is None:
+            self.feedback.note_drafted(plan.asked, plan.promised, got, taken / plain)
+        elif plan.promised == 1.0:
+            loss = min(taken - got * plain, plan.probe_loss + plain)
+            self.probing.pay(max(0.0, loss - plan.probe_loss))
 
     def skip_step(self) -> bool:
         """Whether a step of a plan that holds is too much like others to be learned from; it is
@@ -283,7 +314,7 @@ class Planner:
         self.probing.earn(seconds)
         if self._is_reference:
             self._count_plain()
-        self._drafted.clear()
+        self.begin_step()
 
     def _count_plain(self) -> None:
         self._num_plain += 1
@@ -303,6 +334,13 @@ class Planner:
             return False
         self.probing.pay(self.beliefs.prices(name).lag * num_tokens)
         return True
+
+    def stats(self) -> dict[str, Any]:
+        """What is believed at present, times in seconds."""
+        found = self.beliefs.stats()
+        for name, source in found["sources"].items():
+            source["kept_of_promise"] = self.feedback.factor(name)
+        return found
 
     def drop(self, seq_id: str, *, finished: bool) -> None:
         """Forget a sequence that has ended, or the places of drafters in one that was preempted."""

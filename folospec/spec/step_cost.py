@@ -29,6 +29,8 @@ MAX_ROWS = 4096
 """The curve is tabulated up to here; a larger pass costs as if it had so many rows."""
 _HOST_SECONDS = (3e-4, 3e-5, 1e-4, 2e-5)
 """Host time per step, sequence, step in which someone is asked, and draft token, at first."""
+ASKING_SECONDS = (8e-5, 3e-5)
+"""Host time of a question to a drafter, per call and sequence, before any was timed."""
 _UNSETTLED_STEPS = 2
 """First steps, which pay for what is made once, are not learned from."""
 _SLOWDOWN_RATE = 0.2
@@ -179,8 +181,10 @@ class DraftCost:
         self, unit: float, *, in_passes: bool, guess: Sequence[float] | None = None
     ) -> None:
         self._unit, self.in_passes = unit, in_passes
-        start = [0.01, 0.002, 0.1, 0.002, 0.0005] if in_passes else [0.005, 0.005, 0, 0, 0.0005]
+        call, row = (seconds / unit for seconds in ASKING_SECONDS)
+        start = [call, row, 0.1, 0.002, 0.0005] if in_passes else [call, row, 0, 0, 0.0005]
         spread = [0.1, 0.03, 0.3, 0.03, 0.004] if in_passes else [0.02, 0.03, 0, 0, 0.004]
+        spread = [spread[0] + call, spread[1] + row, *spread[2:]]
         if guess is not None:
             start = [seconds / unit for seconds in guess]
         self._fit = OnlineFit(start, spread, memory=100, noise=0.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from simulator import Fixed, Job, Planned, World, best_fixed, make_jobs, simulate
+from simulator import Credulous, Fixed, Job, Planned, World, best_fixed, make_jobs, simulate
 
 from folospec.spec.acceptance_record import AcceptanceRecord
 from folospec.spec.plan_terms import REASONS, PlanRow, Source
@@ -184,7 +184,15 @@ def test_control_a_planner_that_ignores_acceptance_is_slower_than_plain():
     scenario = NOTHING_ACCEPTED["by a boastful drafter"]
     planner = planner_for(scenario)
     planner.beliefs.records["draft"] = Believing()
+    planner.feedback = Credulous()
     assert regret_to_plain(scenario, planner) > 0.1
+
+
+def test_feedback_makes_up_for_acceptance_that_is_ignored():
+    scenario = NOTHING_ACCEPTED["by a boastful drafter"]
+    planner = planner_for(scenario)
+    planner.beliefs.records["draft"] = Believing()
+    assert regret_to_plain(scenario, planner) < 0.07
 
 
 @pytest.mark.parametrize(
@@ -195,6 +203,7 @@ def test_control_a_planner_that_ignores_cost_regrets_it(name):
     planner = planner_for(scenario)
     planner.beliefs.cost = Free(curve_of(scenario[1]))
     planner.beliefs.draft_costs["draft"] = FreeDraft(0.01, in_passes=True)
+    planner.feedback = Credulous()
     assert regret(scenario, planner) > REGRET
 
 
