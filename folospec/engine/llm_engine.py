@@ -29,6 +29,7 @@ from folospec.engine.loading import load_parts
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.open_requests import OpenRequests
 from folospec.engine.output_processor import Increment
+from folospec.engine.prefill_pace import PrefillPace
 from folospec.engine.request import Request
 from folospec.engine.run_ahead import RunAhead
 from folospec.engine.speculation import Speculation
@@ -127,6 +128,7 @@ class LLMEngine:
             request_of,
             self.open.fail,
         )
+        self.prefill_pace = PrefillPace(config.max_prefill_slowdown)
         self._warm_up()
         self.tracer = Tracer(
             config, self.manager, self.engine_stats, self.speculation, parts.tokenizer
@@ -281,8 +283,9 @@ class LLMEngine:
         with self.state.calling_drafters():
             self.open.forget_drafts(failed)
             self.speculation.observe(observed, result)
-        spent = time.perf_counter() - begin
-        self.speculation.record_step(spent / self.target_pass.num_passes)
+        spent = (time.perf_counter() - begin) / self.target_pass.num_passes
+        self.prefill_pace.record(schedule.scheduled, spent)
+        self.speculation.record_step(spent)
 
     @property
     def on_step(self) -> Callable[[StepTrace], None] | None:
@@ -325,7 +328,7 @@ class LLMEngine:
         reserve = None if self.speculation.is_idle else self._num_draft_slots
         if goes_ahead:
             reserve = self.run_ahead.num_slots
-        output = self.scheduler.schedule(reserve)
+        output = self.scheduler.schedule(reserve, self.prefill_pace.limit)
         if output.copies:
             for runner in self.parts.runners.values():
                 assert runner.kv is not None
