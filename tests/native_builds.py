@@ -12,7 +12,6 @@ Libraries are kept in `build/test_kernels`, and found there by what they were bu
 from __future__ import annotations
 
 import ctypes
-import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +19,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import emulated_kernels
 import pytest
+from emulated_kernels import EmulatedInt, EmulatedLibrary
 
-from folospec.cli import info
-from folospec.kernels import build, native
+from folospec.kernels import build, native, targets
 from folospec.kernels.build import SOURCES
 
 FOLDER = Path(__file__).parents[1] / "build" / "test_kernels"
-COMMON, HURRY = "x86-64-v3", "-O1"
+HURRY = "-O1"
+X86 = ("x86-64-v3", "x86-64")
+ARM = tuple(target.name for target in targets.TARGETS["aarch64"])
+NEON = ARM[-1]
+BUILDS = (*X86, *ARM)
+"""Targets that are tested on any newer machine of their kind, and those for Arm elsewhere too."""
 
 
 class Rule(NamedTuple):
@@ -42,7 +47,6 @@ class Rule(NamedTuple):
 
 NUM_KEYS = "clamp<int64_t>(s.num_keys[row] - tile, first"
 FIRST_KEY = "clamp<int64_t>(from - tile, 0"
-SUMS = "sums[i][0], sums[i][NR > 1 ? 1 : 0], sums[i][NR > 2 ? 2 : 0], sums[i][NR > 3 ? 3 : 0]"
 AT_END, STORED = "point.depth == node.depth", "tree.texts[text].is_stored"
 MORE = "tree.nodes[child].count > tree.nodes[most].count"
 RULES = {
@@ -113,8 +117,8 @@ RULES = {
         "(int64_t)((s.context_lens[s.row_seq[w.first_row]] + TILE - 1) % TILE) + 1 - TILE",
     ),
     "a sum by the number of rows": Rule(
-        *("linear.h", f"sum_four({SUMS})", f"sum_four({SUMS})"),
-        f"MR > 3 ? sum_lane_by_lane({SUMS}) : sum_four({SUMS})",
+        *("linear.h", "finish_four<NR>(sums[i]", "sums[i]"),
+        "MR > 3 ? add_lane_by_lane(sums[i]) : sums[i]",
     ),
 }
 """By what they break. None reads what is not there."""
@@ -123,11 +127,14 @@ REORDERED = ("tiles up to the context", "a sum by the number of rows")
 SWITCH = """
 extern "C" { inline __attribute__((visibility("default"))) int folospec_broken = 0; }
 namespace folospec {
-INLINE FourFloats sum_lane_by_lane(Vec a, Vec b, Vec c, Vec d) {
-    FourFloats totals = {};
-    for (int lane = 0; lane < LANES; lane++)
-        totals = totals + FourFloats{a[lane], b[lane], c[lane], d[lane]};
-    return totals;
+template <int N>
+INLINE Vec* add_lane_by_lane(Vec (&sums)[N]) {
+    for (Vec& v : sums) {
+        Vec one = {};
+        for (int lane = 0; lane < LANES; lane++) one[0] += v[lane];
+        v = one;
+    }
+    return sums;
 }
 }
 """
@@ -142,6 +149,8 @@ GUARD = (
     "    for (; key < 0; key++) *places++ = 0;\n    const int32_t* table =",
 )
 """Where tiles begin before the first key, places are asked for that are not there."""
+NO_SPINS = ("SPINS = 8192;", "SPINS = 1;")
+"""Who waits for another thread falls asleep at once."""
 END = "}  // namespace folospec"
 
 
@@ -150,7 +159,7 @@ class Breakable:
 
     def __init__(self, library: native.Native) -> None:
         self.library = library
-        self._switch = ctypes.c_int.in_dll(library.library, "folospec_broken")
+        self._switch = _switch(library.library)
 
     @contextmanager
     def without(self, rule: str) -> Iterator[native.Native]:
@@ -175,21 +184,19 @@ def require_native() -> native.Native:
 
 
 @lru_cache
-def built_for(target: str) -> native.Native:
-    """The kernels for another instruction set of x86, in a hurry. Skips where it cannot run."""
-    if platform.machine() != "x86_64" or (target == COMMON and "fma" not in info.cpu_flags()):
-        pytest.skip(f"this machine does not run {target}")
-    return _build(target, SOURCES, HURRY)
+def built_for(target: str, effort: str = HURRY) -> native.Native:
+    """The kernels for another instruction set, in a hurry or not. Skips where it cannot run."""
+    return _build(target, SOURCES, effort)
 
 
 @lru_cache
-def breakable() -> Breakable:
-    """The kernels with a switch at each of `RULES`."""
+def breakable(target: str | None = None) -> Breakable:
+    """The kernels with a switch at each of `RULES`, for this machine or another target."""
     texts = {path.name: path.read_text() for path in SOURCES.iterdir()}
     with tempfile.TemporaryDirectory() as folder:
         for file, text in with_switches(texts).items():
             (Path(folder) / file).write_text(text)
-        return Breakable(_build(None, Path(folder), HURRY))
+        return Breakable(_build(target, Path(folder), HURRY))
 
 
 def with_switches(texts: dict[str, str]) -> dict[str, str]:
@@ -203,7 +210,8 @@ def with_switches(texts: dict[str, str]) -> dict[str, str]:
         wrongs[place] = f"folospec_broken == {number} ? ({wrong}) : {wrongs.get(place, right)}"
     for (file, line, right), choice in wrongs.items():
         texts[file] = texts[file].replace(line, line.replace(right, f"({choice})", 1))
-    for file, change in (("attention.h", GUARD), ("kernels.cpp", OVERRUN)):
+    changes = (("attention.h", GUARD), ("kernels.cpp", OVERRUN), ("team.h", NO_SPINS))
+    for file, change in changes:
         assert change[0] in texts[file]
         texts[file] = texts[file].replace(*change)
     head, _, tail = texts["vec.h"].rpartition(END)
@@ -212,13 +220,37 @@ def with_switches(texts: dict[str, str]) -> dict[str, str]:
 
 
 def _build(target: str | None, sources: Path, effort: str) -> native.Native:
-    try:
-        build.find_compiler()
-    except build.BuildError as error:
-        pytest.skip(str(error))
+    emulated = target in ARM and targets.machine() != "aarch64"
+    if reason := emulated_kernels.why_not() if emulated else _why_not(target):
+        pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FOLOSPEC_CACHE_DIR", str(FOLDER))
         patch.setattr(build, "FLAGS", (effort, *build.FLAGS[1:]))
         # Whoever may write to the checkout may write the tests as well.
         patch.setattr(build, "check_private", lambda path: None)
+        if emulated:
+            patch.setenv("CXX", emulated_kernels.COMPILER)
+            patch.setattr(native, "load_library", _load_emulated)
         return native.Native(target, sources)
+
+
+def _why_not(target: str | None) -> str | None:
+    """Say why this machine does not run a build for a target; None if it does."""
+    known = {each.name: each.runs_here for each in targets.local_targets()}
+    if target is not None and not known.get(target):
+        return f"this machine does not run {target}"
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+def _load_emulated(target: str, sources: Path) -> EmulatedLibrary:
+    return EmulatedLibrary(build.build(target, sources), emulated_kernels.build_driver(FOLDER))
+
+
+def _switch(library: ctypes.CDLL | EmulatedLibrary) -> ctypes.c_int | EmulatedInt:
+    if isinstance(library, EmulatedLibrary):
+        return EmulatedInt(library, "folospec_broken")
+    return ctypes.c_int.in_dll(library, "folospec_broken")

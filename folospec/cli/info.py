@@ -41,6 +41,7 @@ def gather() -> dict[str, Any]:
     from folospec.engine.capabilities import capabilities
 
     known = capabilities()
+    flags = [flag for flag in FLAGS if flag in known.cpu_flags]
     return {
         "versions": {
             "folospec": folospec.__version__,
@@ -54,12 +55,12 @@ def gather() -> dict[str, Any]:
             "usable_cores": _usable_cores(),
             "torch_threads": torch.get_num_threads(),
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
-            "flags": cpu_flags(),
+            "flags": flags,
             "memory_bytes": _memory_bytes(),
         },
         "cuda": torch.version.cuda,
         "gpus": _gpus(),
-        "dtypes": _dtypes(torch.cuda.is_available()),
+        "dtypes": _dtypes(torch.cuda.is_available(), flags),
         "attention_backends": {
             name: reason or "available" for name, reason in known.attention_backends.items()
         },
@@ -76,7 +77,8 @@ def gather() -> dict[str, Any]:
         "native_kernels": {
             "state": known.no_native_kernels or "available",
             "instructions": known.kernel_instructions,
-            "cache": known.kernel_cache,
+            "origin": known.kernel_origin,
+            "library": known.kernel_library,
         },
         "drafters": list(known.drafters),
         "acceptance_rules": list(ACCEPTANCE_RULES),
@@ -126,12 +128,6 @@ def cpu_name() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def cpu_flags() -> list[str]:
-    """Those of `FLAGS` that the processor has; empty where the system does not say."""
-    present = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
-    return [flag for flag in FLAGS if flag in present]
-
-
 def _cpuinfo(key: str) -> str | None:
     path = Path("/proc/cpuinfo")
     if not path.is_file():
@@ -176,8 +172,8 @@ def _gpus() -> list[dict[str, Any]]:
     return found
 
 
-def _dtypes(has_gpu: bool) -> dict[str, str]:
-    native = [flag for flag in cpu_flags() if flag in BF16_FLAGS]
+def _dtypes(has_gpu: bool, flags: list[str]) -> dict[str, str]:
+    native = [flag for flag in flags if flag in BF16_FLAGS]
     how = f"native dot products ({', '.join(native)})" if native else "computed in float32"
     notes = {
         "auto": "the checkpoint's type on the GPU" if has_gpu else "float32 on this machine",
@@ -226,7 +222,8 @@ def _table(facts: dict[str, Any]) -> Table:
 def _kernel_lines(kernels: dict[str, Any]) -> list[str]:
     if kernels["instructions"] is None:
         return [f"torch's own; native CPU kernels: {kernels['state']}"]
-    return [f"native, built for {kernels['instructions']}", f"kept in {kernels['cache']}"]
+    origin = "prebuilt" if kernels["origin"] == "prebuilt" else "compiled here"
+    return [f"native, built for {kernels['instructions']}", f"{origin}: {kernels['library']}"]
 
 
 def _gpu_lines(facts: dict[str, Any]) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from folospec.attention.native_cpu import NativeAttention
+
 if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine
 
@@ -18,6 +20,7 @@ def stats_report(engine: LLMEngine) -> dict[str, Any]:
         "lossless": lossless_level(engine),
         "num_speculative_tokens": speculation.limit,
         "attention_backend": parts.attention_backend,
+        "native_kernels": native_kernels(engine),
         "device": str(parts.device),
         "dtype": str(parts.target.model.config.dtype).removeprefix("torch."),
         "quantization": engine.config.quantization,
@@ -29,6 +32,15 @@ def stats_report(engine: LLMEngine) -> dict[str, Any]:
         "drafters": drafters,
         "planner": speculation.planner_stats(),
     }
+
+
+def native_kernels(engine: LLMEngine) -> str | None:
+    """Where the native CPU kernels that run the target come from, and what they were built for:
+    "prebuilt, AVX2"; None where others run it."""
+    attention = engine.parts.target.model.attention
+    if not isinstance(attention, NativeAttention):
+        return None
+    return f"{attention.library.origin}, {attention.library.instructions}"
 
 
 def lossless_level(engine: LLMEngine) -> str:

@@ -190,7 +190,7 @@ def _kernels(model: Model) -> str:
     if not isinstance(model.attention, NativeAttention):
         return "torch"
     library = native.load()
-    return Path(library.library._name).name if library is not None else "torch"
+    return library.path.name if library is not None else "torch"
 
 
 def _own_version() -> str | None:

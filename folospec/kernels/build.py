@@ -1,8 +1,10 @@
-"""Builds the native CPU kernels with the system's compiler, once per source, compiler and CPU.
+"""Finds the native CPU kernels: prebuilt, or built with the system's compiler, once per source,
+compiler and CPU.
 
+    libraries/<target>-<sources>.so, where the package came with one that will do; else
     *.cpp --compile, each in a process of its own--> objects --link--> <fingerprint>-<content>.so
 
-The library is linked against no OpenMP of its own: its symbols are found in the one that torch has
+A library is linked against no OpenMP of its own: its symbols are found in the one that torch has
 loaded, so that both share one team of threads. The threads of a second runtime would spin against
 torch's.
 """
@@ -13,9 +15,9 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,23 +25,27 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
+from folospec.kernels import prebuilt, targets
 from folospec.kernels.private import check_private, make_private
 
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
 TIMEOUT_SECONDS = 300
+_IS_APPLE = sys.platform == "darwin"
 FLAGS = (
     "-O3",
     "-std=c++17",
     "-fPIC",
-    "-fopenmp",
     "-fvisibility=hidden",
     "-ffp-contract=off",  # a sum is rounded where the source says so, whatever the loop around it
     "-fno-math-errno",
-    "-fno-tree-pre",  # GCC 12 crashes in it on split vectors, and gains nothing by it here
     "-Wno-psabi",
+    # GCC 12 crashes in -ftree-pre on split vectors, and gains nothing by it here.
+    *(("-Xclang", "-fopenmp") if _IS_APPLE else ("-fopenmp", "-fno-tree-pre")),
 )
+# Symbols of OpenMP stay open; on Linux that goes without saying.
+LINK_FLAGS = ("-shared", *(("-undefined", "dynamic_lookup") if _IS_APPLE else ()))
 OPENMP_NAMES = ("libgomp", "libiomp5", "libomp")
 
 
@@ -47,8 +53,30 @@ class BuildError(RuntimeError):
     """The kernels cannot be built or loaded here; the message says why."""
 
 
+def find(target: str | None = None, sources: Path = SOURCES) -> Path:
+    """Return the library's file: the best that came with the package and that this machine runs,
+    else one built here.
+
+    A prebuilt library is not taken where something is asked for that it does not have: another
+    target than those of `targets`, "native" among them, or flags in FOLOSPEC_KERNELS_FLAGS.
+
+    Args:
+        target: see `build`.
+        sources: see `build`.
+
+    Raises:
+        BuildError: see `build`; or this processor does not run the target.
+    """
+    asked = target or os.environ.get("FOLOSPEC_KERNELS_TARGET")
+    if asked and (lacking := targets.lacking(asked)):
+        raise BuildError(f"this processor does not run {asked}, it lacks {', '.join(lacking)}")
+    only_compiled = os.environ.get("FOLOSPEC_KERNELS_FLAGS")
+    found = None if only_compiled else prebuilt.find(sources, asked or None)
+    return found or build(target, sources)
+
+
 def build(target: str | None = None, sources: Path = SOURCES) -> Path:
-    """Return the library's file, compiling it if no earlier run has.
+    """Return the file of a library built here, compiling it if no earlier run has.
 
     Args:
         target: the instruction set, as the compiler's -march names it; None: the one that
@@ -60,7 +88,7 @@ def build(target: str | None = None, sources: Path = SOURCES) -> Path:
             user's alone.
     """
     compiler = find_compiler()
-    flags = (*FLAGS, _target_flag(target), *os.environ.get("FOLOSPEC_KERNELS_FLAGS", "").split())
+    flags = compile_flags(target or os.environ.get("FOLOSPEC_KERNELS_TARGET") or "native")
     folder = cache_folder() / "kernels"
     name = _fingerprint(compiler, flags, sources)
     try:
@@ -75,18 +103,45 @@ def build(target: str | None = None, sources: Path = SOURCES) -> Path:
 
 
 def load(target: str | None = None, sources: Path = SOURCES) -> ctypes.CDLL:
-    """Build the library if need be, and load it beside torch's OpenMP.
+    """Find the library, building it if need be, and load it next to torch's OpenMP.
 
     Raises:
-        BuildError: it cannot be built, or torch runs without an OpenMP that it can share.
+        BuildError: there is none and it cannot be built, or torch runs without an OpenMP that it
+            can share.
     """
     openmp = find_openmp()
-    path = build(target, sources)
+    path = find(target, sources)
     try:
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"{path} does not load: {error}") from error
+
+
+def compile_flags(target: str) -> tuple[str, ...]:
+    """What the compiler is told for a target: `FLAGS`, the target's own, FOLOSPEC_KERNELS_FLAGS."""
+    more = os.environ.get("FOLOSPEC_KERNELS_FLAGS", "").split()
+    return (*FLAGS, *targets.compiler_flags(target), *more)
+
+
+def compile_library(compiler: str, flags: tuple[str, ...], sources: Path, library: Path) -> None:
+    """Compile the *.cpp files of a folder and link them to a library, whose OpenMP stays open.
+
+    Raises:
+        BuildError: the compiler fails.
+        OSError: there is no room for the library, or for what it is made of, next to it.
+    """
+    units = sorted(sources.glob("*.cpp"))
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="objects-") as scratch:
+        objects = [str(Path(scratch) / f"{unit.stem}.o") for unit in units]
+        commands = [
+            [compiler, *flags, "-c", str(unit), "-o", made]
+            for unit, made in zip(units, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        # Without -fopenmp here: the symbols stay open until torch's runtime answers for them.
+        _run([compiler, *LINK_FLAGS, *objects, "-o", str(library)])
 
 
 def find_compiler() -> str:
@@ -111,12 +166,7 @@ def find_openmp() -> str:
     import torch
 
     torch.get_num_threads()  # whatever torch loads lazily is loaded now
-    try:
-        mapped = Path("/proc/self/maps").read_text().splitlines()
-    except OSError as error:
-        raise BuildError(f"the OpenMP that torch uses cannot be found: {error}") from error
-    files = dict.fromkeys(line.split(maxsplit=5)[-1] for line in mapped)
-    found = [path for path in files if Path(path).name.startswith(OPENMP_NAMES)]
+    found = [path for path in _loaded_files() if Path(path).name.startswith(OPENMP_NAMES)]
     # Other packages may have brought one of their own, before torch or after it.
     homes = tuple(f"{Path(torch.__file__).parent}{end}{os.sep}" for end in ("", ".libs"))
     found.sort(key=lambda path: not path.startswith(homes))
@@ -179,16 +229,8 @@ def _compile(compiler: str, flags: tuple[str, ...], sources: Path, folder: Path,
     logger.warning("compiling the CPU kernels with %s, once; this may take a minute", compiler)
     # Beside the final place, so that the rename is atomic: not everyone waits for the lock.
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-        linked, units = Path(scratch) / "kernels.so", sorted(sources.glob("*.cpp"))
-        objects = [str(Path(scratch) / f"{unit.stem}.o") for unit in units]
-        commands = [
-            [compiler, *flags, "-c", str(unit), "-o", made]
-            for unit, made in zip(units, objects, strict=True)
-        ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
-        # Without -fopenmp here: the symbols stay open until torch's runtime answers for them.
-        _run([compiler, "-shared", *objects, "-o", str(linked)])
+        linked = Path(scratch) / "kernels.so"
+        compile_library(compiler, flags, sources, linked)
         linked.chmod(0o700)
         return linked.rename(folder / _named(name, linked))
 
@@ -213,19 +255,28 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _target_flag(target: str | None) -> str:
-    is_arm = platform.machine() in ("aarch64", "arm64")
-    target = target or os.environ.get("FOLOSPEC_KERNELS_TARGET") or "native"
-    return f"-m{'cpu' if is_arm else 'arch'}={target}"
+def _loaded_files() -> list[str]:
+    """The files that are mapped into this process, in the order in which they lie.
+
+    Raises:
+        BuildError: the system does not say.
+    """
+    if sys.platform == "darwin":
+        images = ctypes.CDLL(None)
+        images._dyld_get_image_name.restype = ctypes.c_char_p
+        names = map(images._dyld_get_image_name, range(images._dyld_image_count()))
+        return [os.fsdecode(name) for name in names if name]
+    try:
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+    except OSError as error:
+        raise BuildError(f"the OpenMP that torch uses cannot be found: {error}") from error
+    return list(dict.fromkeys(line.split(maxsplit=5)[-1] for line in mapped))
 
 
 @lru_cache
 def _fingerprint(compiler: str, flags: tuple[str, ...], sources: Path) -> str:
     """Changes with the sources, the flags, the compiler and the processor."""
-    digest = hashlib.sha256("\n".join(flags).encode())
-    for source in sorted(sources.iterdir()):
-        if source.suffix in (".h", ".cpp"):
-            digest.update(source.read_bytes())
+    digest = hashlib.sha256("\n".join([*flags, prebuilt.digest_of(sources)]).encode())
     digest.update(_run([compiler, "--version"]).encode())
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.is_file():

@@ -20,6 +20,7 @@ from torch import Tensor
 from folospec.kernels.build import SOURCES, BuildError
 from folospec.kernels.build import load as load_library
 from folospec.kernels.checked import pack_ids, pointer
+from folospec.kernels.prebuilt import is_prebuilt
 from folospec.kernels.torch_ops import Int8Weight
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,16 @@ class Native:
         assert list(sizes) == [ctypes.sizeof(s) for s in _STRUCTS], "structs differ from cpu/*.h"
 
     @property
+    def path(self) -> Path:
+        """The library's file."""
+        return Path(self.library._name)
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from: "prebuilt" with the package, or "compiled" here."""
+        return "prebuilt" if is_prebuilt(self.path) else "compiled"
+
+    @property
     def instructions(self) -> str:
         """What the library was built for, as it says itself: "AVX-512 with bfloat16"."""
         return str(self.instruction_set().decode())
@@ -242,7 +253,8 @@ def why_not() -> str | None:
 
 
 def load() -> Native | None:
-    """The library, built at the first call; None where it cannot run, which is logged once.
+    """The library, prebuilt or built at the first call; None where it cannot run, which is logged
+    once.
 
     FOLOSPEC_KERNELS=torch in the environment leaves it out, and so does FOLOSPEC_KERNELS=triton,
     which lets interpreted Triton kernels stand in (see `gpu.sampling`).

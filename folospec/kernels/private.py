@@ -51,6 +51,33 @@ def check_private(path: Path) -> None:
         _check_above(folder, folder.stat(), user)
 
 
+def check_as_safe_as(path: Path, other: Path) -> None:
+    """Check that nobody can change a file who cannot change another one, which runs already. They
+    are one folder apart: `other` is beside the folder of `path`. Links are followed first.
+
+    Raises:
+        PermissionError: the file or its folder belongs to somebody else, or is open to more users.
+            The message says which.
+        OSError: one of them is not there.
+    """
+    path, other = path.resolve(strict=True), other.resolve(strict=True)
+    if path.parent.parent != other.parent:
+        raise PermissionError(f"{path} is not below the folder of {other}")
+    for mine, theirs in ((path, other), (path.parent, other.parent)):
+        found, known = mine.stat(), theirs.stat()
+        if found.st_uid not in (known.st_uid, os.geteuid(), _ROOT):
+            raise PermissionError(
+                f"{mine} belongs to user id {found.st_uid}, {theirs} to {known.st_uid}"
+            )
+        open_to = found.st_mode & _WRITABLE_BY_OTHERS
+        is_same_group = found.st_gid == known.st_gid or not open_to & stat.S_IWGRP
+        if open_to & ~known.st_mode or not is_same_group:
+            raise PermissionError(
+                f"{mine} (mode {stat.S_IMODE(found.st_mode):o}) may be written by users who may "
+                f"not write {theirs} (mode {stat.S_IMODE(known.st_mode):o})"
+            )
+
+
 def _check_above(folder: Path, found: os.stat_result, user: int) -> None:
     """Refuse a folder in which somebody else may rename what is below it."""
     if found.st_uid not in (user, _ROOT, _UNMAPPED):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from native_builds import REORDERED, RULES, breakable, built_for, require_native
+from native_builds import BUILDS, NEON, REORDERED, RULES, breakable, built_for, require_native
 from steps import BLOCK_SIZE, NUM_SLOTS, Step, random_step
 from torch import Tensor
 
@@ -127,7 +127,7 @@ def test_every_length_around_the_tiles(backend, dtype):
         assert error(backend, step) < TOLERANCE
 
 
-@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64"])
+@pytest.mark.parametrize("target", BUILDS)
 def test_builds_for_lesser_machines_agree_with_the_oracle(backend, target):
     with running_on(backend, built_for(target)):
         for dtype in DTYPES:
@@ -145,14 +145,15 @@ ATTENTION_RULES = {
 }
 
 
+@pytest.mark.parametrize("target", [None, NEON])
 @pytest.mark.parametrize("rule", ATTENTION_RULES)
-def test_a_broken_rule_is_seen(backend, rule):
+def test_a_broken_rule_is_seen(backend, rule, target):
     """Control of the tests above: each rule broken, in every kind of row that can show it."""
     step = random_step(MIX, (4, 2), seed=0, dtype=torch.float32, head_size=32, contexts=CONTEXTS)
     window, softcap = ATTENTION_RULES[rule]
-    with running_on(backend, breakable().library):
+    with running_on(backend, breakable(target).library):
         assert error(backend, step, window, softcap) < TOLERANCE
-    with breakable().without(rule) as library, running_on(backend, library):
+    with breakable(target).without(rule) as library, running_on(backend, library):
         assert error(backend, step, window, softcap) > 1000 * TOLERANCE
 
 
@@ -299,19 +300,21 @@ def test_a_row_has_the_same_bits_alone_in_a_chunk_in_a_tree_and_in_company(backe
     assert differing(backend, dtype, window) == 0
 
 
-@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64"])
+@pytest.mark.parametrize("target", BUILDS)
 def test_builds_for_lesser_machines_keep_the_bits(backend, target):
     with running_on(backend, built_for(target)):
         assert differing(backend, torch.bfloat16, None) == 0
 
 
-def test_tiles_that_end_with_the_context_break_the_bits(backend):
+@pytest.mark.parametrize("target", [None, NEON])
+def test_tiles_that_end_with_the_context_break_the_bits(backend, target):
     """Control of the test above: sums that are as good, in an order that depends on the context."""
     step = random_step(MIX, (4, 2), seed=0, dtype=torch.float32, head_size=32, contexts=CONTEXTS)
-    with breakable().without("tiles up to the context") as library, running_on(backend, library):
+    broken = breakable(target).without("tiles up to the context")
+    with broken as library, running_on(backend, library):
         assert error(backend, step) < TOLERANCE
         assert differing(backend, torch.float32, None) > 0
-    with running_on(backend, breakable().library):
+    with running_on(backend, breakable(target).library):
         assert differing(backend, torch.float32, None) == 0
 
 

@@ -8,7 +8,7 @@ from native_builds import require_native
 
 import folospec as package
 from folospec.cli import info
-from folospec.kernels import build, native
+from folospec.kernels import native
 
 
 def test_version_is_printed(folospec):
@@ -53,10 +53,12 @@ def test_info_says_what_the_native_kernels_were_built_for_and_where_they_are(fol
     assert facts["native_kernels"] == {
         "state": "available",
         "instructions": library.instructions,
-        "cache": str(build.cache_folder() / "kernels"),
+        "origin": library.origin,
+        "library": str(library.path),
     }
     lines = folospec("info").stdout
     assert f"native, built for {library.instructions}" in lines
+    assert ("prebuilt:" if library.origin == "prebuilt" else "compiled here:") in lines
     assert "chosen: native" in lines
 
 

@@ -55,6 +55,8 @@ def plain(request) -> tuple[str, Run]:
     require_native()
     llm = make(request.param)
     assert llm.stats()["lossless"] == "bit"
+    library = native.load()
+    assert llm.stats()["native_kernels"] == f"{library.origin}, {library.instructions}"
     return request.param, generate(llm)
 
 

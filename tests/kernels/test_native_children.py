@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_builds import NEON, built_for
 from torch import Tensor
 
 from folospec import SamplingParams
@@ -31,8 +32,11 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def native() -> NativeChildren:
+@pytest.fixture(scope="module", params=["own", NEON])
+def native(request: pytest.FixtureRequest) -> NativeChildren:
+    """This machine's kernels; and those for NEON, emulated where it is no Arm."""
+    if request.param != "own":
+        return NativeChildren(built_for(request.param).library)
     found = native_children.load()
     if found is None:
         pytest.skip("the native kernels do not run here")

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from native_builds import breakable, built_for, require_native
+from native_builds import ARM, NEON, X86, breakable, built_for, require_native
 from torch import Tensor
 
 from folospec.kernels.native import Native, matrix
@@ -22,9 +23,10 @@ EPSILON = 2.0**-24
 """Half a unit in the last place of 1, float32."""
 
 
-@pytest.fixture(scope="module")
-def native() -> Native:
-    return require_native()
+@pytest.fixture(scope="module", params=["own", *ARM])
+def native(request) -> Native:
+    """This machine's kernels; and those for Arm, emulated where it is none."""
+    return require_native() if request.param == "own" else built_for(request.param)
 
 
 class Case:
@@ -91,7 +93,19 @@ def test_a_sum_by_the_number_of_rows_is_as_right_and_has_other_bits():
     assert torch.equal(case.run(fine, 3), case.run(fine)[:3])
 
 
-@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64"])
+def test_threads_that_fall_asleep_where_they_meet_are_woken():
+    """In this build they hardly spin; one that were not woken would never end."""
+    case, library = Case("float32", 97, 130, 3), breakable().library
+    alone = case.run(library)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        assert all(torch.equal(case.run(library), alone) for _ in range(200))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("target", X86)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_linear_of_builds_for_lesser_machines(target, kind):
     lesser = built_for(target)
@@ -208,6 +222,30 @@ def test_all_rows_are_read_before_one_is_written(native):
     assert all(torch.equal(a, b) for a, b in zip(*moved(native), strict=True))
     with breakable().without("rows read late") as broken:
         assert not all(torch.equal(a, b) for a, b in zip(*moved(broken), strict=True))
+
+
+WRONG: dict[str, Callable[[Native], bool]] = {
+    "no last columns": lambda library: Case("float32", 13, 31, 5).excess(library) > 1000,
+    "the first scales for all": lambda library: Case("int8", 13, 31, 5).excess(library) > 1000,
+    "no epsilon": lambda library: not norm(library, TINY, ONES, 1e-6).abs().max() < 0.1,
+    "a rotation the other way": lambda library: rotated(library, HEADS, *ANGLES)[0, 0, 0] > 0,
+    "no sigmoid": lambda library: gated(library, ONES[None], ONES[None])[0, 0] < 0.7,
+    "rows read late": lambda library: not all(map(torch.equal, *moved(library))),
+    "a sum by the number of rows": lambda library: (
+        not torch.equal(*(Case("float32", 97, 130, 33).run(library, rows)[:3] for rows in (3, 33)))
+    ),
+}
+TINY, ONES = torch.full((1, 32), 1e-5), torch.ones(32)
+HEADS, ANGLES = torch.ones(1, 1, 2), (torch.tensor([[0.6]]), torch.tensor([[0.8]]))
+
+
+@pytest.mark.parametrize("rule", WRONG)
+def test_a_broken_rule_is_seen_in_a_build_for_neon(rule):
+    """Control of the emulated tests above."""
+    build = breakable(NEON)
+    assert not WRONG[rule](build.library)
+    with build.without(rule) as broken:
+        assert WRONG[rule](broken)
 
 
 def test_nothing_to_move_moves_nothing(native):

@@ -3,7 +3,6 @@ same bits however its row came to be computed."""
 
 from __future__ import annotations
 
-import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_builds import breakable, built_for, require_native
+from native_builds import ARM, NEON, X86, breakable, built_for, require_native
 from tiny_checkpoints import save_random
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -258,6 +257,19 @@ def test_a_token_has_the_same_bits_however_its_row_was_computed(folders, name, k
     assert all(ways(model).values())
 
 
+@pytest.mark.parametrize(
+    ("kind", "target"), [*((kind, NEON) for kind in KINDS[:3]), ("bfloat16", ARM[0])]
+)
+def test_a_build_for_arm_is_as_right_and_has_the_same_bits_however_a_row_was_computed(
+    folders, kind, target
+):
+    model = load(folders["qwen3"], kind, built_for(target))
+    assert all(ways(model, brief=True).values())
+    own, arm = (Runs(m).chunks(75, 0, 150).logits for m in (load(folders["qwen3"], kind), model))
+    # bfloat16 activations are rounded, here and there to either side.
+    torch.testing.assert_close(arm, own, rtol=0, atol=1e-4 if "bfloat16" not in kind else 0.1)
+
+
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_the_number_of_threads_changes_no_bit(folders, kind):
     """Few passes: where cores are busy, threads wait for each other long."""
@@ -284,14 +296,28 @@ def test_chunks_of_hundreds_of_rows_have_the_bits_of_plain_decoding(folders, kin
 def test_builds_with_the_same_instructions_have_the_same_bits(folders):
     """However they were optimised: nothing is left to the compiler. So says the bit contract, and
     so the controls here control what they seem to."""
-    builds = [None, breakable().library, built_for("x86-64-v3")]
-    own, breakable_, avx2 = (
-        Runs(load(folders["llama"], "float32", build)).chunks(50, 0, 100) for build in builds
+    own, hurried = (
+        Runs(load(folders["llama"], "float32", build)).chunks(50, 0, 100)
+        for build in (None, breakable().library)
     )
-    assert own == breakable_
-    # Those that do not fuse have other bits.
-    if os.environ.get("FOLOSPEC_KERNELS_TARGET") not in ("x86-64", "x86-64-v2"):
-        assert own == avx2
+    assert own == hurried
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("target", ARM)
+def test_a_build_for_arm_has_the_same_bits_however_it_was_optimised(folders, target):
+    builds = [built_for(target), built_for(target, "-O3")]
+    for kind in KINDS:
+        hurried, own = (
+            Runs(load(folders["llama"], kind, build)).chunks(50, 0, 100) for build in builds
+        )
+        assert own == hurried
+
+
+@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize("kind", KINDS)
+def test_builds_for_lesser_machines_keep_the_bits_among_themselves(folders, target, kind):
+    assert all(ways(load(folders["llama"], kind, built_for(target)), brief=True).values())
 
 
 @pytest.mark.parametrize("rule", ["tiles up to the context", "a sum by the number of rows"])

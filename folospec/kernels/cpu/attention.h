@@ -57,24 +57,43 @@ struct Unit {
     int32_t first[MAX_QUERIES], last[MAX_QUERIES];  // the keys of the tile that each query sees
 };
 
-// One step of the score's sum: a dimension of float32, two of bfloat16.
+// A word of a key: a dimension of float32, a pair of bfloat16. The score's sum goes word by word, and in a
+// word part by part.
 struct Float32KV {
     typedef float T;
-    static constexpr int PER_WORD = 1;
-    INLINE Vec score(Vec query, Vec keys, Vec sums) { return fma(query, keys, sums); }
+    static constexpr int PER_WORD = 1, PARTS = 1;
+    template <int PART>
+    INLINE Vec score(const float* query, Vec keys, Vec sums) { return fma(splat(*query), keys, sums); }
     INLINE void put_query(const float* from, float* to, int64_t size) { copy_converted(from, to, size); }
 };
 
+#if defined(FOLOSPEC_BF16_DOT)
 struct BFloat16KV {
     typedef bfloat16 T;
-    static constexpr int PER_WORD = 2;
-    INLINE Vec score(Vec query, Vec keys, Vec sums) {
-        return dot_pairs(as<UintVec>(query), as<UintVec>(keys), sums);
+    static constexpr int PER_WORD = 2, PARTS = 1;
+    template <int PART>
+    INLINE Vec score(const float* query, Vec keys, Vec sums) {
+        return dot_pairs(as<UintVec>(splat(*query)), as<UintVec>(keys), sums);
     }
     INLINE void put_query(const float* from, float* to, int64_t size) {
         copy_converted(from, (bfloat16*)to, size);
     }
 };
+#else
+struct BFloat16KV {
+    typedef bfloat16 T;
+    static constexpr int PER_WORD = 2, PARTS = 2;
+    template <int PART>
+    INLINE Vec score(const float* query, Vec keys, Vec sums) {
+        return fma(splat(query[PART]), widen_part<PART>(as<UintVec>(keys)), sums);
+    }
+    INLINE void put_query(const float* from, float* to, int64_t size) {
+        each_vec(size, [&](int64_t i, int n) {
+            store_up_to(to + i, as<Vec>(round_to_bfloat16(load_up_to(from + i, n))), n);
+        });
+    }
+};
+#endif
 
 // Where the keys [begin, end) that `row` sees lie: runs within a page, then its tail. A place is the
 // number of elements before the first of KV head 0.
@@ -118,26 +137,36 @@ void load_keys(const AttentionStep& s, const Pages& pages, int64_t head, int cou
         }
 }
 
-template <class KV, int Q>
-void score_keys(const AttentionStep& s, int first, Unit& u) {
-    constexpr int VECS = TILE / LANES;
-    int64_t words = s.head_size / KV::PER_WORD;
-    Vec sums[Q][VECS] = {};
-    for (int64_t w = 0; w < words; w++)
+template <class KV, int PART, int Q, int VECS>
+INLINE void add_scores(const Unit& u, int first, int64_t word, int key, Vec sums[Q][VECS]) {
+    if constexpr (PART < KV::PARTS) {
         for (int v = 0; v < VECS; v++) {
-            Vec keys = load(u.keys + w * TILE + v * LANES);
+            Vec keys = load(u.keys + word * TILE + key + v * LANES);
             keep(keys);
             for (int q = 0; q < Q; q++)
-                sums[q][v] = KV::score(splat(u.queries[first + q][w]), keys, sums[q][v]);
+                sums[q][v] = KV::template score<PART>(u.queries[first + q] + word * KV::PARTS, keys, sums[q][v]);
         }
-    for (int q = 0; q < Q; q++)
-        for (int v = 0; v < VECS; v++) store(u.scores[first + q] + v * LANES, sums[q][v]);
+        add_scores<KV, PART + 1, Q, VECS>(u, first, word, key, sums);
+    }
+}
+
+// Scores of Q queries and a tile's keys, of so many keys at once that the sums stay in registers.
+template <class KV, int Q>
+void score_keys(const AttentionStep& s, int first, Unit& u) {
+    constexpr int VECS = std::min(TILE / LANES, ATTENTION_SUMS / Q);
+    int64_t words = s.head_size / KV::PER_WORD;
+    for (int j = 0; j < TILE; j += VECS * LANES) {
+        Vec sums[Q][VECS] = {};
+        for (int64_t w = 0; w < words; w++) add_scores<KV, 0, Q, VECS>(u, first, w, j, sums);
+        for (int q = 0; q < Q; q++)
+            for (int v = 0; v < VECS; v++) store(u.scores[first + q] + j + v * LANES, sums[q][v]);
+    }
 }
 
 // Turn a query's scores into weights under the running maximum, and rescale what it has.
 INLINE void weigh(const AttentionStep& s, int q, Unit& u) {
     constexpr int VECS = TILE / LANES;
-    const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const IntVec lanes = lane_numbers();
     const Vec minus_infinity = splat(-INFINITY);
     Running& r = u.running[q];
     float* scores = u.scores[q];
@@ -190,12 +219,16 @@ void add_values(const AttentionStep& s, const Pages& pages, int64_t head, int fi
     }
 }
 
-template <class KV, int Q>
-INLINE void add_values(const AttentionStep& s, const Pages& pages, int64_t head, int first, int begin, int end,
-                       Unit& u) {
+// As much of the head at once as registers hold sums for, and as divides it.
+template <class KV, int Q, int VECS = ATTENTION_SUMS / Q>
+INLINE void add_values_wide(const AttentionStep& s, const Pages& pages, int64_t head, int first, int begin,
+                            int end, Unit& u) {
+    constexpr int LEAST = 32 / LANES;
     if (begin >= end) return;
-    if (s.head_size % (4 * LANES) == 0) add_values<KV, Q, 4>(s, pages, head, first, begin, end, u);
-    else add_values<KV, Q, 2>(s, pages, head, first, begin, end, u);
+    if constexpr (VECS > LEAST)
+        if (s.head_size % (VECS * LANES) != 0)
+            return add_values_wide<KV, Q, VECS / 2>(s, pages, head, first, begin, end, u);
+    add_values<KV, Q, VECS>(s, pages, head, first, begin, end, u);
 }
 
 template <class KV, int Q>
@@ -210,10 +243,10 @@ void attend_queries(const AttentionStep& s, const Pages& pages, int64_t head, in
     // A key that only some of them see is added for those alone: not even zero times it for others.
     if (end < begin) end = begin;
     for (int q = first; q < first + Q; q++)
-        add_values<KV, 1>(s, pages, head, q, u.first[q], std::min(begin, u.last[q]), u);
-    add_values<KV, Q>(s, pages, head, first, begin, end, u);
+        add_values_wide<KV, 1>(s, pages, head, q, u.first[q], std::min(begin, u.last[q]), u);
+    add_values_wide<KV, Q>(s, pages, head, first, begin, end, u);
     for (int q = first; q < first + Q; q++)
-        add_values<KV, 1>(s, pages, head, q, std::max(end, u.first[q]), u.last[q], u);
+        add_values_wide<KV, 1>(s, pages, head, q, std::max(end, u.first[q]), u.last[q], u);
 }
 
 // Queries [first, end) meet one tile, whose places are known.

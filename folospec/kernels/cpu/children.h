@@ -132,7 +132,7 @@ private:
     }
 
     void score_roughly() {
-        const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const IntVec lanes = lane_numbers();
         room.scores.resize((size + LANES - 1) / LANES * LANES);
         float factor = (float)(1.0 / temperature);
         for (int64_t i = 0; i < size; i += LANES) {
@@ -197,10 +197,9 @@ extern "C" __attribute__((visibility("default"))) void folospec_children(
     const float* logits, int64_t size, const folospec::Law* laws, const folospec::Wanted* wanted, int64_t rows,
     int64_t most, int64_t* tokens, float* chances, int64_t* found, int32_t threads) {
     using namespace folospec;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 2) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++) {
+    share_out(threads, rows, 2, [&](int64_t row) {
         static thread_local ChildRoom room;
         ChildRow drawn(logits + row * size, size, laws[wanted[row].law], wanted[row], room);
         found[row] = drawn.draw(tokens + row * most, chances + row * most);
-    }
+    });
 }

@@ -1,5 +1,5 @@
-// A whole pass of a Llama-family decoder in one parallel region: the threads stay together and meet at
-// a barrier where one needs what another has made.
+// A whole pass of a Llama-family decoder in one parallel region: the threads stay together and meet
+// where one needs what another has made.
 //
 //     embed | norm | qkv | rotate, write KV | attend | output += | norm | gate, up, silu | down += | ...
 //
@@ -7,9 +7,8 @@
 // operands of bfloat16 products, and keys and values to the type of the cache.
 #pragma once
 
-#include <omp.h>
-
 #include "attention.h"
+#include "team.h"
 
 namespace folospec {
 
@@ -75,24 +74,13 @@ INLINE int64_t lay_out(const Model& m, const AttentionStep& a, float* base, Scra
     return at;
 }
 
-// A thread's share of `count` things, in multiples of `unit`.
-struct Share {
-    int64_t begin, end;
-    Share(int64_t count, int64_t unit, int64_t part, int64_t parts) {
-        int64_t units = (count + unit - 1) / unit;
-        begin = std::min(count, units * part / parts * unit);
-        end = std::min(count, units * (part + 1) / parts * unit);
-    }
-};
-
-constexpr int64_t OUT_UNIT = 12;  // outputs are shared out so that tiles of three and of four fit
+constexpr int64_t OUT_UNIT = 24;  // outputs are shared out so that tiles of any width fit
 constexpr int64_t INNER_UNIT = 48;  // and whole vectors of the MLP's inner columns besides
 
 class Worker {
 public:
-    Worker(const Model& model, const Pass& pass, const Scratch& scratch)
-        : m(model), p(pass), a(pass.attention), s(scratch), part(omp_get_thread_num()),
-          parts(omp_get_num_threads()), rows(pass.attention.rows) {}
+    Worker(const Model& model, const Pass& pass, const Scratch& scratch, const Member& member)
+        : m(model), p(pass), a(pass.attention), s(scratch), member(member), rows(pass.attention.rows) {}
 
     void run() {
         embed();
@@ -110,14 +98,13 @@ private:
     const Pass& p;
     const AttentionStep& a;
     const Scratch& s;
-    const int64_t part, parts, rows;
+    const Member member;
+    const int64_t rows;
 
-    void meet() {
-#pragma omp barrier
-    }
+    void meet() const { member.meet(); }
 
     void embed() {
-        Share mine(rows, 1, part, parts);
+        Share mine(rows, 1, member);
         for (int64_t row = mine.begin; row < mine.end; row++) {
             int64_t from = p.input_ids[row] * m.hidden;
             float* to = s.stream + row * m.hidden;
@@ -129,14 +116,14 @@ private:
 
     void tap(int64_t layer) {
         if (!p.taps[layer]) return;
-        Share mine(rows * m.hidden, 64, part, parts);
+        Share mine(rows * m.hidden, 64, member);
         std::memcpy(p.taps[layer] + mine.begin, s.stream + mine.begin,
                     (mine.end - mine.begin) * sizeof(float));
         meet();
     }
 
     void norm(const float* weight, int64_t first_row, int64_t count, const Operand& to) {
-        Share mine(count, 1, part, parts);
+        Share mine(count, 1, member);
         for (int64_t row = mine.begin; row < mine.end; row++)
             rms_norm(s.stream + (first_row + row) * m.hidden, weight, m.hidden, (float)m.eps,
                      OperandRow(to, row));
@@ -144,7 +131,7 @@ private:
     }
 
     void linear(const Matrix& matrix, const Operand& x, float* y, bool add) {
-        Share mine(matrix.out, OUT_UNIT, part, parts);
+        Share mine(matrix.out, OUT_UNIT, member);
         linear_part(matrix, x, y, matrix.out, mine.begin, mine.end, add);
         meet();
     }
@@ -154,7 +141,7 @@ private:
         Operand input = {s.input, m.hidden, layer.qkv.format, Tiling(rows)};
         norm(layer.input_norm, 0, rows, input);
         linear(layer.qkv, input, s.heads, false);
-        Share mine(rows * (a.heads + a.kv_heads), 1, part, parts);
+        Share mine(rows * (a.heads + a.kv_heads), 1, member);
         for (int64_t i = mine.begin; i < mine.end; i++) {
             int64_t row = i / (a.heads + a.kv_heads), head = i % (a.heads + a.kv_heads);
             const float* head_norm = head < a.heads ? layer.query_norm : layer.key_norm;
@@ -163,7 +150,7 @@ private:
                         p.cos + angle, p.sin + angle);
         }
         meet();
-        Share written(rows, 1, part, parts);
+        Share written(rows, 1, member);
         for (int64_t row = written.begin; row < written.end; row++) {
             const float* keys = s.heads + row * width + a.heads * size;
             write_kv(a, layer.pages.key, p.slot_mapping[row], keys);
@@ -173,7 +160,7 @@ private:
         AttentionStep step = a;
         step.first_key = layer.window ? p.window_first + (layer.window - 1) * rows : nullptr;
         Operand attended = {s.input, a.heads * size, layer.output.format, Tiling(rows)};
-        attend_part(step, layer.pages, s.heads, width, attended, part, parts);
+        attend_part(step, layer.pages, s.heads, width, attended, member.part, member.parts);
         meet();
         linear(layer.output, attended, s.stream, true);
     }
@@ -185,7 +172,7 @@ private:
             Operand inner = {s.inner, m.inner, layer.down.format, Tiling(count)};
             norm(layer.post_norm, first, count, input);
             // A thread makes the gate and the up of the same columns, so that it can multiply them.
-            Share mine(m.inner, INNER_UNIT, part, parts);
+            Share mine(m.inner, INNER_UNIT, member);
             for (int64_t offset : {(int64_t)0, m.inner})
                 linear_part(layer.gate_up, input, s.gate_up, 2 * m.inner, offset + mine.begin,
                             offset + mine.end, false);

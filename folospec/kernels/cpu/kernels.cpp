@@ -1,8 +1,6 @@
 // The native CPU kernels: plain functions over data pointers, for ctypes. Every one has a form in torch or
 // in Python that it is tested against. They trust their caller: kernels/checked.py looks first. `threads` is
 // torch's own number, and the threads are torch's own OpenMP's: a second runtime would spin against it.
-#include <omp.h>
-
 #include "children.h"
 #include "decoder.h"
 #include "sampling.h"
@@ -22,19 +20,7 @@ EXPORT void folospec_sizes(int64_t* sizes) {
 }
 
 // What this build computes with.
-EXPORT const char* folospec_instruction_set() {
-#if defined(__AVX512BF16__)
-    return "AVX-512 with bfloat16";
-#elif defined(__AVX512F__)
-    return "AVX-512";
-#elif defined(__AVX2__) && defined(__FMA__)
-    return "AVX2";
-#elif defined(__aarch64__)
-    return "NEON";
-#else
-    return "no vector instructions in particular";
-#endif
-}
+EXPORT const char* folospec_instruction_set() { return instruction_set(); }
 
 EXPORT int64_t folospec_scratch_floats(const Model* model, const Pass* pass) {
     Scratch s;
@@ -45,18 +31,15 @@ EXPORT int64_t folospec_scratch_floats(const Model* model, const Pass* pass) {
 EXPORT void folospec_forward(const Model* model, const Pass* pass) {
     Scratch s;
     lay_out(*model, pass->attention, pass->scratch, s);
-#pragma omp parallel num_threads(pass->threads)
-    Worker(*model, *pass, s).run();
+    together(pass->threads, [&](const Member& member) { Worker(*model, *pass, s, member).run(); });
 }
 
 // y [rows, out] = x [rows, in] W^T; `room` holds the operand: rows * (in + 31) floats are enough.
 EXPORT void folospec_linear(const Matrix* m, const float* x, void* room, int64_t rows, float* y,
                             int64_t threads) {
     Operand operand = {room, padded_columns(m->in, m->format), m->format, Tiling(rows)};
-#pragma omp parallel num_threads(threads)
-    {
-        int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-        Share rows_of_mine(rows, 1, part, parts);
+    together(threads, [&](const Member& member) {
+        Share rows_of_mine(rows, 1, member);
         for (int64_t row = rows_of_mine.begin; row < rows_of_mine.end; row++) {
             OperandRow to(operand, row);
             for (int64_t i = 0; i < operand.columns; i += LANES) {
@@ -64,10 +47,10 @@ EXPORT void folospec_linear(const Matrix* m, const float* x, void* room, int64_t
                 to.put(i, load_up_to(x + row * m->in + i, count));
             }
         }
-#pragma omp barrier
-        Share mine(m->out, OUT_UNIT, part, parts);
+        member.meet();
+        Share mine(m->out, OUT_UNIT, member);
         linear_part(*m, operand, y, m->out, mine.begin, mine.end, false);
-    }
+    });
 }
 
 // Write the rows' keys and values, [rows, kv_heads, head_size], then attend: out [rows, heads, head_size].
@@ -75,18 +58,16 @@ EXPORT void folospec_attention(const AttentionStep* step, const Pages* pages, co
                                const float* keys, const float* values, const int64_t* slot_mapping,
                                float* out, int64_t threads) {
     int64_t kv_width = step->kv_heads * step->head_size, width = step->heads * step->head_size;
-#pragma omp parallel num_threads(threads)
-    {
-        int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-        Share mine(step->rows, 1, part, parts);
+    together(threads, [&](const Member& member) {
+        Share mine(step->rows, 1, member);
         for (int64_t row = mine.begin; row < mine.end; row++) {
             write_kv(*step, pages->key, slot_mapping[row], keys + row * kv_width);
             write_kv(*step, pages->value, slot_mapping[row], values + row * kv_width);
         }
-#pragma omp barrier
+        member.meet();
         Operand rows = {out, width, FLOAT32, Tiling(step->rows, true)};
-        attend_part(*step, *pages, queries, width, rows, part, parts);
-    }
+        attend_part(*step, *pages, queries, width, rows, member.part, member.parts);
+    });
 }
 
 EXPORT void folospec_rms_norm(const float* x, const float* weight, int64_t rows, int64_t size, double eps,
@@ -125,17 +106,17 @@ EXPORT void folospec_move_rows(void* const* tensors, const int64_t* bytes, int64
 
 // Read `count` floats and return their sum: what memory gives at best.
 EXPORT float folospec_read(const float* from, int64_t count, int64_t threads) {
-    float total = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : total)
-    {
-        Share mine(count, 64, omp_get_thread_num(), omp_get_num_threads());
+    std::atomic<float> total{0};
+    together(threads, [&](const Member& member) {
+        Share mine(count, 64, member);
         Vec sums[4] = {};
-        for (int64_t i = mine.begin; i + 64 <= mine.end; i += 64)
-            for (int v = 0; v < 4; v++) {
-                sums[v] = sums[v] + load(from + i + v * LANES);
-                __builtin_prefetch((const char*)(from + i + v * LANES) + AHEAD_BYTES, 0, 2);
-            }
-        total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    }
+        for (int64_t i = mine.begin; i + 64 <= mine.end; i += 64) {
+            for (int v = 0; v < 64 / LANES; v++) sums[v % 4] = sums[v % 4] + load(from + i + v * LANES);
+            for (int line = 0; line < 4; line++)
+                __builtin_prefetch((const char*)(from + i) + line * LINE_BYTES + AHEAD_BYTES, 0, 2);
+        }
+        float own = sum((sums[0] + sums[1]) + (sums[2] + sums[3])), before = total;
+        while (!total.compare_exchange_weak(before, before + own)) {}
+    });
     return total;
 }

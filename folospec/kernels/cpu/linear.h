@@ -1,9 +1,9 @@
 // y = x W^T for few rows and for many, with one order of summation for both.
 //
-// A weight row and an activation row are walked together, a step of `STEP` columns at a time, into
-// sixteen partial sums, which one fixed tree adds up at the end. That order is a matter of the two
-// rows alone: how many rows run, which tile they are in and which thread computes them changes which
-// sums are in registers at the same time, never what a sum is.
+// A weight row and an activation row are walked together, a vector of columns at a time, into LANES partial
+// sums, which one fixed tree adds up at the end. That order is a matter of the two rows alone: how many
+// rows run, which tile they are in and which thread computes them changes which sums are in registers at
+// the same time, never what a sum is.
 //
 //              K ->                   a tile: MR rows of x against NR rows of W, MR * NR sums in
 //        +--------------+             registers, so that a row of W is read once for MR rows of x
@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -22,13 +23,14 @@ namespace folospec {
 
 enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
-// What one step does, for each way to keep a weight. `X` is the type of the activations it wants.
+// What a step does, for each way to keep a weight. A step is one load of a weight row, COLUMNS of them; it
+// has PARTS, each one vector of what that load holds against one vector of `X`, the activations it wants.
 template <class Weight>
 struct WidenedWeight {
     typedef Weight W;
     typedef float X;
-    typedef Vec Operand;
-    static constexpr int STEP = 16;
+    static constexpr int PARTS = 1, COLUMNS = LANES;
+    template <int PART>
     INLINE Vec load_w(const Weight* w) { return load(w); }
     INLINE Vec load_x(const float* x) { return load(x); }
     INLINE Vec accumulate(Vec w, Vec x, Vec sums) { return fma(w, x, sums); }
@@ -37,19 +39,38 @@ struct WidenedWeight {
 typedef WidenedWeight<float> Float32Weight;
 typedef WidenedWeight<int8_t> Int8Weight;
 
-struct BFloat16Weight {
+// Where there is an instruction for pairs.
+struct PairedWeight {
     typedef bfloat16 W;
     typedef bfloat16 X;
-    typedef UintVec Operand;
-    static constexpr int STEP = 32;
-    INLINE UintVec load_w(const bfloat16* w) {
+    static constexpr int PARTS = 1, COLUMNS = 2 * LANES;
+    template <int PART>
+    INLINE UintVec load_w(const bfloat16* w) { return load_x(w); }
+    INLINE UintVec load_x(const bfloat16* x) {
         UintVec v;
-        std::memcpy(&v, w, sizeof v);
+        std::memcpy(&v, x, sizeof v);
         return v;
     }
-    INLINE UintVec load_x(const bfloat16* x) { return load_w(x); }
     INLINE Vec accumulate(UintVec w, UintVec x, Vec sums) { return dot_pairs(w, x, sums); }
 };
+
+// Where there is none: even columns, then odd ones, as a load has them in the halves of its words. The
+// activations, rounded all the same, are floats and lie in that order.
+struct SplitWeight {
+    typedef bfloat16 W;
+    typedef float X;
+    static constexpr int PARTS = 2, COLUMNS = 2 * LANES;
+    template <int PART>
+    INLINE Vec load_w(const bfloat16* w) { return load_widened<PART>(w); }
+    INLINE Vec load_x(const float* x) { return load(x); }
+    INLINE Vec accumulate(Vec w, Vec x, Vec sums) { return fma(w, x, sums); }
+};
+
+#if defined(FOLOSPEC_BF16_DOT)
+typedef PairedWeight BFloat16Weight;
+#else
+typedef SplitWeight BFloat16Weight;
+#endif
 
 struct Matrix {
     const void* data;    // [out, in], row by row
@@ -59,20 +80,18 @@ struct Matrix {
     int64_t format;
 };
 
-constexpr int ROW_TILE = 6;  // with four outputs: 24 sums, of 32 registers
-constexpr int FEW_ROWS = 8;  // run in one tile, of three outputs above six rows
 constexpr int STREAM_ROWS = 4;  // up to these, W goes by once and x is near anyway
-constexpr int BLOCK_OUT = 24;      // outputs that stay in the cache while rows pass
-// Of a weight row, what is worked off at a time. While W comes from memory, a chunk of x has to stay in
-// the first level; when many tiles share what has come, longer chunks cost fewer interruptions.
-constexpr int CHUNK_BYTES = 2048, LONG_CHUNK_BYTES = 8192, MANY_TILES = 4;
+constexpr int BLOCK_OUT = 24;   // outputs that stay in the cache while rows pass
+// Columns that are worked off at a time. While W comes from memory, a chunk of x has to stay in the first
+// level; when many tiles share what has come, longer chunks cost fewer interruptions.
+constexpr int CHUNK = 512, LONG_CHUNK = 2048, MANY_TILES = 4;
 // How far ahead of a stream from memory to ask. Asked for in the order of addresses and no nearer than
 // the second level: four rows at once look like noise to the machine's own prefetching, and this makes
 // up for it (measured: 25 to 33 GB/s without, 40 to 50 with, where reading alone gives 50).
-constexpr int AHEAD_BYTES = 16384;
+constexpr int AHEAD_BYTES = 16384, LINE_BYTES = 64;
 
-// Rows are cut in tiles: up to eight are one, more are shared out over tiles of at most six, so that
-// none is nearly empty (13 rows run as 5, 4 and 4).
+// Rows are cut in tiles: up to FEW_ROWS are one, more are shared out over tiles of at most ROW_TILE, so
+// that none is nearly empty (13 rows run as 5, 4 and 4).
 struct Tiling {
     int64_t rows, tiles, size, larger;  // the first `larger` tiles have one row more than `size`
 
@@ -89,12 +108,12 @@ struct Tiling {
 // The activations of a product, in the order in which a tile reads them: step by step of K, and in a
 // step row by row. A tile of one row is a row as it is.
 //
-//     tile of 3 rows     a0 b0 c0 | a1 b1 c1 | ...     x0 is STEP columns of row x
+//     tile of 3 rows     a0 b0 c0 | a1 b1 c1 | ...     x0 is a step's columns of row x
 //
 // Rows one page apart would fight for the same few places of the first-level cache.
 struct Operand {
     void* data;
-    int64_t columns;  // a multiple of STEP; what is beyond the matrix's own is zero
+    int64_t columns;  // in whole steps; what is beyond the matrix's own is zero
     int64_t format;   // of the weight it is for
     Tiling tiling;
 
@@ -104,29 +123,38 @@ struct Operand {
     }
 };
 
-INLINE int64_t step_of(int64_t format) { return format == BFLOAT16 ? 32 : 16; }
+INLINE int64_t step_of(int64_t format) { return format == BFLOAT16 ? BFloat16Weight::COLUMNS : LANES; }
 INLINE int64_t padded_columns(int64_t columns, int64_t format) {
     int64_t step = step_of(format);
     return (columns + step - 1) / step * step;
 }
 
-// One row of an operand, to be written sixteen columns at a time.
+// One row of an operand, to be written a vector of columns at a time.
 struct OperandRow {
+    typedef BFloat16Weight::X Rounded;
     char* base;
-    int64_t stride, step, bytes;
+    int64_t step, rows;
+    bool is_rounded;
 
-    OperandRow(const Operand& x, int64_t row) {
+    OperandRow(const Operand& x, int64_t row) : step(step_of(x.format)), is_rounded(x.format == BFLOAT16) {
         int64_t tile = x.tiling.tile_of(row), first = x.tiling.first(tile);
-        int64_t rows = x.tiling.first(tile + 1) - first;
-        step = step_of(x.format);
-        bytes = x.format == BFLOAT16 ? sizeof(bfloat16) : sizeof(float);
-        stride = rows * step;
+        rows = x.tiling.first(tile + 1) - first;
+        int64_t bytes = is_rounded ? sizeof(Rounded) : sizeof(float);
         base = (char*)x.data + (first * x.columns + (row - first) * step) * bytes;
     }
     inline void put(int64_t column, Vec v) const {
-        char* to = base + (column / step * stride + column % step) * bytes;
-        if (bytes == sizeof(float)) store((float*)to, v);
-        else store((bfloat16*)to, v);
+        int64_t within = column & (step - 1), place = (column - within) * rows;  // a step is a power of two
+        if (!is_rounded) store((float*)base + place + within, v);
+        else put_rounded((Rounded*)base + place, within, v);
+    }
+
+private:
+    INLINE void put_rounded(bfloat16* to, int64_t within, Vec v) { store(to + within, v); }
+    INLINE void put_rounded(float* to, int64_t within, Vec v) {
+        Vec rounded = as<Vec>(round_to_bfloat16(v));
+        Vec parts = shuffle<EvenThenOdd>(rounded, rounded);
+        std::memcpy(to + within / 2, &parts, sizeof parts / 2);
+        std::memcpy(to + LANES + within / 2, (char*)&parts + sizeof parts / 2, sizeof parts / 2);
     }
 };
 
@@ -138,64 +166,76 @@ struct Ahead {
     int first, end;
 };
 
-// Add columns [begin, end) to the sums of MR x NR outputs. Where the weight's columns end within a step,
-// zeros follow.
-template <class F, int MR, int NR>
-INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x, int64_t begin,
-                        int64_t end, const Ahead<typename F::W>& ahead, Vec sums[MR][NR]) {
-    int64_t k = begin;
-    for (; k + F::STEP <= end; k += F::STEP) {
-        typename F::Operand weights[NR];
-        for (int j = 0; j < NR; j++) {
-            weights[j] = F::load_w(w[j] + k);
-            if (j >= ahead.first && j < ahead.end)
-                __builtin_prefetch(ahead.from + (k - begin) * NR + j * F::STEP, 0, 2);
-        }
+// Add one step, at x and at column k of the weights.
+template <class F, int PART, int MR, int NR>
+INLINE void add_step(const typename F::W* const w[NR], const typename F::X* x, int64_t k, Vec sums[MR][NR]) {
+    if constexpr (PART < F::PARTS) {
+        decltype(F::template load_w<PART>(w[0])) weights[NR];
+        for (int j = 0; j < NR; j++) weights[j] = F::template load_w<PART>(w[j] + k);
         for (int i = 0; i < MR; i++) {
-            typename F::Operand row = F::load_x(x + k * MR + i * F::STEP);
+            auto row = F::load_x(x + i * F::COLUMNS + PART * LANES);
             keep(row);
             for (int j = 0; j < NR; j++) sums[i][j] = F::accumulate(weights[j], row, sums[i][j]);
         }
-    }
-    if (k < end) {
-        typename F::Operand weights[NR];
-        for (int j = 0; j < NR; j++) {
-            typename F::W part[F::STEP] = {};
-            std::memcpy(part, w[j] + k, (end - k) * sizeof(typename F::W));
-            weights[j] = F::load_w(part);
-        }
-        for (int i = 0; i < MR; i++) {
-            typename F::Operand row = F::load_x(x + k * MR + i * F::STEP);
-            keep(row);
-            for (int j = 0; j < NR; j++) sums[i][j] = F::accumulate(weights[j], row, sums[i][j]);
-        }
+        add_step<F, PART + 1, MR, NR>(w, x, k, sums);
     }
 }
 
-// The last word on a tile: the tree, the scale, the bias, and the residual if there is one.
+// Add columns [begin, end) to the sums of MR x NR outputs, a line of every weight row at a time. Where the
+// weight's columns end within a step, zeros follow.
+template <class F, int MR, int NR>
+INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x, int64_t begin,
+                        int64_t end, const Ahead<typename F::W>& ahead, Vec sums[MR][NR]) {
+    constexpr int LINE = std::max<int>(LINE_BYTES / sizeof(typename F::W), F::COLUMNS);
+    int64_t k = begin;
+    for (; k + LINE <= end; k += LINE) {
+        for (int j = 0; j < NR; j++)
+            if (j >= ahead.first && j < ahead.end)
+                __builtin_prefetch(ahead.from + (k - begin) * NR + j * LINE, 0, 2);
+        for (int s = 0; s < LINE; s += F::COLUMNS) add_step<F, 0, MR, NR>(w, x + (k + s) * MR, k + s, sums);
+    }
+    for (; k + F::COLUMNS <= end; k += F::COLUMNS) add_step<F, 0, MR, NR>(w, x + k * MR, k, sums);
+    if (k < end) {
+        typename F::W parts[NR][F::COLUMNS] = {};
+        const typename F::W* last[NR];
+        for (int j = 0; j < NR; j++) {
+            std::memcpy(parts[j], w[j] + k, (end - k) * sizeof(typename F::W));
+            last[j] = parts[j];
+        }
+        add_step<F, 0, MR, NR>(last, x + k * MR, 0, sums);
+    }
+}
+
+// The last word on up to four outputs of a row: the tree, the scale, the bias, and the residual if there is
+// one.
+template <int NR>
+INLINE void finish_four(const Vec sums[NR], int first_sum, const Matrix& m, int64_t first, int64_t count,
+                        float* to, bool add) {
+    FourFloats scale = {1, 1, 1, 1}, bias = {}, before = {};
+    size_t bytes = std::min<int64_t>(std::min(NR - first_sum, 4), count) * sizeof(float);
+    auto at = [&](int j) { return sums[std::min(first_sum + j, NR - 1)]; };
+    FourFloats total = sum_four(at(0), at(1), at(2), at(3));
+    if (m.scale) std::memcpy(&scale, m.scale + first, bytes);
+    if (m.bias) std::memcpy(&bias, m.bias + first, bytes);
+    if (m.scale) total = total * scale;
+    if (m.bias) total = total + bias;
+    if (bytes == sizeof total) {
+        if (add) std::memcpy(&before, to + first, sizeof before);
+        total = add ? before + total : total;
+        std::memcpy(to + first, &total, sizeof total);
+    } else {
+        if (add) std::memcpy(&before, to + first, bytes);
+        total = add ? before + total : total;
+        std::memcpy(to + first, &total, bytes);
+    }
+}
+
 template <int MR, int NR>
 INLINE void finish(Vec sums[MR][NR], const Matrix& m, int64_t first, int64_t count, float* y,
                    int64_t y_stride, bool add) {
-    FourFloats scale = {1, 1, 1, 1}, bias = {}, before = {};
-    size_t bytes = std::min<int64_t>(NR, count) * sizeof(float);
-    if (m.scale) std::memcpy(&scale, m.scale + first, bytes);
-    if (m.bias) std::memcpy(&bias, m.bias + first, bytes);
-    for (int i = 0; i < MR; i++) {
-        FourFloats total =
-            sum_four(sums[i][0], sums[i][NR > 1 ? 1 : 0], sums[i][NR > 2 ? 2 : 0], sums[i][NR > 3 ? 3 : 0]);
-        if (m.scale) total = total * scale;
-        if (m.bias) total = total + bias;
-        float* to = y + i * y_stride + first;
-        if (bytes == sizeof total) {
-            if (add) std::memcpy(&before, to, sizeof before);
-            total = add ? before + total : total;
-            std::memcpy(to, &total, sizeof total);
-        } else {
-            if (add) std::memcpy(&before, to, bytes);
-            total = add ? before + total : total;
-            std::memcpy(to, &total, bytes);
-        }
-    }
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NR && j < count; j += 4)
+            finish_four<NR>(sums[i], j, m, first + j, count - j, y + i * y_stride, add);
 }
 
 // Rows of outputs [first, first + count) of a matrix; past the end the last one stands in.
@@ -227,7 +267,7 @@ template <class F, int MR, int NR>
 void block_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_stride, int64_t begin,
                 int64_t end, bool add, int64_t tile, int64_t tiles) {
     constexpr int GROUPS = BLOCK_OUT / NR;
-    int64_t chunk = (tiles < MANY_TILES ? CHUNK_BYTES : LONG_CHUNK_BYTES) / sizeof(typename F::W);
+    int64_t chunk = tiles < MANY_TILES ? CHUNK : LONG_CHUNK;
     Vec waiting[GROUPS][MR][NR];
     int64_t groups = (end - begin + NR - 1) / NR;
     int64_t sharers = std::min<int64_t>(tiles, NR);
@@ -253,22 +293,27 @@ void block_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_str
     }
 }
 
+// Call `body` with the number of a tile's rows as a constant.
+template <int MR = 1, class Body>
+INLINE void with_rows(int64_t rows, Body body) {
+    if constexpr (MR <= FEW_ROWS) {
+        if (rows == MR) body(std::integral_constant<int, MR>());
+        else with_rows<MR + 1>(rows, body);
+    }
+}
+
 // Outputs [begin, end) for all rows: y[row, out] (+)= sum.
 template <class F>
 void linear_range(const Matrix& m, const Operand& x, float* y, int64_t y_stride, int64_t begin,
                   int64_t end, bool add) {
     const Tiling& tiling = x.tiling;
     if (tiling.rows <= STREAM_ROWS) {
-#define STREAM(MR) \
-    case MR: return stream_tile<F, MR, 4>(m, x.tile<typename F::X>(0), y, y_stride, begin, end, add)
-        switch (tiling.rows) {
-            STREAM(1);
-            STREAM(2);
-            STREAM(3);
-            STREAM(4);
-        }
+        with_rows(tiling.rows, [&](auto rows) {
+            constexpr int MR = rows, NR = outputs_of(MR, F::PARTS);
+            if constexpr (MR <= STREAM_ROWS)
+                stream_tile<F, MR, NR>(m, x.tile<typename F::X>(0), y, y_stride, begin, end, add);
+        });
         return;
-#undef STREAM
     }
     for (int64_t out = begin; out < end; out += BLOCK_OUT) {
         int64_t out_end = std::min(out + BLOCK_OUT, end);
@@ -276,16 +321,16 @@ void linear_range(const Matrix& m, const Operand& x, float* y, int64_t y_stride,
             int64_t first = tiling.first(tile);
             const typename F::X* from = x.tile<typename F::X>(tile);
             float* to = y + first * y_stride;
-#define BLOCK(MR, NR) \
-    case MR: block_tile<F, MR, NR>(m, from, to, y_stride, out, out_end, add, tile, tiling.tiles); break
-            switch (tiling.first(tile + 1) - first) {
-                BLOCK(4, 4);
-                BLOCK(5, 4);
-                BLOCK(6, 4);
-                BLOCK(7, 3);
-                BLOCK(8, 3);
-            }
-#undef BLOCK
+            bool is_larger = tile < tiling.larger;
+            // All tiles have the groups of the largest, since they share the fetching of the next block.
+            with_rows(tiling.size + is_larger, [&](auto rows) {
+                constexpr int MR = rows, NR = outputs_of(MR, F::PARTS);
+                constexpr int OF_LARGER = outputs_of(std::min(MR + 1, FEW_ROWS), F::PARTS);
+                if (is_larger || tiling.larger == 0)
+                    block_tile<F, MR, NR>(m, from, to, y_stride, out, out_end, add, tile, tiling.tiles);
+                else
+                    block_tile<F, MR, OF_LARGER>(m, from, to, y_stride, out, out_end, add, tile, tiling.tiles);
+            });
         }
     }
 }

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "filters.h"
+#include "team.h"
 
 namespace folospec {
 
@@ -195,9 +196,9 @@ EXPORT_SAMPLING void folospec_walk(const float* logits, int64_t size, const folo
                                    const folospec::Tree* trees, const int64_t* nodes, int64_t count,
                                    folospec::Walked* walked, int64_t* paths, int64_t threads) {
     using namespace folospec;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-    for (int64_t i = 0; i < count; i++)
+    share_out(threads, count, 1, [&](int64_t i) {
         walked[i] = walk_tree(logits, size, laws[i], trees[i], nodes, paths, memory_of_thread());
+    });
 }
 
 // Log-probabilities [count, size] of the rows of logits [count, size], row i with laws[law_of[i]].
@@ -205,8 +206,8 @@ EXPORT_SAMPLING void folospec_log_probs(const float* logits, int64_t size, const
                                         const int64_t* law_of, int64_t count, float* out, float* peaks,
                                         int64_t threads) {
     using namespace folospec;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 2) if (threads > 1)
-    for (int64_t i = 0; i < count; i++)
+    share_out(threads, count, 2, [&](int64_t i) {
         log_probs_row(logits + i * size, size, laws[law_of[i]], peaks + i, out + i * size,
                       memory_of_thread());
+    });
 }

@@ -1,41 +1,31 @@
-// Sixteen floats at a time, whatever the instruction set: compiler vector types, which the compiler
-// splits where registers are narrower. Intrinsics appear only where the language has no word for the
-// instruction (fused multiply-add, the dot product of bfloat16 pairs) or the compiler does not find it
-// (widening loads).
+// As many floats at a time as a register holds (see isa.h): compiler vector types. Intrinsics appear only
+// where the language has no word for the instruction (fused multiply-add, the dot product of bfloat16
+// pairs) or the compiler does not find it (widening loads).
 //
 // Nothing here is reordered by the compiler (-ffp-contract=off, no fast-math): what a lane computes is
-// what is written, on every path of the same machine.
+// what is written, on every path of the same build.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 #include <cstring>
+#include <utility>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "isa.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
 namespace folospec {
 
-constexpr int LANES = 16;
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef uint32_t UintVec __attribute__((vector_size(64)));
-typedef int8_t ByteVec __attribute__((vector_size(16)));
-typedef uint16_t HalfVec __attribute__((vector_size(32)));
+typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t IntVec __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t UintVec __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t HalfVec __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef int8_t ByteVec __attribute__((vector_size(VECTOR_BYTES / 4)));
 typedef float FourFloats __attribute__((vector_size(16)));
 
 struct bfloat16 {
     uint16_t bits;
 };
-
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
-#endif
 
 template <class To, class From>
 INLINE To as(From from) {
@@ -47,22 +37,68 @@ INLINE To as(From from) {
 
 INLINE Vec splat(float value) { return as<Vec>(IntVec{} + as<int32_t>(value)); }  // bits, not a sum
 
+// ---- the order of lanes -------------------------------------------------------------------------
+
+// Lane i of the result is lane Pattern::at(i) of `a`, or of `b` from LANES on.
+template <class Pattern, int... I>
+INLINE Vec shuffle(Vec a, Vec b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, Pattern::at(I)...);
+#else
+    return __builtin_shuffle(a, b, (IntVec){Pattern::at(I)...});
+#endif
+}
+
+template <class Pattern>
+INLINE Vec shuffle(Vec a, Vec b) {
+    return shuffle<Pattern>(a, b, std::make_integer_sequence<int, LANES>());
+}
+
+// Within every four lanes: those of `a` and `b` in turns, or in pairs; the low ones, or the high ones.
+template <int HIGH>
+struct InTurns {
+    static constexpr int at(int i) { return (i & 1 ? LANES : 0) + (i & ~3) + 2 * HIGH + (i & 2) / 2; }
+};
+template <int HIGH>
+struct InPairs {
+    static constexpr int at(int i) { return (i & 2 ? LANES : 0) + (i & ~3) + 2 * HIGH + (i & 1); }
+};
+
+// `a` where the bit is not set, and what comes over from the first halves of `b`; and the rest of both.
+template <int D>
+struct FirstHalves {
+    static constexpr int at(int i) { return i & D ? LANES + (i ^ D) : i; }
+};
+template <int D>
+struct LastHalves {
+    static constexpr int at(int i) { return i & D ? LANES + i : i ^ D; }
+};
+
+template <int D>
+struct Swapped {
+    static constexpr int at(int i) { return i ^ D; }
+};
+
+struct EvenThenOdd {
+    static constexpr int at(int i) { return i < LANES / 2 ? 2 * i : 2 * (i - LANES / 2) + 1; }
+};
+
+template <int... I>
+INLINE IntVec lane_numbers(std::integer_sequence<int, I...>) {
+    return (IntVec){I...};
+}
+INLINE IntVec lane_numbers() { return lane_numbers(std::make_integer_sequence<int, LANES>()); }
+
+// ---- numbers ------------------------------------------------------------------------------------
+
 // a * b + c, rounded once where the machine can; a machine that cannot rounds twice, everywhere.
 INLINE Vec fma(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
+#if defined(FOLOSPEC_AVX512)
     return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    __m256 x[2], y[2], z[2];
-    std::memcpy(x, &a, sizeof x);
-    std::memcpy(y, &b, sizeof y);
-    std::memcpy(z, &c, sizeof z);
-    for (int half = 0; half < 2; half++) x[half] = _mm256_fmadd_ps(x[half], y[half], z[half]);
-    std::memcpy(&a, x, sizeof a);
-    return a;
-#elif defined(__aarch64__)
-    Vec out;
-    for (int lane = 0; lane < LANES; lane++) out[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
-    return out;
+#elif defined(FOLOSPEC_AVX2)
+    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(FOLOSPEC_NEON)
+    return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
@@ -75,8 +111,10 @@ INLINE Vec load(const float* from) {
 }
 
 INLINE Vec load(const bfloat16* from) {
-#if defined(__AVX512F__)
+#if defined(FOLOSPEC_AVX512)
     return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(FOLOSPEC_AVX2)
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
 #else
     HalfVec halves;
     std::memcpy(&halves, from, sizeof halves);
@@ -85,8 +123,10 @@ INLINE Vec load(const bfloat16* from) {
 }
 
 INLINE Vec load(const int8_t* from) {
-#if defined(__AVX512F__)
+#if defined(FOLOSPEC_AVX512)
     return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(FOLOSPEC_AVX2)
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 #else
     ByteVec bytes;
     std::memcpy(&bytes, from, sizeof bytes);
@@ -96,17 +136,21 @@ INLINE Vec load(const int8_t* from) {
 
 INLINE void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
-// Round to nearest, ties to even, as torch does; a NaN stays one.
-INLINE void store(bfloat16* to, Vec v) {
+// The bits of bfloat16s, in the high halves of words: round to nearest, ties to even, as torch does; a
+// NaN stays one.
+INLINE UintVec round_to_bfloat16(Vec v) {
     UintVec bits = as<UintVec>(v);
-    UintVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    UintVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     UintVec is_nan = as<UintVec>(v != v);
-    rounded = (is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded);
-    HalfVec halves = __builtin_convertvector(rounded, HalfVec);
+    return ((is_nan & (bits | 0x400000u)) | (~is_nan & rounded)) & 0xffff0000u;
+}
+
+INLINE void store(bfloat16* to, Vec v) {
+    HalfVec halves = __builtin_convertvector(round_to_bfloat16(v) >> 16, HalfVec);
     std::memcpy(to, &halves, sizeof halves);
 }
 
-// The first `count` of sixteen values, zeros behind them.
+// The first `count` of a vector's values, zeros behind them.
 template <class T>
 INLINE Vec load_part(const T* from, int count) {
     T padded[LANES] = {};
@@ -125,26 +169,29 @@ INLINE void store_part(T* to, Vec v, int count) {
 // operand of every instruction that uses it, and loads are what a tile has least to spare of.
 template <class T>
 INLINE void keep(T& value) {
-#if defined(__AVX512F__)
+#if defined(FOLOSPEC_AVX512)
     asm("" : "+v"(value));
+#elif defined(__x86_64__)
+    asm("" : "+x"(value));
+#elif defined(FOLOSPEC_NEON)
+    asm("" : "+w"(value));
 #endif
 }
 
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+template <int D>
+INLINE Vec sum_halves(Vec v) {
+    if constexpr (D < 4) return v;
+    else return sum_halves<D / 2>(v + shuffle<Swapped<D>>(v, v));
+}
+
 // The sums of four vectors, by one fixed tree, so that a sum is the same whichever three stand beside
-// it: neighbours in fours, then the halves, then the quarters.
+// it: in every four lanes the first with the third and the second with the fourth, then these, then fours.
 INLINE FourFloats sum_four(Vec a, Vec b, Vec c, Vec d) {
-    // Of each two, one keeps its place and the other comes over: a blend and a shuffle, where taking
-    // evens and odds apart would be two shuffles.
-    Vec ab = SHUFFLE(a, b, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31) +
-             SHUFFLE(a, b, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
-    Vec cd = SHUFFLE(c, d, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31) +
-             SHUFFLE(c, d, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
-    Vec all = SHUFFLE(ab, cd, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31) +
-              SHUFFLE(ab, cd, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
-    all = all + SHUFFLE(all, all, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    all = all + SHUFFLE(all, all, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    Vec ab = shuffle<InTurns<0>>(a, b) + shuffle<InTurns<1>>(a, b);
+    Vec cd = shuffle<InTurns<0>>(c, d) + shuffle<InTurns<1>>(c, d);
+    Vec all = sum_halves<LANES / 2>(shuffle<InPairs<0>>(ab, cd) + shuffle<InPairs<1>>(ab, cd));
     FourFloats low;
     std::memcpy(&low, &all, sizeof low);
     return low;
@@ -152,12 +199,10 @@ INLINE FourFloats sum_four(Vec a, Vec b, Vec c, Vec d) {
 
 INLINE float sum(Vec v) { return sum_four(v, v, v, v)[0]; }
 
+template <int D = LANES / 2>
 INLINE float largest(Vec v) {
-    v = max(v, SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    v = max(v, SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    v = max(v, SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    v = max(v, SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-    return v[0];
+    if constexpr (D == 0) return v[0];
+    else return largest<D / 2>(max(v, shuffle<Swapped<D>>(v, v)));
 }
 
 // e^x to about one unit in the last place; 0 below -87.3, e^88 above 88; a NaN stays one.
@@ -182,40 +227,48 @@ INLINE Vec exp(Vec x) {
     return as<Vec>(as<IntVec>(y) & ~underflow);
 }
 
-// Swap rows and columns of a 16 x 16 block: four rounds, each exchanging halves between rows that
-// are 8, 4, 2 and 1 apart.
+// Swap rows and columns of a square block: in every round rows that are D apart exchange halves.
+template <int D = LANES / 2>
 INLINE void transpose(Vec rows[LANES]) {
-    for (int i = 0; i < 8; i++) {
-        Vec a = rows[i], b = rows[i + 8];
-        rows[i] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        rows[i + 8] = SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    for (int i = 0; i < LANES; i += 8)
-        for (int j = i; j < i + 4; j++) {
-            Vec a = rows[j], b = rows[j + 4];
-            rows[j] = SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-            rows[j + 4] = SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-        }
-    for (int i = 0; i < LANES; i += 4)
-        for (int j = i; j < i + 2; j++) {
-            Vec a = rows[j], b = rows[j + 2];
-            rows[j] = SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-            rows[j + 2] = SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-        }
-    for (int i = 0; i < LANES; i += 2) {
-        Vec a = rows[i], b = rows[i + 1];
-        rows[i] = SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        rows[i + 1] = SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    if constexpr (D > 0) {
+        for (int i = 0; i < LANES; i += 2 * D)
+            for (int j = i; j < i + D; j++) {
+                Vec a = rows[j], b = rows[j + D];
+                rows[j] = shuffle<FirstHalves<D>>(a, b);
+                rows[j + D] = shuffle<LastHalves<D>>(a, b);
+            }
+        transpose<D / 2>(rows);
     }
 }
 
-// Sixteen pairs of bfloat16, as 32-bit words, times sixteen pairs, added to sixteen sums.
+// The two bfloat16s of every word, as floats: the first ones, or the second ones.
+template <int PART>
+INLINE Vec widen_part(UintVec pairs) {
+    return as<Vec>(PART == 0 ? pairs << 16 : pairs & 0xffff0000u);
+}
+
+// The same of words in memory.
+template <int PART>
+INLINE Vec load_widened(const bfloat16* from) {
+    // Sixteen registers are just enough for a tile, if the words are loaded anew for their second part; the
+    // compiler would keep them, and move sums out instead.
+#if defined(FOLOSPEC_AVX2)
+    if constexpr (PART == 1) asm("" : "+r"(from));
+#endif
+    UintVec pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    return widen_part<PART>(pairs);
+}
+
+// Pairs of bfloat16, as 32-bit words, times pairs, added to as many sums.
 INLINE Vec dot_pairs(UintVec a, UintVec b, Vec sums) {
 #if defined(__AVX512BF16__)
     return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#elif defined(FOLOSPEC_BF16_DOT)
+    return (Vec)vbfdotq_f32((float32x4_t)sums, (bfloat16x8_t)a, (bfloat16x8_t)b);
 #else
-    sums = fma(as<Vec>(a << 16), as<Vec>(b << 16), sums);
-    return fma(as<Vec>(a & 0xffff0000u), as<Vec>(b & 0xffff0000u), sums);
+    sums = fma(widen_part<0>(a), widen_part<0>(b), sums);
+    return fma(widen_part<1>(a), widen_part<1>(b), sums);
 #endif
 }
 
