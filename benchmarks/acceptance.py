@@ -3,6 +3,7 @@
     python benchmarks/acceptance.py                       # JSON lines to stdout, a table to stderr
     python benchmarks/acceptance.py --quick --out rows.jsonl
     python benchmarks/acceptance.py --drafters "ngram; draft_model" --tasks completion,prose
+    python benchmarks/acceptance.py --model build/models/smollm2/bf16 --tasks chat,code,file_editing
 
 Every row is one contestant on one task of `tasks.py` at one temperature, in an engine of its own.
 Acceptance is counted, and the tokens are compared with those of plain decoding, in float64 with
@@ -39,7 +40,7 @@ from drafters import COPIERS, choose, takes_part
 from output import begin, show, write_rows
 from rich.table import Table
 from stepping import Run, make_llm, run_task
-from tasks import TASKS, Task, make_task
+from tasks import ALL_TASKS, TASKS, Task, make_task
 from tqdm import tqdm
 
 from folospec.engine.trace import StepTrace
@@ -65,8 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Acceptance of folospec's drafters.")
-    parser.add_argument("--drafters", help='contestants, such as "ngram; draft_model"; default all')
-    parser.add_argument("--tasks", help=f"of {','.join(TASKS)}; default all")
+    parser.add_argument(
+        "--drafters",
+        help='contestants, such as "ngram; draft_model"; default all, or for a model without a '
+        "bundled draft model those that need no other",
+    )
+    parser.add_argument("--tasks", help=f"of {','.join(ALL_TASKS)}; default {','.join(TASKS)}")
     parser.add_argument("--items", type=int, help="of each task; default 16, or 2 with --quick")
     parser.add_argument(
         "--max-tokens", type=int, help="of each item at most; default 12 with --quick"
@@ -76,12 +81,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the JSON lines here instead of to stdout")
     args = parser.parse_args(argv)
     try:
-        args.contestants = choose(args.drafters)
+        args.contestants = choose(args.drafters, args.model)
     except ValueError as error:
         parser.error(f"argument --drafters: {error}")
     args.tasks = args.tasks.split(",") if args.tasks else list(TASKS)
-    if not set(args.tasks) <= set(TASKS):
-        parser.error(f"argument --tasks: must be of {', '.join(TASKS)}, got {args.tasks}")
+    if not set(args.tasks) <= set(ALL_TASKS):
+        parser.error(f"argument --tasks: must be of {', '.join(ALL_TASKS)}, got {args.tasks}")
     if args.items is None:
         args.items = QUICK["items"] if args.quick else 16
     if args.max_tokens is None and args.quick:

@@ -65,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the JSON lines here instead of to stdout")
     args = parser.parse_args(argv)
     try:
-        args.contestants = choose(args.drafters)
+        args.contestants = choose(args.drafters, args.model)
     except ValueError as error:
         parser.error(f"argument --drafters: {error}")
     if args.items < 1 or args.max_tokens < 2:

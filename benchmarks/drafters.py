@@ -9,6 +9,7 @@ from tasks import Task
 
 import folospec.spec.drafters  # noqa: F401 - registers those that come with folospec
 from folospec.config import SpeculativeConfig
+from folospec.models.loader import BUNDLED_DRAFTS
 from folospec.spec.drafters.base import check_drafter
 
 COPY_BUDGET = 16
@@ -60,13 +61,17 @@ def takes_part(name: str, task: Task) -> bool:
     return name not in NEED_PREDICTION or any(item.prediction_token_ids for item in task.items)
 
 
-def choose(names: str | None) -> dict[str, Any]:
-    """Read a list of contestants, "; " between them, since a name may have a comma. None is all.
+def choose(names: str | None, model: str) -> dict[str, Any]:
+    """Read a list of contestants, "; " between them, since a name may have a comma. None is all
+    that `model` has: a draft model comes with the bundled target alone.
 
     Raises:
         ValueError: a name is none of a contestant, or a contestant's drafter is not registered.
     """
-    wanted = list(CONTESTANTS) if names is None else [n.strip() for n in names.split(";")]
+    if names is None:
+        wanted = list(CONTESTANTS if model in BUNDLED_DRAFTS else MODEL_FREE)
+    else:
+        wanted = [name.strip() for name in names.split(";")]
     for name in wanted:
         if name not in CONTESTANTS:
             raise ValueError(f"drafters must be of {'; '.join(CONTESTANTS)}, got {name!r}")

@@ -3,6 +3,8 @@ draft well and on texts that do not.
 
     python benchmarks/never_slower.py --out never_slower.jsonl
     python benchmarks/never_slower.py --model PATH --draft-model PATH --dtype bfloat16
+    python benchmarks/never_slower.py --model build/models/smollm2/bf16 --dtype bfloat16 \
+        --tasks chat,code,file_editing --temperatures 0,0.8 --batches 1,8
 
 Each pair completes prompts that neither engine has seen: with the same ones again, the suffix
 drafter would copy its own answers. Which engine goes first alternates. The engines live as long as
@@ -16,17 +18,19 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from chat_tasks import CHAT_TASKS
 from contestants import COUNTS
 from output import begin, show, write_rows
 from prompts import LENGTHS, held_out_prompts
 from provenance import ROOT
 from rich.table import Table
+from tasks import make_task
 
 from folospec import LLM, SamplingParams
 
@@ -44,6 +48,8 @@ class Workload:
     name: str
     temperature: float
     kind: str
+    is_task: bool = False
+    """Whether the kind is a task of `chat_tasks`, which says how long its outputs are."""
 
 
 WORKLOADS = {
@@ -56,6 +62,15 @@ WORKLOADS = {
         Workload("hot", 1.5, "code"),
     )
 }
+
+
+def task_workloads(tasks: Sequence[str], temperatures: Sequence[float]) -> list[Workload]:
+    """The tasks of `chat_tasks`, at every temperature."""
+    return [
+        Workload(f"{task} at {temperature:g}", temperature, task, is_task=True)
+        for task in tasks
+        for temperature in temperatures
+    ]
 
 
 def prompts_of(kind: str, tokenizer: Any, vocab_size: int, count: int) -> list[list[int]]:
@@ -112,13 +127,18 @@ def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) 
     plain, auto = engines["plain"], engines["auto"]
     size = max(batch, LEAST_PROMPTS)
     count = (args.pairs + 1) * size
-    prompts = prompts_of(workload.kind, plain.tokenizer, _vocab_size(plain), count)
+    max_tokens = args.max_tokens
+    if workload.is_task:
+        items = make_task(workload.kind, plain.tokenizer, count, max_tokens).items
+        prompts, max_tokens = [item.prompt_token_ids for item in items], items[0].max_tokens
+    else:
+        prompts = prompts_of(workload.kind, plain.tokenizer, _vocab_size(plain), count)
     runs: dict[str, list[Run]] = {"plain": [], "auto": []}
     for pair in range(args.pairs + 1):
         own = prompts[pair * size : (pair + 1) * size]
         params = SamplingParams(
             temperature=workload.temperature,
-            max_tokens=args.max_tokens,
+            max_tokens=max_tokens,
             ignore_eos=True,
             seed=pair if workload.temperature else None,
         )
@@ -134,7 +154,7 @@ def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) 
         "batch": batch,
         "pairs": args.pairs,
         "prompts_per_run": size,
-        "max_tokens": args.max_tokens,
+        "max_tokens": max_tokens,
         "ratio": statistics.median(ratios),
         "ratio_low": low,
         "ratio_high": high,
@@ -158,10 +178,10 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 
 
 def rows(args: Any, facts: Row) -> Iterator[Row]:
-    for name in args.workloads:
+    for workload in args.workloads:
         engines = {"plain": _engine(args, None), "auto": _engine(args, _speculative(args))}
         for batch in args.batches:
-            found = measure(engines, WORKLOADS[name], batch, args)
+            found = measure(engines, workload, batch, args)
             known = {"benchmark": "never_slower", **_settings(args)}
             yield {**known, **found, "provenance": facts}
 
@@ -229,7 +249,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", default=128, type=int)
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own")
     parser.add_argument("--out", type=Path, help="file of JSON lines; default: stdout")
+    parser.add_argument("--tasks", type=_tasks, help="of a chat model, instead of workloads")
+    parser.add_argument("--temperatures", default="0,0.8,1.5", type=_floats, help="of the tasks")
     args = parser.parse_args(argv)
+    if args.tasks:
+        args.workloads = task_workloads(args.tasks, args.temperatures)
     if args.threads:
         torch.set_num_threads(args.threads)
     facts = begin(argv, __file__)
@@ -240,11 +264,23 @@ def _counts(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _workloads(text: str) -> list[str]:
+def _floats(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _workloads(text: str) -> list[Workload]:
+    return [WORKLOADS[name] for name in _names(text, WORKLOADS)]
+
+
+def _tasks(text: str) -> list[str]:
+    return _names(text, CHAT_TASKS)
+
+
+def _names(text: str, known: Mapping[str, Any]) -> list[str]:
     names = text.split(",")
-    unknown = [name for name in names if name not in WORKLOADS]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"must be among {', '.join(WORKLOADS)}, got {unknown}")
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(known)}, got {unknown}")
     return names
 
 

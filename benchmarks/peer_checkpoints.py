@@ -2,6 +2,7 @@
 
     demo, draft     bundled        a copy whose config older readers understand too
     160m, 1.2b      build/grown    grown from the demo when it is first asked for
+    smollm2         build/models   a chat model, brought when it is first asked for; no draft model
                         |
                         +-- build/peers/checkpoints/openvino/NAME-DTYPE       OpenVINO's own format
                         +-- build/peers/checkpoints/gguf/NAME-DTYPE.gguf      llama.cpp's
@@ -17,13 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grown
+from models import smollm2
 from peer_venvs import PEERS, python_of, run_logged
 from provenance import ROOT
 
 from folospec.models.loader import resolve_model
 
 BUNDLED = {"demo": "folospec-demo", "draft": "folospec-demo-draft"}
-NAMES = ("demo", *grown.SHAPES)
+NAMES = ("demo", *grown.SHAPES, "smollm2")
 CONVERTED = PEERS / "checkpoints"
 OPENVINO_WEIGHTS = {"float32": "fp32", "bfloat16": "fp16"}
 """What the converter offers for either; it has no bfloat16."""
@@ -35,6 +37,8 @@ def checkpoint_for(peer: str, name: str, dtype: str) -> Path:
     Raises:
         RuntimeError: a converter failed; the message names its log.
     """
+    if peer == "llama_cpp_q4_1":
+        return smollm2.bring()["gguf"]
     source = hf_checkpoint(name)
     if peer == "openvino":
         target = CONVERTED / "openvino" / f"{name}-{dtype}"
@@ -45,15 +49,28 @@ def checkpoint_for(peer: str, name: str, dtype: str) -> Path:
     return source
 
 
+def has_draft(name: str) -> bool:
+    """Whether the bundled draft model drafts for a checkpoint: it has the demo's vocabulary."""
+    return name != "smollm2"
+
+
 def hf_checkpoint(name: str) -> Path:
     """A folder in the format of transformers, which transformers, vLLM and folospec read."""
     if name in BUNDLED:
         source = resolve_model(BUNDLED[name])
         return _made(CONVERTED / "hf" / name, source, lambda place: _readable(source, place))
+    if name == "smollm2":
+        return smollm2.bring()["bf16"]
     folder = ROOT / "build" / "grown" / name
     if not (folder / "config.json").is_file():
         grown.write_grown(folder, grown.SHAPES[name], "bfloat16")
     return folder
+
+
+def end_token_ids(folder: Path) -> set[int]:
+    """The tokens that end an output, which nobody obeys in a comparison."""
+    found = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    return {found} if isinstance(found, int) else set(found or ())
 
 
 def _made(target: Path, source: Path, make: Callable[[Path], None]) -> Path:

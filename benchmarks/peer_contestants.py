@@ -5,6 +5,7 @@ transformers     plain, draft_model, lookup, generate_batch     one process
 vllm             plain, draft_model, lookup                     a process each
 openvino         plain, draft_model, lookup                     a process each
 llama_cpp        plain, lookup                                  one process
+llama_cpp_q4_1   the same, with SmolLM2 as it is published      one process
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from limits import ITEM_BYTES, Work
-from peer_checkpoints import checkpoint_for
+from peer_checkpoints import checkpoint_for, has_draft
+from peer_kinds import FOLOSPEC_KIND, PEER_KINDS, PeerKind
 from peer_process import WorkerProcess
 from peer_venvs import PEERS, python_of
 
@@ -44,37 +46,14 @@ FOLOSPEC: list[dict[str, Any]] = [
         },
     },
 ]
+FOLOSPEC_ALONE = [setting for setting in FOLOSPEC if setting["name"] in ("plain", "suffix")]
+FOLOSPEC_ALONE.insert(1, {"name": "auto", "speculative": "auto"})
+"""The settings where there is no draft model."""
 NGRAM = 3
 """Longest n-gram that the peers' lookups match."""
 ASSISTANT_CONFIDENCE = 0.4
 """What transformers takes by default: a draft ends at a token less likely than this."""
 GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class PeerKind:
-    modes: tuple[str, ...]
-    shares_process: bool
-    only_batch_1: frozenset[str] = frozenset()
-    base_gib: float = 0.5
-    """Memory of an idle process, about."""
-    weight_copies: int = 1
-    """How often the weights are in memory."""
-
-
-PEER_KINDS = {
-    "transformers": PeerKind(
-        ("plain", "generate_batch", "draft_model", "lookup"),
-        shares_process=True,
-        only_batch_1=frozenset({"draft_model", "lookup"}),
-    ),
-    "vllm": PeerKind(("plain", "lookup", "draft_model"), shares_process=False, base_gib=1.8),
-    "openvino": PeerKind(("plain", "lookup", "draft_model"), shares_process=False, weight_copies=2),
-    "llama_cpp": PeerKind(
-        ("plain", "lookup"), shares_process=True, only_batch_1=frozenset({"lookup"}), base_gib=0.2
-    ),
-}
-FOLOSPEC_KIND = PeerKind((), shares_process=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +70,11 @@ class Contestant:
         return PEER_KINDS.get(self.peer, FOLOSPEC_KIND)
 
     @property
+    def engine(self) -> str:
+        """Whose environment and script its process has."""
+        return self.kind.engine or self.peer
+
+    @property
     def worker(self) -> str:
         """The name of the process that it runs in."""
         return self.peer if self.kind.shares_process else self.name
@@ -101,18 +85,32 @@ class Contestant:
             return self.options.get("speculative") is not None
         return self.mode in ("draft_model", "lookup")
 
+    @property
+    def is_rival(self) -> bool:
+        """Whether folospec is compared with it."""
+        return self.peer != "folospec" and self.kind.is_rival
+
     def takes(self, batch: int) -> bool:
         return batch == 1 or self.mode not in self.kind.only_batch_1
 
 
 def make_contestants(
-    folospec: Sequence[dict[str, Any]], peers: Sequence[str], draft_tokens: Sequence[int]
+    folospec: Sequence[dict[str, Any]] | None,
+    peers: Sequence[str],
+    draft_tokens: Sequence[int],
+    checkpoint: str = "demo",
 ) -> list[Contestant]:
     """folospec's settings, then the peers' modes, the speculative ones once per number of tokens.
+
+    Args:
+        folospec: None for those that the checkpoint can have.
+        checkpoint: what all of them run; without a draft model nobody drafts with one.
 
     Raises:
         ValueError: a setting has no name, a name comes twice, or a peer is unknown.
     """
+    if folospec is None:
+        folospec = FOLOSPEC if has_draft(checkpoint) else FOLOSPEC_ALONE
     found = []
     for setting in folospec:
         if not isinstance(setting.get("name"), str):
@@ -122,21 +120,30 @@ def make_contestants(
     for peer in peers:
         if peer not in PEER_KINDS:
             raise ValueError(f"peers must be of {', '.join(PEER_KINDS)}, got {peer!r}")
-        for mode in PEER_KINDS[peer].modes:
-            if mode not in ("draft_model", "lookup"):
-                found.append(Contestant(f"{peer} {mode}", peer, mode))
-                continue
-            for count in draft_tokens:
-                options = {"num_speculative_tokens": count}
-                if mode == "lookup":
-                    options["ngram"] = NGRAM
-                elif peer == "transformers":
-                    options["assistant_confidence_threshold"] = ASSISTANT_CONFIDENCE
-                found.append(Contestant(f"{peer} {mode} k={count}", peer, mode, options))
+        if PEER_KINDS[peer].only_checkpoint in ("", checkpoint):
+            for mode in PEER_KINDS[peer].modes:
+                if mode != "draft_model" or has_draft(checkpoint):
+                    found += _of_mode(peer, mode, draft_tokens)
     names = [contestant.name for contestant in found]
     if len(set(names)) < len(names):
         raise ValueError(f"names must differ, got {names}")
     return found
+
+
+def _of_mode(peer: str, mode: str, draft_tokens: Sequence[int]) -> list[Contestant]:
+    if mode not in ("draft_model", "lookup"):
+        return [Contestant(f"{peer} {mode}", peer, mode)]
+    options: dict[str, Any] = {}
+    if mode == "lookup":
+        options["ngram"] = NGRAM
+    elif peer == "transformers":
+        options["assistant_confidence_threshold"] = ASSISTANT_CONFIDENCE
+    return [
+        Contestant(
+            f"{peer} {mode} k={count}", peer, mode, {"num_speculative_tokens": count, **options}
+        )
+        for count in draft_tokens
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +180,11 @@ class Setup:
             RuntimeError: a converter failed.
         """
         peer = contestant.peer
-        reader = "folospec" if peer == "llama_cpp" else peer
+        reader = "folospec" if contestant.engine == "llama_cpp" else peer
+        draft = checkpoint_for(reader, "draft", self.dtype) if has_draft(self.checkpoint) else ""
         return {
             "checkpoint": str(checkpoint_for(peer, self.checkpoint, self.dtype)),
-            "draft": str(checkpoint_for(reader, "draft", self.dtype)),
+            "draft": str(draft),
             "dtype": self.dtype,
             "threads": self.threads,
             "max_batch": self.max_batch,
@@ -187,10 +195,10 @@ class Setup:
         }
 
     def process(self, contestant: Contestant, work: Work) -> WorkerProcess:
-        script = WORKERS / f"{contestant.peer}_worker.py"
+        script = WORKERS / f"{contestant.engine}_worker.py"
         return WorkerProcess(
-            [str(python_of(contestant.peer)), str(script)],
-            environment(contestant.peer, self.threads, self.kv_gib(work)),
+            [str(python_of(contestant.engine)), str(script)],
+            environment(contestant.engine, self.threads, self.kv_gib(work)),
             PEERS / "logs" / f"worker-{contestant.worker.replace(' ', '-')}.log",
             self.timeout,
         )

@@ -6,8 +6,8 @@ A token drawn from a law p has the surprise -log p(token), whose mean is the ent
     excess = mean over the tokens of (surprise - entropy)
 
 is 0 up to chance if every token was drawn from the law at its place. Garbage lies far above; a
-sampler that is too cautious, below. The demo target says what the law is: the grown ones compute
-the same.
+sampler that is too cautious, below. The demo target says what the law is, also of the grown ones,
+which compute the same; another model has to be named.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ MOST_TEXTS = 32
 
 @torch.inference_mode()
 def excess_surprise(
-    prompts: Sequence[list[int]], outputs: Sequence[list[int]], temperature: float
+    prompts: Sequence[list[int]],
+    outputs: Sequence[list[int]],
+    temperature: float,
+    model: str = DEMO,
 ) -> tuple[float, float]:
     """Excess in nats per token, and its standard error.
 
     Args:
         prompts: token ids; of many, the first are looked at.
         outputs: what was sampled after each of them at this temperature.
+        model: the checkpoint that they should be drawn from.
     """
     excesses: list[float] = []
     for prompt, output in list(zip(prompts, outputs, strict=True))[:MOST_TEXTS]:
-        logits = _demo()(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+        logits = _loaded(model)(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
         logprobs = (logits / temperature).log_softmax(-1)
         surprise = -logprobs[torch.arange(len(output)), torch.tensor(output)]
         entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -49,6 +53,6 @@ def excess_surprise(
 
 
 @cache
-def _demo() -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(DEMO), dtype=torch.float32)
+def _loaded(name: str) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
     return model.eval()

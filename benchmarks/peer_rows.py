@@ -33,7 +33,7 @@ def make_rows(
     anchors = {e.group: e for e in entries if e.contestant.name == ANCHOR and e.seconds}
     first = min(anchors) if anchors else None
     kept = [e for e in entries if e.contestant.name != ANCHOR or e.group == (first or 0)]
-    rivals = [e for e in kept if e.contestant.peer != "folospec" and not e.error]
+    rivals = [e for e in kept if e.contestant.is_rival and not e.error]
     fastest = _fastest(rivals, anchors)
     fastest_plain = _fastest([e for e in rivals if not e.contestant.is_speculative], anchors)
     lengths = [[len(ids) for ids in prompts] for prompts in rounds]
@@ -68,6 +68,7 @@ def make_rows(
             "speculative": entry.contestant.is_speculative,
             "group": entry.group,
             "settings": {"mode": entry.contestant.mode, **entry.contestant.options},
+            "precision": entry.contestant.kind.precision[setup.dtype]._asdict(),
             "versions": entry.versions,
         }
         if entry.error is not None or not entry.seconds:
@@ -133,6 +134,13 @@ def agreement(
         "same_completions": sum(a == b for a, b in pairs) / len(pairs),
         "same_tokens": sum(before) / sum(len(a) for a, _ in pairs),
     }
+
+
+def past_end(token_ids: Sequence[list[list[int]]], ends: set[int]) -> float | None:
+    """Share of the outputs that go on behind a token which would have ended them; None if there are
+    none."""
+    outputs = [ids for part in token_ids for ids in part]
+    return sum(not ends.isdisjoint(ids[:-1]) for ids in outputs) / len(outputs) if outputs else None
 
 
 def _details(entry: Entry) -> Row:

@@ -33,7 +33,7 @@ class Recipe:
     packages: tuple[str, ...]
     removed: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Settings of the build."""
+    """Settings of the build; what the caller has set stays as it is."""
 
 
 RECIPES = {
@@ -101,6 +101,9 @@ def install(peer: str) -> None:
 def run_logged(command: list[str], log: str, environment: Mapping[str, str] | None = None) -> None:
     """Run a command, its output going to the end of build/peers/logs/`log`.log.
 
+    `environment` fills what the caller's own leaves out: a builder that must leave a core to
+    others sets CMAKE_BUILD_PARALLEL_LEVEL=1.
+
     Raises:
         RuntimeError: it failed; the message names the log.
     """
@@ -108,7 +111,7 @@ def run_logged(command: list[str], log: str, environment: Mapping[str, str] | No
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as out:
         done = subprocess.run(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+            command, stdout=out, stderr=subprocess.STDOUT, env={**(environment or {}), **os.environ}
         )
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed with {done.returncode}, see {path}")

@@ -18,9 +18,11 @@ COLORS = {
     "vllm": "#e08a3c",
     "openvino": "#6a9f58",
     "llama_cpp": "#b0577b",
+    "llama_cpp_q4_1": "#d9a3bc",
 }
 PLAIN_ALPHA, INK = 0.45, "#222222"
-TASK, TEMPERATURE = "completion", 0.0
+TASKS, TEMPERATURE = ("completion", "code"), 0.0
+"""The same kind of text, for the bundled models and for a chat model."""
 
 Row = dict[str, Any]
 
@@ -30,17 +32,20 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None}, facecolor="white", bbox_inches="tight")
 
 
-def rates(rows: Sequence[Row], task: str = TASK, temperature: float = TEMPERATURE) -> Figure:
-    """Tokens per second of every contestant at one task and temperature: a line of panels per
+def rates(
+    rows: Sequence[Row], tasks: Sequence[str] = TASKS, temperature: float = TEMPERATURE
+) -> Figure:
+    """Tokens per second of every contestant at the tasks and the temperature: a line of panels per
     checkpoint and type, a panel per batch size. Plain decoding is pale; the black line is the limit
     of plain decoding.
 
     Raises:
-        ValueError: there is no row of the task at the temperature.
+        ValueError: there is no row of the tasks at the temperature.
     """
-    rows = [r for r in rows if r["task"] == task and r["temperature"] == temperature]
+    rows = [r for r in rows if r["task"] in tasks and r["temperature"] == temperature]
     if not rows:
-        raise ValueError(f"there must be rows of {task} at temperature {temperature:g}, got none")
+        wanted = " or ".join(tasks)
+        raise ValueError(f"there must be rows of {wanted} at temperature {temperature:g}, got none")
     models = list(dict.fromkeys((row["checkpoint"], row["dtype"]) for row in rows))
     batches = sorted({row["batch"] for row in rows})
     names = list(dict.fromkeys(row["contestant"] for row in rows))

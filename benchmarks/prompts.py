@@ -21,10 +21,14 @@ _CHARACTERS = 2000
 _FUNCTION = re.compile(r"^ *def [^\n]*:\n", re.MULTILINE)
 
 
-def held_out_prompts(tokenizer: Any, count: int) -> list[list[int]]:
+def held_out_prompts(tokenizer: Any, count: int, *, newline: bool = True) -> list[list[int]]:
     """Return token ids of `count` prompts, each ending where the body of a function begins.
 
     The choice is fixed for a given Python version, and the first prompts do not depend on `count`.
+
+    Args:
+        newline: whether they have the newline before the body. Where a token may be a newline and
+            the spaces behind it, a model has hardly ever seen the newline alone.
     """
     rng = random.Random(0)
     places = [
@@ -36,9 +40,10 @@ def held_out_prompts(tokenizer: Any, count: int) -> list[list[int]]:
     rng.shuffle(places)
     if count > len(places):
         raise ValueError(f"the held-out modules give {len(places)} prompts, got {count=}")
+    last = 0 if newline else 1
     return [
-        tokenizer(text[end - _CHARACTERS : end])["input_ids"][-LENGTHS[index % len(LENGTHS)] :]
-        for index, (text, end) in enumerate(places[:count])
+        tokenizer(text[end - _CHARACTERS : end - last])["input_ids"][-LENGTHS[i % len(LENGTHS)] :]
+        for i, (text, end) in enumerate(places[:count])
     ]
 
 

@@ -1,7 +1,8 @@
 """What the acceptance benchmark has written: completions of code, edits of code, and prose.
 
-All texts come from the modules of the standard library that the demo models were not trained on;
-see `training/corpus.py`. Whether a drafter can guess a text depends on what the text is:
+These are for the bundled models, which know no conversations; `chat_tasks` has those for a chat
+model. All texts come from the modules of the standard library that the demo models were not trained
+on; see `training/corpus.py`. Whether a drafter can guess a text depends on what the text is:
 
     completion        code from where the body of a function begins
     editing           a function again, with one of its names changed
@@ -20,7 +21,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from chat_tasks import CHAT_TASKS
 from prompts import held_out_prompts, held_out_texts
+from task_item import Item
 from torch import Tensor
 
 from folospec import SamplingParams
@@ -39,17 +42,6 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DOCUMENTED = (*_FUNCTIONS, ast.ClassDef, ast.Module)
 
 Encode = Callable[[str], list[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One request of a task; what is expected is known for edits only."""
-
-    prompt_token_ids: list[int]
-    max_tokens: int
-    expected_token_ids: Sequence[int] = ()
-    prediction_token_ids: Sequence[int] = ()
-    """What the caller would send along: the rest of the original, as it was before the edit."""
 
 
 class Steering:
@@ -102,11 +94,11 @@ def make_task(name: str, tokenizer: Any, count: int, max_tokens: int | None = No
     Raises:
         ValueError: there is no such task, or the held-out modules do not give as many items.
     """
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
-    items = TASKS[name](tokenizer, count)
+    if name not in ALL_TASKS:
+        raise ValueError(f"task must be one of {', '.join(ALL_TASKS)}, got {name!r}")
+    items = ALL_TASKS[name](tokenizer, count)
     if len(items) < count:
-        raise ValueError(f"the held-out modules give {len(items)} items of {name}, got {count=}")
+        raise ValueError(f"there are {len(items)} items of {name}, got {count=}")
     if max_tokens is not None:
         items = [replace(item, max_tokens=min(max_tokens, item.max_tokens)) for item in items]
     return Task(name, items, steered=name == "editing_steered")
@@ -241,3 +233,5 @@ TASKS: dict[str, Callable[[Any, int], list[Item]]] = {
     "editing_steered": edits,
     "prose": prose,
 }
+"""For the bundled models."""
+ALL_TASKS = {**TASKS, **CHAT_TASKS}

@@ -22,6 +22,7 @@ PLOT = DOCS / "plots" / "peers.svg"
 BENCHMARKS = DOCS.parent / "benchmarks"
 HEADERS = (
     ("", "---"),
+    ("weights / activations / KV", "---"),
     ("tokens/s", "---:"),
     ("x plain", "---:"),
     ("x fastest peer", "---:"),
@@ -58,21 +59,29 @@ def _limit(row: Row) -> str:
     return (
         f"a step reads {row['step_bytes'] / 1e6:.0f} MB, {row['step_operations'] / 1e9:.2f} GFLOP; "
         f"limit {1000 * row['step_limit_seconds']:.2f} ms, "
-        f"{row['limit_tokens_per_second']:.0f} tokens/s with the prompts"
+        f"{row['limit_tokens_per_second']:.0f} tokens/s with the prompts; {row['max_tokens']} new "
+        f"tokens of each{_past_end(row)}"
     )
+
+
+def _past_end(row: Row) -> str:
+    share = row.get("share_past_end")
+    return f", {share:.0%} of the outputs go on behind their end" if share else ""
 
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [[header for header, _ in HEADERS], [rule for _, rule in HEADERS]]
     for row in rows:
         if "error" in row:
-            blank = [""] * (len(HEADERS) - 2)
-            lines.append([row["contestant"], f"failed: {row['error']}".replace("|", "/"), *blank])
+            blank = [""] * (len(HEADERS) - 3)
+            error = f"failed: {row['error']}".replace("|", "/")
+            lines.append([row["contestant"], _precision(row), error, *blank])
             continue
         same, excess = row.get("same_completions"), row.get("excess_surprise")
         lines.append(
             [
                 row["contestant"],
+                _precision(row),
                 f"{row['tokens_per_second']:.1f}",
                 _number(row["ratio_to_folospec_plain"]),
                 _number(row["ratio_to_fastest_peer"]),
@@ -83,6 +92,12 @@ def _table(rows: Sequence[Row]) -> str:
             ]
         )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _precision(row: Row) -> str:
+    """What it calculates in; one word where all is the same."""
+    parts = list(dict.fromkeys(row["precision"].values()))
+    return parts[0] if len(parts) == 1 else " / ".join(row["precision"].values())
 
 
 def _setting(rows: Sequence[Row]) -> str:
@@ -100,8 +115,8 @@ def _setting(rows: Sequence[Row]) -> str:
     changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
     return (
         f"{source['cpu']}, threads: {row['threads']}; read bandwidth "
-        f"{machine['read_bytes_per_second'] / 1e9:.1f} GB/s, peak {peaks}. {row['rounds']} rounds, "
-        f"{row['max_tokens']} new tokens. {'; '.join(f'{k} {v}' for k, v in versions.items())}. "
+        f"{machine['read_bytes_per_second'] / 1e9:.1f} GB/s, peak {peaks}. {row['rounds']} rounds. "
+        f"{'; '.join(f'{k} {v}' for k, v in versions.items())}. "
         f"Commit {str(source['git_commit'])[:10]}{changed}. Command: `{source['command']}`.\n"
     )
 

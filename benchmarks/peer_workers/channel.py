@@ -30,7 +30,7 @@ class Load:
 
     checkpoint: str
     draft: str
-    """Folder of the draft model."""
+    """Folder of the draft model; empty where there is none."""
     dtype: str
     """"float32" or "bfloat16": weights, activations and KV, as far as the engine can."""
     threads: int

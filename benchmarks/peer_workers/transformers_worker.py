@@ -25,7 +25,7 @@ class Transformers(Engine):
         logging.disable_progress_bar()
         torch.set_num_threads(load.threads)
         self.target = self._load(load.checkpoint, load.dtype)
-        self.draft = self._load(load.draft, load.dtype)
+        self.draft = self._load(load.draft, load.dtype) if load.draft else None
         self.batch_of_manager = 0
 
     def _load(self, folder: str, dtype: str) -> Any:

@@ -164,7 +164,13 @@ def test_who_needs_a_prediction_takes_part_where_there_is_one():
 
 
 def test_every_contestant_is_served_by_registered_drafters():
-    assert drafters.choose(None) == drafters.CONTESTANTS
+    assert drafters.choose(None, "folospec-demo") == drafters.CONTESTANTS
+
+
+def test_a_model_without_a_draft_model_meets_those_that_need_none():
+    assert drafters.choose(None, "build/models/smollm2/bf16") == drafters.MODEL_FREE
+    wanted = {"quantized": drafters.WITH_MODEL["quantized"]}
+    assert drafters.choose("quantized", "build/models/smollm2/bf16") == wanted
 
 
 def test_calibration_error_and_brier_score_of_known_trials():

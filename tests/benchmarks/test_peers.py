@@ -1,8 +1,13 @@
 """The contest with the peers, with workers that only pretend: order, errors, rows and ratios."""
 
 import json
+from pathlib import Path
 
+import peer_checkpoints
 import peer_contestants
+import peer_kinds
+import peer_prompts
+import peer_table
 import peers
 import peers_plots
 import pytest
@@ -12,11 +17,11 @@ from peer_contest import Cell, Entry, Group
 from peer_contestants import Contestant, Setup
 from peer_law import excess_surprise
 from peer_process import WorkerError
-from peer_rows import agreement, make_rows
+from peer_rows import agreement, make_rows, past_end
 from prompts import held_out_prompts
 
 from folospec import LLM, SamplingParams
-from folospec.models.loader import load_tokenizer
+from folospec.models.loader import load_tokenizer, resolve_model
 
 CELL = Cell("completion", 0.0, 2)
 PLAIN = Contestant("folospec plain", "folospec", "llm")
@@ -192,7 +197,7 @@ def test_a_failed_contestant_has_a_row_with_its_error_and_is_nobodys_rival():
     assert "seconds" not in rows[VLLM.name]
     assert rows[PLAIN.name]["ratio_to_fastest_peer"] is None
     json.dumps(rows)
-    assert peers.rate_table(list(rows.values()), "demo").row_count == 2
+    assert peer_table.rate_table(list(rows.values()), "demo").row_count == 2
     assert peers_plots.rates(list(rows.values())).axes
 
 
@@ -246,6 +251,71 @@ def test_contestants_are_named_apart_and_unknown_ones_refused():
         peer_contestants.make_contestants([{"speculative": "auto"}], [], [4])
 
 
+def test_where_there_is_no_draft_model_nobody_drafts_with_one():
+    peer_names = list(peer_kinds.PEER_KINDS)
+    of_demo, of_chat = (
+        [c.name for c in peer_contestants.make_contestants(None, peer_names, [4], checkpoint)]
+        for checkpoint in ("demo", "smollm2")
+    )
+    assert not any("draft_model" in name for name in of_chat)
+    assert [name for name in of_chat if name.startswith("folospec")] == [
+        "folospec plain",
+        "folospec auto",
+        "folospec suffix",
+    ]
+    assert "openvino draft_model k=4" in of_demo
+    assert "folospec draft_model" in of_demo
+    assert "llama_cpp_q4_1 plain" in of_chat
+    assert not any("q4_1" in name for name in of_demo)
+
+
+def test_weights_of_its_own_run_in_the_other_engine_and_are_nobodys_rival():
+    quantised = Contestant("llama_cpp_q4_1 plain", "llama_cpp_q4_1", "plain")
+    assert (quantised.engine, quantised.worker) == ("llama_cpp", "llama_cpp_q4_1")
+    rows = rows_of(entry(PLAIN, [1.0]), entry(VLLM, [2.0]), entry(quantised, [0.5]))
+    assert rows[PLAIN.name]["fastest_peer"] == VLLM.name
+    assert rows[quantised.name]["ratio_to_fastest_peer"] == 4.0
+    assert rows[quantised.name]["precision"]["weights"].startswith("Q4_1")
+    assert rows[VLLM.name]["precision"] == dict.fromkeys(
+        ("weights", "activations", "kv"), "float32"
+    )
+
+
+def test_outputs_that_go_on_behind_their_end_are_counted():
+    assert past_end([[[1, 2, 9], [1, 9, 2]], [[3, 4, 5], [9, 9, 9]]], {9}) == 0.5
+    assert past_end([], {9}) is None
+
+
+@pytest.fixture
+def chat_model(monkeypatch):
+    """The demo stands in for the chat model, which nobody downloads here."""
+    found = {"gguf": Path("model.gguf"), "bf16": resolve_model("folospec-demo")}
+    monkeypatch.setattr(peer_checkpoints.smollm2, "bring", lambda: found)
+
+
+def test_every_peer_reads_the_chat_model_in_its_own_form(chat_model):
+    bf16 = resolve_model("folospec-demo")
+    assert peer_checkpoints.checkpoint_for("vllm", "smollm2", "bfloat16") == bf16
+    gguf = peer_checkpoints.checkpoint_for("llama_cpp_q4_1", "smollm2", "bfloat16")
+    assert gguf == Path("model.gguf")
+    assert peer_checkpoints.end_token_ids(bf16) == {0}
+
+
+def test_tasks_of_a_chat_model_end_before_the_model_does(chat_model):
+    rounds = peer_prompts.make_rounds("smollm2", ["chat", "translation"], [1], 2, 100)
+    assert {task: part.max_tokens for (task, _), part in rounds.items()} == {
+        "chat": 100,
+        "translation": 32,
+    }
+    assert [len(part) for part in rounds["chat", 1].prompts] == [4, 4, 4]
+    shorter = peer_prompts.make_rounds("smollm2", ["chat"], [1], 1, 5)
+    assert shorter["chat", 1].max_tokens == 5
+    (bundled,) = peer_prompts.make_rounds("demo", ["completion"], [1], 1, 100).values()
+    assert bundled.max_tokens == 100
+    with pytest.raises(ValueError, match="must fit in 1024 tokens .*, got 1000"):
+        peer_prompts.make_rounds("demo", ["completion"], [1], 1, 1000)
+
+
 @pytest.mark.parametrize(
     "options", [["--rounds", "0"], ["--peers", "sglang"], ["--temperatures", "-1"]]
 )
@@ -272,5 +342,7 @@ def test_samples_of_the_model_have_no_excess_surprise_and_others_have():
     for other in (sampled(1.2), sampled(0.0)):
         excess, error = excess_surprise(prompts, other, 0.8)
         assert abs(excess) > 4 * error
+    named, _ = excess_surprise(prompts, sampled(0.8), 0.8, str(resolve_model("folospec-demo")))
+    assert named == pytest.approx(excess_surprise(prompts, sampled(0.8), 0.8)[0])
     noise = torch.randint(4096, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
     assert excess_surprise(prompts, noise, 0.8)[0] > 5

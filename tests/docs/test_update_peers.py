@@ -48,6 +48,7 @@ def row(contestant: str, batch: int = 1, **extra: Any) -> dict[str, Any]:
         "ratio_to_fastest_peer": 1.0,
         "ratio_to_fastest_plain_peer": None,
         "share_of_limit": 0.86,
+        "precision": {"weights": "float32", "activations": "float32", "kv": "float32"},
         "same_completions": 1.0,
         "machine": MACHINE,
         "provenance": PROVENANCE,
@@ -59,7 +60,7 @@ def test_figures_ratios_and_their_source_are_on_the_page(update):
     sampled = row("vllm plain", batch=8, excess_surprise=0.25, excess_surprise_error=0.125)
     page = update.updated(PAGE, [row("folospec plain"), sampled])
     assert "**160m, float32, completion, temperature 0, batch 8**" in page
-    assert "| folospec plain | 81.2 | 1.25 | 1.00 |  | 0.86 | 100% |  |" in page
+    assert "| folospec plain | float32 | 81.2 | 1.25 | 1.00 |  | 0.86 | 100% |  |" in page
     assert "| 0.25 ± 0.12 |" in page
     assert "vllm: engine 1.2" in page
     assert PROVENANCE["command"] in page
@@ -68,7 +69,15 @@ def test_figures_ratios_and_their_source_are_on_the_page(update):
 
 def test_a_failure_is_on_the_page(update):
     failed = {"error": "RuntimeError: a | b"}
-    assert "failed: RuntimeError: a / b" in update.updated(PAGE, [row("vllm plain", **failed)])
+    page = update.updated(PAGE, [row("vllm plain", **failed)])
+    assert "| vllm plain | float32 | failed: RuntimeError: a / b |  |" in page
+
+
+def test_what_is_calculated_in_and_what_goes_on_behind_its_end_is_on_the_page(update):
+    precision = {"weights": "bfloat16", "activations": "float32", "kv": "float16"}
+    page = update.updated(PAGE, [row("llama_cpp plain", precision=precision, share_past_end=0.25)])
+    assert "| llama_cpp plain | bfloat16 / float32 / float16 | 81.2 |" in page
+    assert "64 new tokens of each, 25% of the outputs go on behind their end)" in page
 
 
 def test_writing_twice_changes_nothing(update):
