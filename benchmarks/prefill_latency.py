@@ -5,12 +5,12 @@
 
 Eight requests decode, and after some tokens a prompt of 4,000 tokens arrives, or none does: both in
 turn, in every round, for each `--slowdowns` (`max_prefill_slowdown`; "none" is no limit). The time
-between two outputs of a request is that of a step; what counts are the steps from the arrival to the
+between two outputs of a request is that of a step. Counted are the steps from the arrival to the
 first token of the long prompt, and with no prompt as many from the same place on. A ratio is a
 percentile of one over that of the other, its median over the rounds.
 
-The bundled models have 1,024 positions. A copy of the demo with more is made here: what it says there
-makes no sense, and takes the same time.
+The bundled models have 1,024 positions. A copy of the demo with more is made here: its texts make
+no sense there, and take the same time.
 """
 
 from __future__ import annotations

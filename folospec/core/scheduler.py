@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from folospec.core.kv_cache_manager import BlockCopy, KVCacheManager
 from folospec.core.sequence import Sequence, SequenceGroup, SequenceStatus
-from folospec.core.step_budget import StepBudget, decodes
+from folospec.core.step_budget import StepBudget
 
 
 @dataclass(slots=True)
