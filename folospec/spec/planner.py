@@ -282,7 +282,7 @@ class Planner:
         cost, plan = self.beliefs.cost, self._plan
         if self._is_reference and self._num_plain >= _FIRST_PLAIN:
             self.feedback.note_reference(seconds / float(cost.table(shape, 0)[0]))
-        if not self._drafted:
+        if not (self._drafted and plan.depths):
             return
         plain = plan.plain_seconds * cost.slowdown / self._slowdown
         taken = seconds + sum(spent for *_, spent in self._drafted)
