@@ -35,6 +35,9 @@ from folospec import LLM, SamplingParams
 from folospec.models.loader import resolve_model
 
 POSITIONS = 8192
+TEMPERATURE = 0.8
+"""Greedy, a small model repeats itself after some hundred tokens, and drafts are as long as never in
+use."""
 TOKENS_BEFORE = 32
 """Of every decoding request, when the long prompt arrives."""
 PERCENTILES = (50, 95, 99)
@@ -57,7 +60,7 @@ def run(llm: LLM, others: list[list[int]], prompt: list[int], num_steps: int | N
     """Seconds of the steps from the arrival of `prompt` to its first token; with `num_steps` there
     is no such prompt, and so many steps."""
     engine = llm.engine
-    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+    params = SamplingParams(temperature=TEMPERATURE, max_tokens=None, ignore_eos=True)
     ids = [engine.add_request({"prompt_token_ids": own}, params) for own in others]
     firsts = [engine.requests[one].group.sequences[0] for one in ids]
     while min(seq.num_output_tokens for seq in firsts) < TOKENS_BEFORE:

@@ -22,9 +22,10 @@ from folospec.core.scheduler import ScheduledSequence
 
 _FIRST, _LEAST = 16, 4
 """Tokens of the first such step, and of any."""
-_NUM_USUAL, _NUM_MIXED = 16, 15
-_REFRESH = 100
-"""After so many steps with prompts one is without, so that it stays known what one takes."""
+_NUM_USUAL, _NUM_MIXED = 5, 15
+_REFRESH = 20
+"""After so many steps with prompts one is without, so that it stays known what one takes: drafts
+come and go, and so do sequences."""
 
 
 class PrefillPace:

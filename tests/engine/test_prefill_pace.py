@@ -53,14 +53,14 @@ def test_a_step_takes_as_many_times_the_usual_one_as_was_asked_for(per_token: fl
 
 def test_where_tokens_are_dear_at_least_a_few_run() -> None:
     pace = used_to()
-    paced(pace, 20, 0.1)
+    paced(pace, 10, 0.1)
     assert pace.limit == 4
 
 
 def test_tokens_that_become_dearer_are_followed() -> None:
     pace = used_to()
     paced(pace, 40, 0.0001)
-    assert paced(pace, 20, 0.0004)[-1] == pytest.approx(0.0175, rel=0.1)
+    assert paced(pace, 40, 0.0004)[-3] == pytest.approx(0.0175, rel=0.1)
 
 
 def test_steps_that_hang_change_nothing() -> None:
@@ -70,10 +70,21 @@ def test_steps_that_hang_change_nothing() -> None:
 
 def test_now_and_then_a_step_is_without_prompts_to_know_what_one_takes() -> None:
     pace = used_to()
-    paced(pace, 100, 0.0001)
+    paced(pace, 20, 0.0001)
     assert pace.limit == 0
     pace.record(scheduled(*DECODES), 0.010)
     assert pace.limit
+
+
+def test_where_usual_steps_become_longer_prompts_get_more() -> None:
+    """As where drafts set in."""
+    pace = used_to()
+    paced(pace, 41, 0.0005)
+    before = pace.limit
+    paced(pace, 121, 0.0005, usual=0.040)
+    assert before is not None
+    assert pace.limit is not None
+    assert pace.limit > 2 * before
 
 
 def test_steps_in_which_nobody_decodes_teach_nothing() -> None:
