@@ -217,6 +217,8 @@ def rows(args: Any, facts: Row) -> Iterator[Row]:
 
 
 def _speculative(args: Any) -> Any:
+    if args.speculative:
+        return args.speculative
     return {"method": "auto", "model": args.draft_model} if args.draft_model else "auto"
 
 
@@ -232,7 +234,8 @@ def _engine(args: Any, speculative: Any) -> LLM:
 
 
 def _settings(args: Any) -> Row:
-    return {"model": args.model, "draft_model": args.draft_model, "dtype": args.dtype}
+    names = ("model", "draft_model", "speculative", "dtype")
+    return {name: getattr(args, name) for name in names}
 
 
 def _vocab_size(llm: LLM) -> int:
@@ -277,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="folospec-demo", help="checkpoint or bundled name")
     parser.add_argument("--draft-model", help="draft model for auto; default: the bundled one")
+    parser.add_argument("--speculative", help="in place of auto, as `LLM` takes it")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--workloads", default="code,prose,random,sampled,hot", type=_workloads)
     parser.add_argument("--batches", default="1,8,32", type=_counts)

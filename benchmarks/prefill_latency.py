@@ -36,8 +36,8 @@ from folospec.models.loader import resolve_model
 
 POSITIONS = 8192
 TEMPERATURE = 0.8
-"""Greedy, a small model repeats itself after some hundred tokens, and drafts are as long as never in
-use."""
+"""A small model that decodes greedily soon repeats itself, and drafts become as long as they never
+are in use."""
 TOKENS_BEFORE = 32
 """Of every decoding request, when the long prompt arrives."""
 PERCENTILES = (50, 95, 99)
