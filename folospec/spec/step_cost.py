@@ -212,10 +212,22 @@ class DraftCost:
         routine = self._num_calls > _LEARN_ALL_CALLS and self._num_calls % 4 != 0
         if self._num_calls <= 1 or seconds <= 0 or (routine and lag <= 2 * num_rows):
             return
+        x = self._features(num_rows, num_passes, num_levels, lag)
+        self._fit.update(x, seconds / (self._unit * slowdown), 1e-4)
+
+    def expected(
+        self, num_rows: int, num_passes: int, num_levels: int, lag: int, slowdown: float
+    ) -> float:
+        """Seconds of one call."""
+        x = self._features(num_rows, num_passes, num_levels, lag)
+        return self._fit.predict(x) * self._unit * slowdown
+
+    def _features(
+        self, num_rows: int, num_passes: int, num_levels: int, lag: int
+    ) -> tuple[float, ...]:
         if not self.in_passes:
             num_passes = num_levels = 0
-        x = [1.0, num_rows, num_passes, num_levels, lag]
-        self._fit.update(x, seconds / (self._unit * slowdown), 1e-4)
+        return 1.0, num_rows, num_passes, num_levels, lag
 
     def relax(self, share: float) -> None:
         """Forget a share of what was learned, when the drafter is not asked."""

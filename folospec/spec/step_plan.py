@@ -65,11 +65,6 @@ class StepPlan:
         return self.probe_loss is not None
 
     @property
-    def plain_seconds(self) -> float:
-        """Of the step without drafts."""
-        return float(self._seconds[0])
-
-    @property
     def asked(self) -> set[str]:
         """The sources that are asked for anyone."""
         return {name for depths in self.depths.values() for name in depths}
@@ -120,7 +115,7 @@ class StepPlan:
             record.nodes_per_level,
         )
         promised = choice.rate / self.rate
-        if promised < _MARGIN or promised * self._feedback.factor(source.name) < 1.0:
+        if promised < _MARGIN or not self._feedback.trusts(source.name, promised):
             return
         chosen = {row.seq_id: depth for row, depth in zip(asked, choice.depths, strict=True)}
         for row in _first_few(record, [row for row in asked if chosen[row.seq_id]]):
@@ -147,7 +142,7 @@ class StepPlan:
                 gain += net
                 saved += net + (_ASK_MARGIN - 1.0) * cost
         promised = 1.0 + saved * self.rate / self._num_sequences
-        if gain > prices.call and promised * self._feedback.factor(source.name) > 1.0:
+        if gain > prices.call and self._feedback.trusts(source.name, promised):
             for row in _first_few(record, found):
                 self._add(row, source, self._beliefs.depth_limit(row, source))
                 self._probing.forget(source.name, row.seq_id)

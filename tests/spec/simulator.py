@@ -78,8 +78,8 @@ def make_jobs(
 class Credulous(Feedback):
     """Believes every promise."""
 
-    def factor(self, source: str) -> float:
-        return 1.0
+    def trusts(self, source: str, promised: float) -> bool:
+        return True
 
 
 @dataclass

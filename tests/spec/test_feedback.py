@@ -15,54 +15,58 @@ from folospec.spec.step_cost import CostCurve, DraftCost, StepCost
 CALL = 0.0004
 
 
-def fed(count, promised, got, taken, *, references=(), seed=0):
-    """Feedback on so many steps; tokens are 1 or 2 of a step, and come to `got` on average."""
+def fed(count, promised, got, expected, taken, *, plain=(), seed=0):
+    """The factor after so many steps, whose tokens are 1 or 2 and come to `got` on average."""
     rng = random.Random(seed)
     feedback = Feedback()
-    for ratio in references:
-        feedback.note_reference(ratio)
+    for ratio in plain:
+        feedback.note_plain(ratio)
     for _ in range(count):
         tokens = 1.0 + (rng.random() < got - 1.0)
-        feedback.note_drafted(["draft"], promised, tokens, taken(rng))
+        feedback.note_drafted(["draft"], promised, tokens, expected, taken(rng))
     return feedback.factor("draft")
 
 
-def steady(taken):
-    return lambda rng: taken * rng.lognormvariate(0.0, 0.1)
+def steady(rng):
+    return rng.lognormvariate(0.0, 0.1)
+
+
+def hanging(rng):
+    return 500.0 if rng.random() < 0.1 else steady(rng)
+
+
+PLAIN = [0.98, 1.0, 1.02] * 5
 
 
 def test_where_promises_are_kept_the_factor_is_near_1():
-    assert fed(400, 1.3 / 1.1, 1.3, steady(1.1)) > 0.95
+    assert fed(400, 1.3 / 1.1, 1.3, 1.1, steady, plain=PLAIN) > 0.95
     assert Feedback().factor("draft") == 1.0
 
 
-def test_what_was_not_kept_is_found_after_some_steps():
-    assert fed(300, 1.2, 1.2, steady(1.2)) == pytest.approx(1 / 1.2, abs=0.06)
+def test_tokens_that_do_not_come_are_found_after_some_steps():
+    assert fed(300, 1.2, 1.2, 1.2, steady, plain=PLAIN) == pytest.approx(1 / 1.2, abs=0.06)
 
 
 def test_more_than_was_promised_is_not_expected():
-    assert fed(300, 1.0, 1.9, steady(1.0)) == 1.0
+    assert fed(300, 1.0, 1.9, 1.0, steady, plain=PLAIN) == 1.0
 
 
-def test_a_step_that_hangs_counts_little():
-    def hanging(rng):
-        return 500.0 if rng.random() < 0.02 else 1.1
-
-    assert fed(300, 1.3 / 1.1, 1.3, hanging) > 0.93
+def test_steps_that_hang_count_little():
+    plain = [one if number % 5 else 500.0 for number, one in enumerate(PLAIN)]
+    assert fed(300, 1.3 / 1.1, 1.3, 1.1, hanging, plain=plain) > 0.95
 
 
 def test_plain_steps_that_take_less_than_expected_say_that_drafted_ones_take_more():
-    promised = 1.3 / 1.1
-    assert fed(300, promised, 1.3, steady(1.1), references=[0.85] * 5) < 0.9
-    # One that met a busy moment is outvoted, and few are not believed.
-    assert fed(300, promised, 1.3, steady(1.1), references=[1.0, 1.0, 0.5, 1.0]) > 0.95
-    assert fed(300, promised, 1.3, steady(1.1), references=[0.85] * 2) > 0.95
+    arguments = (300, 1.3 / 1.1, 1.3, 1.1, steady)
+    assert fed(*arguments, plain=[0.85] * 15) < 0.91
+    assert fed(*arguments, plain=[0.85] * 2) > 0.95  # too few to be believed
+    assert fed(*arguments, plain=[0.01] * 15) > 0.7  # too little to be true
 
 
 def test_a_source_that_is_not_asked_is_forgiven_in_the_end():
     feedback = Feedback()
     for _ in range(200):
-        feedback.note_drafted(["draft", "other"], 1.5, 1.0, 1.0)
+        feedback.note_drafted(["draft", "other"], 1.5, 1.0, 1.0, 1.0)
     before = feedback.factor("draft")
     assert before == feedback.factor("other") < 0.8
     for _ in range(300):
@@ -117,10 +121,16 @@ def phases(now):
     return 1.7 if int(now / 7.0) % 3 == 1 else 1.0
 
 
+def starved(now):
+    """One step in five waits for a core."""
+    return 8.0 if hash(round(now * 1e6)) % 5 == 0 else 1.0
+
+
 MACHINES = {
     "quiet": {},
     "noisy": {"noise": 0.2},
     "with bursts": {"noise": 0.1, "slow": bursts},
+    "starved": {"noise": 0.1, "slow": starved},
     "with slow phases": {"noise": 0.1, "slow": phases},
 }
 
@@ -142,3 +152,14 @@ def test_drafts_that_gain_go_on(machine):
     with_it, without = (ratio_to_plain(world, 0.5, one) for one in (Feedback(), Credulous()))
     assert with_it < 0.75
     assert with_it < 1.02 * without
+
+
+def test_a_source_that_gains_is_trusted_whatever_it_promised():
+    gaining, losing = Feedback(), Feedback()
+    for _ in range(200):
+        gaining.note_drafted(["draft"], 2.0, 1.3, 1.1, 1.0)
+        losing.note_drafted(["draft"], 1.3, 1.0, 1.1, 1.0)
+    assert gaining.factor("draft") < 0.7
+    assert gaining.trusts("draft", 1.01)
+    assert not losing.trusts("draft", 1.1)
+    assert losing.trusts("draft", 2.0)
