@@ -260,7 +260,7 @@ class LLMEngine:
                 self.tracer.finish(recorder)
 
     def _run_step(self, recorder: StepRecorder | None) -> None:
-        begin = time.perf_counter()
+        begin, planner_begin = time.perf_counter(), self.speculation.clock()
         if self.parts.device.type == "cuda":  # kernels are launched where the thread is
             torch.cuda.set_device(self.parts.device)
         self.speculation.plan(self.scheduler.running, self.open.request_of)
@@ -283,9 +283,9 @@ class LLMEngine:
         with self.state.calling_drafters():
             self.open.forget_drafts(failed)
             self.speculation.observe(observed, result)
-        spent = (time.perf_counter() - begin) / self.target_pass.num_passes
-        self.prefill_pace.record(schedule.scheduled, spent)
-        self.speculation.record_step(spent)
+        num_passes = self.target_pass.num_passes
+        self.prefill_pace.record(schedule.scheduled, (time.perf_counter() - begin) / num_passes)
+        self.speculation.record_step((self.speculation.clock() - planner_begin) / num_passes)
 
     @property
     def on_step(self) -> Callable[[StepTrace], None] | None:

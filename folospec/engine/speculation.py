@@ -51,6 +51,10 @@ class Speculation:
         self.merge = config.merge if config else False
         self.rule = ACCEPTANCE[config.acceptance if config else "coupled"]
         self.planner = FixedPlanner(self.limit)
+        # On a shared machine a step may wait for a core, which says nothing of what it costs. The
+        # work of a GPU is not that of the thread.
+        self.clock = time.thread_time if device.type == "cpu" else time.perf_counter
+        """What the planner's times are measured with."""
         self.planning: Planning | None = None
         if config is not None and config.is_adaptive and drafters:
             self.planning = Planning(
@@ -59,6 +63,7 @@ class Speculation:
                 allowed=self._allowed,
                 shares_noise=self.rule.shares_noise,
                 costs=costs,
+                clock=self.clock,
             )
         self.asking = Asking(
             self.planner,
@@ -179,14 +184,14 @@ class Speculation:
                 new = [p for p in answers[seq_id] if p.drafter == drafter.name]
                 answer = self._merged(candidate, new) if new else None
                 planning.take(seq_id, drafter.name, answer, found)
-            planning.note_taken(time.perf_counter())
+            planning.note_taken()
         if self.merge:
             name = planning.source_of(self.drafters[0])
             for candidate in candidates:
                 several = answers[candidate.seq.seq_id]
                 answer = self._merged(candidate, several) if several else None
                 planning.take(candidate.seq.seq_id, name, answer, found)
-            planning.note_taken(time.perf_counter())
+            planning.note_taken()
         return planning.prune(found)
 
     def _merged(self, candidate: Candidate, proposals: list[Proposal]) -> Found:

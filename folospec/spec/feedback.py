@@ -31,7 +31,7 @@ _PRIOR, _KEEP = 64.0, 1.0 - 1.0 / 256.0
 """Steps that the factor 1 weighs as much as before anything was seen, and what is kept of the past
 at every step."""
 _LEAST_FACTOR = 0.5
-_NUM_DRAFTED, _NUM_PLAIN, _LEAST_PLAIN = 33, 15, 5
+_NUM_DRAFTED, _NUM_PLAIN, _LEAST_PLAIN = 33, 15, 3
 """Steps of each kind whose medians are compared; no fewer plain ones."""
 _BIASES = (1.0, 1.5)
 """No other bias is believed."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 _LEARN_PLAIN, _LEARN_DRAFTED, _LEARN_EVERY = 256, 64, 4
 """Steps of each kind that are learned from at first, and which of the drafted ones later."""
-_FIRST_PLAIN, _REFERENCE_SHARE, _REFERENCE_EVERY = 4, 0.005, (16, 100)
+REFERENCE_STEPS = 3
+"""Plain steps in a row, of which the last is learned from: the first ones find in the processor's
+caches what drafters have left there, and are slower than plain decoding."""
+_FIRST_PLAIN, _REFERENCE_SHARE, _REFERENCE_EVERY = 2, 0.005, (24, 200)
 """Plain steps amid drafts cost this share of the time, and come after so many steps at least and at
 most: the less drafts gain, the sooner it has to be known whether they do."""
 
@@ -31,7 +34,7 @@ class LearningPace:
     def needs_reference(self, gain: float) -> bool:
         """Whether a plain step is due where drafts bring `gain` times the rate."""
         least, most = _REFERENCE_EVERY
-        every = min(max((gain - 1.0) / _REFERENCE_SHARE, least), most)
+        every = min(max(REFERENCE_STEPS * (gain - 1.0) / _REFERENCE_SHARE, least), most)
         return not self.is_settled or self._since_plain >= every
 
     def add_plain(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from folospec.spec.beliefs import Beliefs
 from folospec.spec.feedback import Feedback
-from folospec.spec.learning_pace import LearningPace
+from folospec.spec.learning_pace import REFERENCE_STEPS, LearningPace
 from folospec.spec.offers import learn_end, learn_offer, make_offer, prune_offers
 from folospec.spec.plan_terms import Offer, PlanRow, Source
 from folospec.spec.probing import Probing
@@ -114,13 +114,13 @@ class Planner:
         corrected = self._plan.corrected
         plan = self._plan = StepPlan(self.beliefs, self.probing, self.feedback, rows, shape)
         self._is_reference = bool(rows) and self._pace.needs_reference(corrected)
+        all_ready = bool(rows) and shape.num_sequences >= len(seq_ids)
         if self._is_reference:
             plan.reasons = {row.seq_id: "reference" for row in rows}
-            self._rest = self._calm = 0
+            self._rest, self._calm = REFERENCE_STEPS - 1 if all_ready else 0, 0
             return {}
         if rows:
             plan.choose()
-        all_ready = bool(rows) and shape.num_sequences >= len(seq_ids)
         self._rest = self._next_rest(all_ready, changed)
         return plan.depths
 
@@ -242,6 +242,8 @@ class Planner:
     def record_step(self, shape: StepShape, num_draft_rows: int, seconds: float) -> None:
         """Learn how long a step took, drafting left out."""
         self.probing.earn(seconds)
+        if self._is_reference and self._rested < self._rest:
+            return  # what drafters have left in caches makes it slow
         self._compare(shape, num_draft_rows, seconds)
         if num_draft_rows == 0 and not self.last_plan:
             self._pace.add_plain()
@@ -287,7 +289,8 @@ class Planner:
         counted then. The last ones before a new plan are not: by then the machine's speed has to be
         known."""
         is_known = self._rested > 2 or self._pace.knows_plain
-        if self.last_plan or not is_known or self._rest - self._rested < 2:
+        is_last = self._rest - self._rested < 2
+        if self.last_plan or self._is_reference or is_last or not is_known:
             return False
         self._pace.num_skipped += 1
         return True

@@ -57,7 +57,7 @@ def test_a_prompt_that_comes_while_a_plan_rests_is_not_learned_as_a_plain_step(
         monkeypatch.setattr(planner, name, noted)
     prompts = harness.as_prompts(harness.PROMPTS[:2])
     engine.add_request(prompts[0], PARAMS, "first")
-    for _ in range(12):
+    for _ in range(16):
         engine.step()
     assert "record_step" in learned
     assert learned[-3:] == ["skip_step"] * 3

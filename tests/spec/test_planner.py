@@ -228,7 +228,8 @@ def rows_of(count, lags, room=100, wanted=None):
 def settled(planner, steps=6):
     """Past the first steps, which are plain."""
     for _ in range(steps):
-        planner.plan([], rows_of(1, {"draft": 1}), StepShape(1, 1))
+        if not planner.resting(["first"]):
+            planner.plan(["first"], rows_of(1, {"draft": 1}), StepShape(1, 1))
         planner.record_step(StepShape(1, 1), 0, 0.0101)
     return planner
 
@@ -296,7 +297,7 @@ def test_the_steps_of_reference_are_learned_from_however_long_it_goes_on():
     planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)), 600)
     cost = planner.beliefs.cost = Noting(curve_of(FLAT))
     num_references = 0
-    for _ in range(1000):
+    for _ in range(2000):
         if not planner.resting(["s0"]):
             planner.plan(["s0"], rows_of(1, {"draft": 1}), StepShape(1, 1))
         is_reference = planner.reasons.get("s0") == "reference"
@@ -305,8 +306,9 @@ def test_the_steps_of_reference_are_learned_from_however_long_it_goes_on():
         before = len(cost.told)
         planner.record_step(StepShape(1, 1), 0 if is_reference else 3, 0.0101)
         if is_reference:
-            num_references += 1
-            assert cost.told[before:] == [(False, True)]
+            # The first ones of a row are not: they are slow after drafted steps.
+            assert cost.told[before:] == [(False, True)] * (planner._rested == 2)
+            num_references += len(cost.told) - before
     assert num_references >= 8
     assert (True, True) in cost.told
 
