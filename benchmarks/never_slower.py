@@ -6,10 +6,16 @@ draft well and on texts that do not.
     python benchmarks/never_slower.py --model build/models/smollm2/bf16 --dtype bfloat16 \
         --tasks chat,code,file_editing --temperatures 0,0.8 --batches 1,8
 
-Each pair completes prompts that neither engine has seen: with the same ones again, the suffix
-drafter would copy its own answers. Which engine goes first alternates. The engines live as long as
-a workload does, so the planner keeps what it has learned, as it would in service; the first pair
-warms both up and is left out. A ratio is plain time over auto time: above 1, auto is faster.
+Each pair completes prompts that no engine has seen: with the same ones again, the suffix drafter
+would copy its own answers. Which engine goes first is drawn. The engines live as long as a workload
+does, so the planner keeps what it has learned, as it would in service; the first pair warms up and
+is left out. A ratio is plain time over auto time: above 1, auto is faster.
+
+Next to auto stand two controls: a second plain engine, which shows what the machine's noise does to
+a ratio of 1, and a planner that is forced to draft, which must come out as slower where drafts do
+not pay. Each cell has the median of its ratios and a one-sided 95 % bound for it, corrected for the
+number of cells by Bonferroni; see `slower_checks`. On a shared machine, and with one thread,
+`--clock cpu` takes the CPU time of the process.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from output import begin, show, write_rows
 from prompts import LENGTHS, held_out_prompts
 from provenance import ROOT
 from rich.table import Table
+from slower_checks import force_drafts, lower_bound, verdict
 from tasks import make_task
 
 from folospec import LLM, SamplingParams
@@ -37,6 +44,7 @@ from folospec import LLM, SamplingParams
 Row = dict[str, Any]
 
 RESAMPLES = 10_000
+AGAIN, FORCED = "plain again", "forced to draft"
 LEAST_PROMPTS = 4
 """Of a run: in smaller batches they are done one batch after another."""
 
@@ -98,7 +106,8 @@ def prompts_of(kind: str, tokenizer: Any, vocab_size: int, count: int) -> list[l
 
 @dataclass(slots=True)
 class Run:
-    seconds: float
+    wall: float
+    cpu: float
     token_ids: list[list[int]]
     counts: dict[str, float]
     undrafted: dict[str, int]
@@ -106,25 +115,26 @@ class Run:
 
 def run(llm: LLM, prompts: Sequence[list[int]], batch: int, params: SamplingParams) -> Run:
     before = llm.stats()
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     outputs = []
     for first in range(0, len(prompts), batch):
         own = [{"prompt_token_ids": p} for p in prompts[first : first + batch]]
         outputs += llm.generate(own, params, use_tqdm=False)
-    seconds = time.perf_counter() - begin
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
     after = llm.stats()
     old = before["num_undrafted"]
     return Run(
         seconds,
+        cpu_seconds,
         [output.outputs[0].token_ids for output in outputs],
         {name: after[name] - before[name] for name in COUNTS},
         {name: n - old.get(name, 0) for name, n in after["num_undrafted"].items()},
     )
 
 
-def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) -> Row:
-    """Run the pairs of one workload and batch size, and sum them up."""
-    plain, auto = engines["plain"], engines["auto"]
+def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) -> Iterator[Row]:
+    """Run the pairs of one workload and batch size; a row for each engine but the plain one."""
+    plain = engines["plain"]
     size = max(batch, LEAST_PROMPTS)
     count = (args.pairs + 1) * size
     max_tokens = args.max_tokens
@@ -133,7 +143,7 @@ def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) 
         prompts, max_tokens = [item.prompt_token_ids for item in items], items[0].max_tokens
     else:
         prompts = prompts_of(workload.kind, plain.tokenizer, _vocab_size(plain), count)
-    runs: dict[str, list[Run]] = {"plain": [], "auto": []}
+    runs: dict[str, list[Run]] = {name: [] for name in engines}
     for pair in range(args.pairs + 1):
         own = prompts[pair * size : (pair + 1) * size]
         params = SamplingParams(
@@ -142,29 +152,46 @@ def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) 
             ignore_eos=True,
             seed=pair if workload.temperature else None,
         )
-        for name in ("plain", "auto") if pair % 2 else ("auto", "plain"):
+        for name in random.Random(pair).sample(list(engines), len(engines)):
             runs[name].append(run(engines[name], own, batch, params))
-    same = [a.token_ids == b.token_ids for a, b in zip(runs["plain"], runs["auto"], strict=True)]
-    runs = {name: taken[1:] for name, taken in runs.items()}
-    ratios = [a.seconds / b.seconds for a, b in zip(runs["plain"], runs["auto"], strict=True)]
+    for name in (name for name in engines if name != "plain"):
+        yield {
+            "contestant": name,
+            "workload": workload.name,
+            "temperature": workload.temperature,
+            "batch": batch,
+            "pairs": args.pairs,
+            "prompts_per_run": size,
+            "max_tokens": max_tokens,
+            "clock": args.clock,
+            **compare(runs["plain"], runs[name], args),
+            "planner": engines[name].stats()["planner"],
+        }
+
+
+def compare(plain: Sequence[Run], others: Sequence[Run], args: Any) -> Row:
+    """Sum the pairs of a contestant up, without the first."""
+    same = [a.token_ids == b.token_ids for a, b in zip(plain, others, strict=True)]
+    plain, others = plain[1:], others[1:]
+    times = [[getattr(one, args.clock) for one in taken] for taken in (plain, others)]
+    ratios = [a / b for a, b in zip(*times, strict=True)]
     low, high = bootstrap(ratios)
+    median, num_cells = statistics.median(ratios), len(args.workloads) * len(args.batches)
+    bound = lower_bound(ratios, num_cells)
     return {
-        "workload": workload.name,
-        "temperature": workload.temperature,
-        "batch": batch,
-        "pairs": args.pairs,
-        "prompts_per_run": size,
-        "max_tokens": max_tokens,
-        "ratio": statistics.median(ratios),
+        "ratio": median,
         "ratio_low": low,
         "ratio_high": high,
+        "bound": bound,
+        "num_cells": num_cells,
+        "verdict": verdict(median, bound),
         "ratios": ratios,
         "tokens_equal": all(same),
         "num_differing_pairs": same.count(False),
-        **{f"{name}_seconds": [one.seconds for one in taken] for name, taken in runs.items()},
-        "auto_counts": {k: sum(one.counts[k] for one in runs["auto"]) for k in COUNTS},
-        "auto_undrafted": _sums(one.undrafted for one in runs["auto"]),
-        "planner": auto.stats()["planner"],
+        "plain_seconds": times[0],
+        "auto_seconds": times[1],
+        "auto_counts": {k: sum(one.counts[k] for one in others) for k in COUNTS},
+        "auto_undrafted": _sums(one.undrafted for one in others),
     }
 
 
@@ -180,13 +207,18 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 def rows(args: Any, facts: Row) -> Iterator[Row]:
     for workload in args.workloads:
         engines = {"plain": _engine(args, None), "auto": _engine(args, _speculative(args))}
+        if args.controls:
+            engines[AGAIN] = _engine(args, None)
+            engines[FORCED] = force_drafts(_engine(args, _speculative(args)))
         for batch in args.batches:
-            found = measure(engines, workload, batch, args)
             known = {"benchmark": "never_slower", **_settings(args)}
-            yield {**known, **found, "provenance": facts}
+            for found in measure(engines, workload, batch, args):
+                yield {**known, **found, "provenance": facts}
 
 
 def _speculative(args: Any) -> Any:
+    if args.speculative:
+        return args.speculative
     return {"method": "auto", "model": args.draft_model} if args.draft_model else "auto"
 
 
@@ -202,7 +234,8 @@ def _engine(args: Any, speculative: Any) -> LLM:
 
 
 def _settings(args: Any) -> Row:
-    return {"model": args.model, "draft_model": args.draft_model, "dtype": args.dtype}
+    names = ("model", "draft_model", "speculative", "dtype")
+    return {name: getattr(args, name) for name in names}
 
 
 def _vocab_size(llm: LLM) -> int:
@@ -218,19 +251,24 @@ def _sums(counts: Any) -> dict[str, int]:
 
 
 def table(found: list[Row]) -> Table:
-    table = Table(title="Speed of speculative='auto' relative to plain decoding")
-    for header in ("workload", "batch", "median", "95 %", "acceptance", "tokens", "no draft"):
-        table.add_column(header, justify="left" if header in ("workload", "no draft") else "right")
+    table = Table(title="Speed relative to plain decoding")
+    for header in ("", "workload", "batch", "median", "95 %", "bound", "verdict", "acceptance"):
+        table.add_column(header, justify="left" if header in ("", "workload") else "right")
+    for header in ("tokens", "no draft"):
+        table.add_column(header)
     for row in found:
         counts, reasons = row["auto_counts"], row["auto_undrafted"]
         drafts = counts["num_drafts"]
         length = f"{1 + counts['num_accepted_tokens'] / drafts:.2f}" if drafts else "-"
         most = sorted(reasons, key=lambda name: -reasons[name])[:3]
         table.add_row(
+            row["contestant"],
             row["workload"],
             str(row["batch"]),
             f"{row['ratio']:.3f}",
             f"{row['ratio_low']:.3f}-{row['ratio_high']:.3f}",
+            "-" if row["bound"] is None else f"{row['bound']:.3f}",
+            row["verdict"],
             length,
             "equal" if row["tokens_equal"] else f"{row['num_differing_pairs']} pairs differ",
             ", ".join(f"{name} {reasons[name]}" for name in most),
@@ -242,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="folospec-demo", help="checkpoint or bundled name")
     parser.add_argument("--draft-model", help="draft model for auto; default: the bundled one")
+    parser.add_argument("--speculative", help="in place of auto, as `LLM` takes it")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--workloads", default="code,prose,random,sampled,hot", type=_workloads)
     parser.add_argument("--batches", default="1,8,32", type=_counts)
@@ -249,6 +288,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", default=128, type=int)
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own")
     parser.add_argument("--out", type=Path, help="file of JSON lines; default: stdout")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
+    parser.add_argument(
+        "--controls",
+        default=True,
+        action=argparse.BooleanOptionalAction,
+        help="run a second plain engine and a planner that is forced to draft, too",
+    )
     parser.add_argument("--tasks", type=_tasks, help="of a chat model, instead of workloads")
     parser.add_argument("--temperatures", default="0,0.8,1.5", type=_floats, help="of the tasks")
     args = parser.parse_args(argv)

@@ -2,7 +2,8 @@
 
 python benchmarks/step_cost.py --host --out host_time.jsonl
 python benchmarks/step_cost.py --out step_cost.jsonl
-python docs/update_overheads.py host_time.jsonl step_cost.jsonl
+python benchmarks/planner_overhead.py --out planner_overhead.jsonl
+python docs/update_overheads.py host_time.jsonl step_cost.jsonl planner_overhead.jsonl
 
 A section is written anew if there are rows of its benchmark; the others stay.
 """
@@ -64,6 +65,42 @@ def _cost_table(rows: Sequence[Row]) -> str:
     return _table(lines)
 
 
+def planner_section(rows: Sequence[Row]) -> str:
+    """CPU time in microseconds of every call, by the kind of step: a table for every setting."""
+    parts = []
+    for setting in dict.fromkeys((row["temperature"], row["batch"]) for row in rows):
+        own = [row for row in rows if (row["temperature"], row["batch"]) == setting]
+        parts.append(f"**T {setting[0]:g}, batch {setting[1]}**\n\n{_planner_table(own)}")
+    source = rows[0]["provenance"]
+    changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
+    parts.append(
+        f"`{rows[0]['model']}`; means without the slowest twentieth, in microseconds of CPU time. "
+        f"{source['cpu']}, torch threads: 1, load at the start: {source['load_average'][0]:.1f}, "
+        f"torch {source['torch']}, Python {source['python']}, commit "
+        f"{str(source['git_commit'])[:10]}{changed}. Command: `{source['command']}`.\n"
+    )
+    return "".join(parts)
+
+
+def _planner_table(rows: Sequence[Row]) -> str:
+    """The calls in which a step that rests differs most from a plain one come first."""
+    by_kind = {row["kind"]: row["calls_us"] for row in rows}
+    plain, resting = by_kind.get("plain", {}), by_kind.get("resting", {})
+    names = sorted(
+        {name for calls in by_kind.values() for name in calls},
+        key=lambda name: (-abs(resting.get(name, 0.0) - plain.get(name, 0.0)), name),
+    )
+    lines = [["call", *(f"{row['kind']} ({row['steps']})" for row in rows)]]
+    lines.append(["---", *["---:"] * len(rows)])
+    lines.append(["**all**", *(f"**{row['total_us']:.0f}**" for row in rows)])
+    for name in names:
+        found = [row["calls_us"].get(name) for row in rows]
+        if max(value or 0.0 for value in found) >= 1.0:
+            cells = ("" if value is None else f"{value:.1f}" for value in found)
+            lines.append([f"`{name}`", *cells])
+    return _table(lines)
+
+
 def model_of(row: Row) -> tuple[str, str]:
     """What one table is about."""
     return Path(row["model"]).name, row.get("dtype", "")
@@ -88,6 +125,7 @@ def _setting(row: Row, what: str) -> str:
 SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "host_time": host_section,
     "step_cost": cost_section,
+    "planner_overhead": planner_section,
 }
 
 

@@ -19,8 +19,8 @@ from page_sections import fill, model_name, read_rows, run_of  # noqa: E402 - th
 
 PAGE = DOCS / "planner.md"
 HEADER = (
-    "| | batch | plain time over auto time | 95 % | acceptance length | tokens |\n"
-    "|---|---:|---:|---:|---:|---|\n"
+    "| | | batch | plain time over its time | 95 % | bound | | acceptance length | tokens |\n"
+    "|---|---|---:|---:|---:|---:|---|---:|---|\n"
 )
 
 Row = dict[str, Any]
@@ -45,10 +45,13 @@ def _line(row: Row) -> str:
     length = f"{1 + counts['num_accepted_tokens'] / drafts:.2f}" if drafts else "no drafts"
     differ = row["num_differing_pairs"]
     cells = [
+        row["contestant"],
         f"{row['workload'].partition(' at ')[0]}, T {row['temperature']:g}",
         str(row["batch"]),
         f"{row['ratio']:.3f}",
         f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
+        "too few pairs" if row["bound"] is None else f"{row['bound']:.3f}",
+        row["verdict"],
         length,
         f"{differ} pairs differ" if differ else "equal",
     ]
@@ -60,7 +63,8 @@ def _setting(row: Row) -> str:
     changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
     return (
         f"{row['pairs']} pairs of at least {row['prompts_per_run']} prompts, {row['max_tokens']} "
-        f"new tokens each. {source['cpu']}, torch threads: {source['torch_threads']}, torch "
+        f"new tokens each; {row['clock']} time; bounds are for {row['num_cells']} cells. "
+        f"{source['cpu']}, torch threads: {source['torch_threads']}, torch "
         f"{source['torch']}, commit {str(source['git_commit'])[:10]}{changed}. Command: "
         f"`{source['command']}`.\n"
     )

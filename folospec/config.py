@@ -4,6 +4,7 @@ lives elsewhere."""
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -247,6 +248,10 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     """Split prompts over steps to fill the token budget; off, a prompt runs in one step."""
+    max_prefill_slowdown: float | None = 1.75
+    """While other sequences decode, a step computes so much of prompts of more than 256 tokens that
+    it takes about so many times as long as one without them. None: as much as the token budget
+    allows."""
     attention_backend: str = "auto"
     deterministic: bool | None = None
     """Demand (True), waive (False), or take where it is free (None) logits that do not depend on
@@ -290,6 +295,10 @@ class EngineConfig:
         is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
         ok = is_number and 0 < share <= 1
         _require(ok, "gpu_memory_utilization", share, "a share above 0 and at most 1")
+        slowdown = self.max_prefill_slowdown
+        is_number = isinstance(slowdown, (int, float)) and not isinstance(slowdown, bool)
+        ok = slowdown is None or (is_number and 1 < slowdown < math.inf)
+        _require(ok, "max_prefill_slowdown", slowdown, "None or a number above 1")
         is_count = isinstance(self.run_ahead, int) and not isinstance(self.run_ahead, bool)
         ok = self.run_ahead is None or (is_count and 1 <= self.run_ahead <= MAX_RUN_AHEAD)
         _require(ok, "run_ahead", self.run_ahead, f"None or an integer in 1..{MAX_RUN_AHEAD}")

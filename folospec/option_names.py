@@ -219,6 +219,7 @@ ENGINE_NAMES = OptionNames(
             "give gpu_memory_utilization, or kv_cache_memory in bytes",
         ),
         ("chunked_prefill_size", "give max_num_batched_tokens and enable_chunked_prefill"),
+        ("long_prefill_token_threshold max_long_partial_prefills", "give max_prefill_slowdown"),
         (
             "swap_space cpu_offload_gb",
             "KV stays on its device, and a preempted sequence is computed again",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from folospec.core.kv_cache_manager import BlockCopy, KVCacheManager
 from folospec.core.sequence import Sequence, SequenceGroup, SequenceStatus
+from folospec.core.step_budget import StepBudget
 
 
 @dataclass(slots=True)
@@ -199,33 +200,42 @@ class Scheduler:
 
     # A step ---------------------------------------------------------------------------------------
 
-    def schedule(self, draft_lengths: Callable[[Sequence], int] | None = None) -> SchedulerOutput:
+    def schedule(
+        self,
+        draft_lengths: Callable[[Sequence], int] | None = None,
+        max_long_tokens: int | None = None,
+    ) -> SchedulerOutput:
         """Choose what runs, reserve its slots, preempt where blocks are short.
 
         Args:
             draft_lengths: how many draft nodes a caught-up sequence could use; the limits of the
                 request and the model are the caller's to respect. It may get fewer. None where
                 nothing is drafted.
+            max_long_tokens: most tokens of long prompts, all together, while a sequence decodes
+                and prompts may be split; None for no such limit.
         """
         output = SchedulerOutput()
-        budget = self._schedule_running(output, self.max_num_batched_tokens)
+        budget = StepBudget(self.max_num_batched_tokens)
+        if max_long_tokens is not None and self.enable_chunked_prefill:
+            budget.limit_long(max_long_tokens, self._running)
+        self._schedule_running(output, budget)
         # Who was preempted just now waits in front and cannot come back in this step: an older
         # sequence has taken some of the blocks that it would need.
-        budget = self._admit_waiting(output, budget)
+        self._admit_waiting(output, budget)
         if draft_lengths is not None:
-            self._reserve_drafts(output, budget, draft_lengths)
+            self._reserve_drafts(output, budget.num_tokens, draft_lengths)
         return output
 
-    def _schedule_running(self, output: SchedulerOutput, budget: int) -> int:
+    def _schedule_running(self, output: SchedulerOutput, budget: StepBudget) -> None:
         position = 0
-        while position < len(self._running) and budget > 0:
+        while position < len(self._running) and budget.num_tokens > 0:
             seq = self._running[position]
-            num_tokens = self._share(seq, seq.num_tokens - seq.num_computed_tokens, budget)
+            num_left = seq.num_tokens - seq.num_computed_tokens
+            num_tokens = self._share(seq, num_left, budget.of(seq))
             if num_tokens > 0 and not self._reserve(seq, num_tokens, output):
                 break  # It was the youngest left, and is preempted itself.
-            budget -= num_tokens
+            budget.take(seq, num_tokens)
             position += 1
-        return budget
 
     def _reserve(self, seq: Sequence, num_tokens: int, output: SchedulerOutput) -> bool:
         """Slots for a running sequence, at the expense of the youngest ones if need be."""
@@ -249,17 +259,17 @@ class Scheduler:
         seq.status = SequenceStatus.PREEMPTED
         insort(self._waiting, seq, key=_age)
 
-    def _admit_waiting(self, output: SchedulerOutput, budget: int) -> int:
+    def _admit_waiting(self, output: SchedulerOutput, budget: StepBudget) -> None:
         if not self._waiting:
-            return budget
+            return
         num_seats = self.max_num_seqs - sum(1 + _num_pending(seq) for seq in self._running)
-        while self._waiting and budget > 0:
+        while self._waiting and budget.num_tokens > 0:
             seq = self._waiting[0]
             use_cache = seq.group is None or seq.group.params.prompt_logprobs is None
             num_cached = (
                 len(self.manager.cached_blocks(seq, use_cache=use_cache)) * self.manager.block_size
             )
-            num_tokens = self._share(seq, seq.num_tokens - num_cached, budget)
+            num_tokens = self._share(seq, seq.num_tokens - num_cached, budget.of(seq))
             num_seats -= 1 + _num_pending(seq)
             if (
                 num_seats < 0
@@ -277,8 +287,7 @@ class Scheduler:
             seq.status = SequenceStatus.RUNNING
             insort(self._running, self._waiting.pop(0), key=_age)
             output.scheduled.append(ScheduledSequence(seq, num_cached, num_tokens))
-            budget -= num_tokens
-        return budget
+            budget.take(seq, num_tokens)
 
     def _share(self, seq: Sequence, num_left: int, budget: int) -> int:
         """How many of its `num_left` tokens a sequence may run now; 0 if it has to wait."""

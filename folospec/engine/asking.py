@@ -4,7 +4,6 @@ fails, and how long it took."""
 from __future__ import annotations
 
 import logging
-import time
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,9 +76,9 @@ class Asking:
         """The proposals of one drafter, by seq_id."""
         if not asked:
             return {}
-        begin = time.perf_counter()
-        behind = 0
+        begin, behind = 0.0, 0
         if self._planning is not None:
+            begin = self._planning.clock()
             behind = self._planning.behind(drafter, [candidate.seq for candidate in asked])
         answers = self._ask_all(drafter, asked)
         proposals = {}

@@ -29,6 +29,7 @@ from folospec.engine.loading import load_parts
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.open_requests import OpenRequests
 from folospec.engine.output_processor import Increment
+from folospec.engine.prefill_pace import PrefillPace
 from folospec.engine.product_timing import choose_products
 from folospec.engine.request import Request
 from folospec.engine.run_ahead import RunAhead
@@ -129,6 +130,7 @@ class LLMEngine:
             request_of,
             self.open.fail,
         )
+        self.prefill_pace = PrefillPace(config.max_prefill_slowdown)
         self._warm_up()
         self.tracer = Tracer(
             config, self.manager, self.engine_stats, self.speculation, parts.tokenizer
@@ -260,7 +262,7 @@ class LLMEngine:
                 self.tracer.finish(recorder)
 
     def _run_step(self, recorder: StepRecorder | None) -> None:
-        begin = time.perf_counter()
+        begin, planner_begin = time.perf_counter(), self.speculation.clock()
         if self.parts.device.type == "cuda":  # kernels are launched where the thread is
             torch.cuda.set_device(self.parts.device)
         self.speculation.plan(self.scheduler.running, self.open.request_of)
@@ -283,8 +285,9 @@ class LLMEngine:
         with self.state.calling_drafters():
             self.open.forget_drafts(failed)
             self.speculation.observe(observed, result)
-        spent = time.perf_counter() - begin
-        self.speculation.record_step(spent / self.target_pass.num_passes)
+        num_passes = self.target_pass.num_passes
+        self.prefill_pace.record(schedule.scheduled, (time.perf_counter() - begin) / num_passes)
+        self.speculation.record_step((self.speculation.clock() - planner_begin) / num_passes)
 
     @property
     def on_step(self) -> Callable[[StepTrace], None] | None:
@@ -327,7 +330,7 @@ class LLMEngine:
         reserve = None if self.speculation.is_idle else self._num_draft_slots
         if goes_ahead:
             reserve = self.run_ahead.num_slots
-        output = self.scheduler.schedule(reserve)
+        output = self.scheduler.schedule(reserve, self.prefill_pace.limit)
         if output.copies:
             for runner in self.parts.runners.values():
                 assert runner.kv is not None
@@ -342,11 +345,11 @@ class LLMEngine:
         return self.speculation.num_draft_slots(self.open.request_of(seq), seq)
 
     def _propose(self, scheduled: list[ScheduledSequence]) -> dict[str, Proposal]:
-        begin = time.perf_counter()
+        begin, is_idle = time.perf_counter(), self.speculation.is_idle
         candidates = [
             Candidate(self.open.request_of(item.seq), item.seq, item.num_draft_slots)
-            for item in scheduled
-            if item.num_draft_slots > 0 and not self.speculation.is_idle
+            for item in ([] if is_idle else scheduled)
+            if item.num_draft_slots > 0
         ]
         proposals = self.speculation.propose(candidates, scheduled)
         self.speculation.count_undrafted(scheduled, proposals, self.open.request_of)

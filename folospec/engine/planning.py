@@ -9,7 +9,6 @@ decides becomes limits of drafters and smaller proposals.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -56,6 +55,7 @@ class Planning:
         merge: the drafters' proposals are merged, so that they are asked all or none.
         allowed: the drafters that a request takes.
         shares_noise: of the acceptance rule.
+        clock: what time is measured with, in seconds.
     """
 
     def __init__(
@@ -66,7 +66,9 @@ class Planning:
         allowed: Callable[[Request], list[DrafterHandle]],
         shares_noise: bool,
         costs: Costs,
+        clock: Callable[[], float],
     ) -> None:
+        self.clock = clock
         self._shares_noise = shares_noise
         self._drafters, self._merge, self._allowed = drafters, merge, allowed
         if merge:
@@ -96,12 +98,13 @@ class Planning:
     def begin(self, running: Seq[Sequence], request_of: Callable[[Sequence], Request]) -> None:
         """Plan the step before it is scheduled."""
         seq_ids = [seq.seq_id for seq in running]
+        self._rests = self.planner.resting(seq_ids)
+        if self._rests and not self._asked:
+            return  # as in the last step, which has left nothing behind
         self._unpaid.clear()  # of a step that failed
         self.planner.begin_step()
         self._offers, self._pruned, self._drafting, self._num_nodes = {}, set(), 0.0, 0
-        self._rests = self.planner.resting(seq_ids)
         if self._rests:
-            self._asked = self.planner.last_plan
             return
         rows, context, num_ready = [], 0, 0
         for seq in running:
@@ -201,11 +204,11 @@ class Planning:
         behind: int,
         begin: float,
     ) -> None:
-        """Note what was asked, since when; `note_taken` tells the planner."""
+        """Note what was asked, since when by `clock`; `note_taken` tells the planner."""
         counts = {seq.seq_id: seq.num_tokens for seq in seqs}
         self._unpaid.append((self.source_of(drafter), counts, depths, behind, begin))
 
-    def note_taken(self, now: float) -> None:
+    def note_taken(self) -> None:
         """Learn what asking cost, and taking the answers in; drafters that are merged were one
         question."""
         if not self._unpaid:
@@ -214,8 +217,9 @@ class Planning:
         for _, more, other_depths, other_behind, _ in self._unpaid[1:]:
             counts = {**counts, **more}
             depths, behind = [*depths, *other_depths], behind + other_behind
-        self._drafting += now - begin
-        self.planner.record_draft(name, counts, depths, behind, now - begin)
+        spent = self.clock() - begin
+        self._drafting += spent
+        self.planner.record_draft(name, counts, depths, behind, spent)
         self._unpaid.clear()
 
     def min_path_probability(self, seq_id: str, drafter: DrafterHandle) -> float:
@@ -289,14 +293,16 @@ class Planning:
     def record(self, seconds: float) -> None:
         """Learn how long the step took, drafting included. One that computes prompts teaches
         nothing."""
-        begin, is_idle = time.perf_counter(), self.is_idle
+        if self._rests and not self._has_prompts and self.planner.skip_step():
+            return
+        begin, is_idle = self.clock(), self.is_idle
         # What it took to learn from the last step of this kind is a part of what such a step costs.
         seconds += self._learning[is_idle] - self._drafting
         if self._has_prompts:
             self.planner.pass_over(seconds)
         else:
             self.planner.record_step(self._shape, self._num_nodes, seconds)
-        spent = time.perf_counter() - begin
+        spent = self.clock() - begin
         self._learning[is_idle] += 0.1 * (spent - self._learning[is_idle])
 
 

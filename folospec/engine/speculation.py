@@ -51,6 +51,10 @@ class Speculation:
         self.merge = config.merge if config else False
         self.rule = ACCEPTANCE[config.acceptance if config else "coupled"]
         self.planner = FixedPlanner(self.limit)
+        # On a shared machine a step may wait for a core, which says nothing of what it costs. The
+        # work of a GPU is not that of the thread.
+        self.clock = time.thread_time if device.type == "cpu" else time.perf_counter
+        """What the planner's times are measured with."""
         self.planning: Planning | None = None
         if config is not None and config.is_adaptive and drafters:
             self.planning = Planning(
@@ -59,6 +63,7 @@ class Speculation:
                 allowed=self._allowed,
                 shares_noise=self.rule.shares_noise,
                 costs=costs,
+                clock=self.clock,
             )
         self.asking = Asking(
             self.planner,
@@ -138,11 +143,9 @@ class Speculation:
         else:
             self.planning.note_schedule(scheduled)
             found = self._propose_planned(self.planning, candidates) if candidates else {}
-        self._own_nodes = {
-            (name, seq_id): nodes
-            for seq_id, one in found.items()
-            for name, nodes in one.own_nodes.items()
-        }
+        self._own_nodes = {}
+        for seq_id, one in found.items():
+            self._own_nodes |= {(name, seq_id): nodes for name, nodes in one.own_nodes.items()}
         return {seq_id: one.proposal for seq_id, one in found.items()}
 
     def _propose_fixed(self, candidates: list[Candidate]) -> dict[str, Found]:
@@ -181,14 +184,14 @@ class Speculation:
                 new = [p for p in answers[seq_id] if p.drafter == drafter.name]
                 answer = self._merged(candidate, new) if new else None
                 planning.take(seq_id, drafter.name, answer, found)
-            planning.note_taken(time.perf_counter())
+            planning.note_taken()
         if self.merge:
             name = planning.source_of(self.drafters[0])
             for candidate in candidates:
                 several = answers[candidate.seq.seq_id]
                 answer = self._merged(candidate, several) if several else None
                 planning.take(candidate.seq.seq_id, name, answer, found)
-            planning.note_taken(time.perf_counter())
+            planning.note_taken()
         return planning.prune(found)
 
     def _merged(self, candidate: Candidate, proposals: list[Proposal]) -> Found:
@@ -250,7 +253,7 @@ class Speculation:
 
     def planner_stats(self) -> dict[str, Any] | None:
         """What the planner believes; None where nothing is planned."""
-        return self.planning.planner.beliefs.stats() if self.planning is not None else None
+        return self.planning.planner.stats() if self.planning is not None else None
 
     def count_undrafted(
         self,
@@ -263,11 +266,12 @@ class Speculation:
         planned = self.planning.reasons if self.planning is not None else {}
         for item in scheduled if self.drafters else ():
             seq = item.seq
-            if seq.seq_id in proposals or item.num_tokens > 1 or not item.samples:
+            seq_id = seq.seq_id
+            if item.num_tokens > 1 or seq_id in proposals or not item.samples:
                 continue
             request = request_of(seq)
-            reason = planned.get(seq.seq_id) if request.room(seq) > 1 else "no_room"
-            reason = self.reasons[seq.seq_id] = reason or self._reason(request, item)
+            reason = planned.get(seq_id) if request.room(seq) > 1 else "no_room"
+            reason = self.reasons[seq_id] = reason or self._reason(request, item)
             self.stats.record_undrafted(request.group.metrics, reason)
 
     def _reason(self, request: Request, item: ScheduledSequence) -> str:
@@ -289,8 +293,9 @@ class Speculation:
         try:
             self._telling.tell(observed, result, self._own_nodes)
         finally:
-            finished = [s for seen in observed for s in seen.family if s.status.is_finished]
-            self.drop(finished, finished=True)
+            for seen in observed:
+                if seen.siblings or seen.seq.status.is_finished:
+                    self.drop([s for s in seen.family if s.status.is_finished], finished=True)
 
     def drop(self, sequences: Iterable[Sequence], *, finished: bool) -> None:
         """Forget the drafters' state of preempted sequences, and of finished ones their draft

@@ -35,7 +35,7 @@ from folospec.kernels.build import BuildError, cache_folder
 from folospec.models.base import Model
 from folospec.models.loader import resolve_model
 from folospec.spec.draft_runner import Rows
-from folospec.spec.step_cost import CostCurve
+from folospec.spec.step_cost import ASKING_SECONDS, CostCurve
 from folospec.worker.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
         if 1 in own:
             most = max(own)
             slope = max(0.0, own[most] - own[1]) / max(1, most - 1)
-            guesses[drafter.name] = (0.0, 0.0, own[1], slope, slope)
+            guesses[drafter.name] = (*ASKING_SECONDS, own[1], slope, slope)
     return Costs(CostCurve(points if parts.target.graphs is None else in_buckets(points)), guesses)
 
 

@@ -55,11 +55,12 @@ class Telling:
         self._drafters, self._asking, self._strict = drafters, asking, strict
         self.needs = _union([drafter.needs for drafter in drafters])
         """What the target's pass must give so that every drafter has what it needs."""
+        self._is_for_all = bool(self.needs.aux_hidden_state_layers or self.needs.num_top_tokens)
+        """Whether every sequence of a step matters, not only those with a proposal."""
 
     def tell(self, observed: Seq[Observed], result: ForwardResult, own_nodes: OwnNodes) -> None:
         """Tell every drafter what became of the step, if that concerns it."""
-        has_proposals = any(seen.proposal is not None for seen in observed)
-        if not (has_proposals or _is_for_all(self.needs)):
+        if not (own_nodes or self._is_for_all):
             return
         top_token_ids = self._top_token_ids(observed, result)
         for drafter in self._drafters:
@@ -125,11 +126,6 @@ def _step_result(
         },
         top_token_ids=top,
     )
-
-
-def _is_for_all(needs: DrafterNeeds) -> bool:
-    """Whether every sequence of a step matters, not only those with a proposal."""
-    return bool(needs.aux_hidden_state_layers or needs.num_top_tokens)
 
 
 def _union(needs: list[DrafterNeeds]) -> DrafterNeeds:

@@ -12,17 +12,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
-Array = npt.NDArray[np.float64]
-
 NUM_LEVELS = 8
 """Depths that are told apart; what is deeper counts as the last."""
 NUM_BINS = 10
 PRICES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Tokens that a row of the target must bring to pay, at which the worth of a draft is kept."""
-_PRICES = np.array(PRICES)
 PRIOR_ACCEPTANCE = 0.7
 """Before anything was seen. Too high is tried and learned; too low may never be tried."""
 _PRIOR_WEIGHT, _REQUEST_WEIGHT = 6.0, 5.0
@@ -67,17 +61,20 @@ class _Bin:
 class _Worth:
     """Mean worth of an ask at each of `PRICES`."""
 
-    values: Array = field(default_factory=lambda: np.zeros(len(PRICES)))
+    values: list[float] = field(default_factory=lambda: [0.0] * len(PRICES))
     weight: float = 0.0
 
-    def add(self, values: Array, keep: float) -> None:
+    def add(self, values: Sequence[float], keep: float) -> None:
         self.weight = keep * self.weight + 1.0
-        self.values += (values - self.values) / self.weight
+        share = 1.0 / self.weight
+        self.values = [
+            old + share * (new - old) for old, new in zip(self.values, values, strict=True)
+        ]
 
     def estimate(self, place: int, prior: float, weight: float) -> float:
         """The mean at `PRICES[place]`, shrunk towards `prior`."""
         total = weight + self.weight
-        return (prior * weight + float(self.values[place]) * self.weight) / total
+        return (prior * weight + self.values[place] * self.weight) / total
 
 
 @dataclass(slots=True)
@@ -200,9 +197,10 @@ class AcceptanceRecord:
     def add_ask(self, seq_id: str, chances: Sequence[float], num_scratch: int = 0) -> None:
         """The drafter was asked; the nodes it proposed are reached and accepted with these
         chances, and so many rows more are never judged."""
-        values = -num_scratch * _PRICES
-        if chances:
-            values += np.maximum(np.subtract.outer(chances, _PRICES), 0.0).sum(axis=0)
+        values = [
+            sum([chance - price for chance in chances if chance > price]) - num_scratch * price
+            for price in PRICES
+        ]
         self._worth.add(values, _DRAFTER_KEEP)
         self._request(seq_id).worth.add(values, _REQUEST_KEEP)
 

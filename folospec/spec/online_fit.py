@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
-_ALL = slice(None)
 _FIRST_SEEN = 30
 
 
 class OnlineFit:
     """Estimates y = coefficients . x from noisy observations; no coefficient is negative, as no
     part of a cost is.
+
+    It works on lists: between two passes of a model a handful of floats is faster in Python than in
+    numpy, whose code is no longer in the processor's caches.
 
     Args:
         prior: the coefficients before anything was seen.
@@ -32,39 +31,55 @@ class OnlineFit:
     def __init__(
         self, prior: Sequence[float], spread: Sequence[float], *, memory: float, noise: float
     ) -> None:
-        self._prior = np.array(prior, dtype=np.float64)
-        self.coefficients: npt.NDArray[np.float64] = np.array(prior, dtype=np.float64)
-        self._covariance = np.diag(np.square(np.array(spread, dtype=np.float64)))
-        self._most = self._covariance.diagonal().copy()
+        self._prior = [float(value) for value in prior]
+        self.coefficients = list(self._prior)
+        self._most = [deviation**2 for deviation in spread]
+        self._covariance = [
+            [variance if row == column else 0.0 for column in range(len(spread))]
+            for row, variance in enumerate(self._most)
+        ]
         self._growth = 1.0 / (1.0 - 1.0 / memory)
         self._noise = noise
         self.num_seen = 0
 
-    def predict(self, x: npt.NDArray[np.float64]) -> float:
-        return float(self.coefficients @ x)
+    def predict(self, x: Sequence[float]) -> float:
+        return _dot(self.coefficients, x)
 
-    def relax(self, share: float, which: slice = _ALL) -> None:
+    def relax(self, share: float, which: slice = slice(None)) -> None:
         """Go back to the prior by this share of the way, in the directions `which`: what is not
         seen any more may have changed."""
-        back = self._prior[which] - self.coefficients[which]
-        self.coefficients[which] += share * back
+        for index in range(len(self._prior))[which]:
+            self.coefficients[index] += share * (self._prior[index] - self.coefficients[index])
 
-    def update(self, x: npt.NDArray[np.float64], y: float, floor: float) -> None:
+    def update(self, x: Sequence[float], y: float, floor: float) -> None:
         """Learn that `x` gave `y`. A surprise counts for its own size at most, and later on for a
         third of it: what is that wrong for once is an outlier, and what stays wrong is learned.
 
         Args:
             floor: the least that a prediction is taken for; above 0.
         """
-        predicted = max(self.predict(x), floor)
+        expected = self.predict(x)
+        predicted = max(expected, floor)
         most = predicted * (1.0 if self.num_seen < _FIRST_SEEN else 0.33)
-        surprise = min(max(y - self.predict(x), -most), most)
-        gain = self._covariance @ x
-        gain /= float(x @ gain) + (self._noise * predicted) ** 2
+        surprise = min(max(y - expected, -most), most)
+        seen = [_dot(row, x) for row in self._covariance]
+        scale = _dot(seen, x) + (self._noise * predicted) ** 2
+        gain = [value / scale for value in seen]
         # Where two directions were only seen together, noise would make one of them negative.
-        np.maximum(self.coefficients + gain * surprise, 0.0, out=self.coefficients)
-        self._covariance -= np.outer(gain, x @ self._covariance)
+        self.coefficients = [
+            max(0.0, old + share * surprise)
+            for old, share in zip(self.coefficients, gain, strict=True)
+        ]
         self.num_seen += 1
-        grown = self._covariance * self._growth
-        if (grown.diagonal() <= self._most).all():
-            self._covariance = grown
+        kept = [
+            [old - share * value for old, value in zip(row, seen, strict=True)]
+            for row, share in zip(self._covariance, gain, strict=True)
+        ]
+        variances = [row[index] * self._growth for index, row in enumerate(kept)]
+        if all(one <= most for one, most in zip(variances, self._most, strict=True)):
+            kept = [[value * self._growth for value in row] for row in kept]
+        self._covariance = kept
+
+
+def _dot(first: Sequence[float], second: Sequence[float]) -> float:
+    return sum([a * b for a, b in zip(first, second, strict=True)])

@@ -16,8 +16,11 @@ decide, nothing is pruned. So whatever rule a confidence is fit for, this is too
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from folospec.spec.beliefs import Beliefs
+from folospec.spec.feedback import Feedback
+from folospec.spec.learning_pace import REFERENCE_STEPS, LearningPace
 from folospec.spec.offers import learn_end, learn_offer, make_offer, prune_offers
 from folospec.spec.plan_terms import Offer, PlanRow, Source
 from folospec.spec.probing import Probing
@@ -26,11 +29,6 @@ from folospec.spec.step_plan import StepPlan
 
 _LEAST_REST, _MOST_REST, _MOST_HOLD = 31, 63, 7
 """For how many steps a plan of no drafts, or at most one of some, is kept."""
-_LEARN_PLAIN, _LEARN_EVERY = 256, 16
-_LEARN_ALL, _LEARN_ROUTINE = 64, 3
-"""Learning takes time. Of plain steps every sixteenth is learned from, and at first those too that
-follow a new plan; of those with questions the first ones, and then every third."""
-_FIRST_PLAIN, _REFERENCE_EVERY = 4, 100
 
 
 class FixedPlanner:
@@ -59,18 +57,22 @@ class Planner:
     def __init__(self, sources: Sequence[Source], curve: CostCurve = DEFAULT_CURVE) -> None:
         self.beliefs = Beliefs(sources, curve)
         self.probing = Probing()
-        self._plan = StepPlan(self.beliefs, self.probing, [], StepShape(1, 1))
+        self.feedback = Feedback()
+        self._plan = StepPlan(self.beliefs, self.probing, self.feedback, [], StepShape(1, 1))
         self._batch: list[str] = []
         self._rest = self._rested = self._calm = 0
         self._drafted: list[tuple[str, int, int, int, int, float]] = []
-        self._num_plain = self._since_plain = self._num_routine = 0
+        self._pace = LearningPace()
         self._is_reference = False
+        self._num_accepted = 0
 
     # Plan -----------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """Forget what was drafted in a step that failed before it was recorded."""
+        """Forget what was drafted in the last step, also in one that failed before it was
+        recorded."""
         self._drafted.clear()
+        self._num_accepted = 0
 
     def resting(self, seq_ids: list[str]) -> bool:
         """Whether the last plan still holds: the batch is the same, and it was made lately."""
@@ -103,19 +105,22 @@ class Planner:
         """
         changed = seq_ids != self._batch
         num_steps = 1 + self._rested
-        self._since_plain += num_steps
+        self.probing.earn_again(self._pace.num_skipped)
+        self._pace.add_planned(num_steps, is_drafted=bool(self._plan.depths))
         self.beliefs.relax(num_steps, self._plan.asked)
+        self.feedback.relax(num_steps, self._plan.asked)
         self._batch, self._rested = seq_ids, 0
         self.probing.next_plan(num_steps - 1)
-        plan = self._plan = StepPlan(self.beliefs, self.probing, rows, shape)
-        self._is_reference = bool(rows) and self._needs_reference()
+        corrected = self._plan.corrected
+        plan = self._plan = StepPlan(self.beliefs, self.probing, self.feedback, rows, shape)
+        self._is_reference = bool(rows) and self._pace.needs_reference(corrected)
+        all_ready = bool(rows) and shape.num_sequences >= len(seq_ids)
         if self._is_reference:
             plan.reasons = {row.seq_id: "reference" for row in rows}
-            self._rest = self._calm = 0
+            self._rest, self._calm = REFERENCE_STEPS - 1 if all_ready else 0, 0
             return {}
         if rows:
             plan.choose()
-        all_ready = bool(rows) and shape.num_sequences >= len(seq_ids)
         self._rest = self._next_rest(all_ready, changed)
         return plan.depths
 
@@ -132,13 +137,6 @@ class Planner:
         least, most = (1, _MOST_HOLD) if asks else (_LEAST_REST, _MOST_REST)
         self._calm = least if changed else min(max(2 * self._calm + 1, least), most)
         return self._calm
-
-    def _needs_reference(self) -> bool:
-        """Whether to take a step without drafts, so that it is known what one costs: the first
-        ones, and then every so often where there are always drafts."""
-        if self._num_plain < _FIRST_PLAIN:
-            return True
-        return self._since_plain >= _REFERENCE_EVERY
 
     def min_path_probability(self, name: str) -> float:
         """The chance below which a draft with a model is not worth another level."""
@@ -238,19 +236,21 @@ class Planner:
     def observe(self, offer: Offer, path: Sequence[int]) -> None:
         """Learn from a verdict: `path` are the accepted nodes, as they are numbered in the
         offer."""
+        self._num_accepted += len(path)
         learn_offer(self.beliefs.records[offer.source], offer, path)
 
     def record_step(self, shape: StepShape, num_draft_rows: int, seconds: float) -> None:
         """Learn how long a step took, drafting left out."""
         self.probing.earn(seconds)
+        if self._is_reference and self._rested < self._rest:
+            return  # what drafters have left in caches makes it slow
+        self._compare(shape, num_draft_rows, seconds)
         if num_draft_rows == 0 and not self.last_plan:
-            self._count_plain()
-            if self._passes_over():
-                return
+            self._pace.add_plain()
         self.beliefs.cost.observe(
             *(shape, num_draft_rows, seconds),
             asked=bool(self._drafted),
-            learn=not self._drafted or not self._is_routine(),
+            learn=not self._drafted or self._pace.learns_drafted(self.beliefs.cost.num_seen),
         )
         for name, num_rows, num_passes, num_levels, lag, spent in self._drafted:
             self.beliefs.draft_costs[name].observe(
@@ -261,42 +261,65 @@ class Planner:
                 seconds=spent,
                 slowdown=self.beliefs.cost.speed_now,
             )
-        self._drafted.clear()
+        self.begin_step()
 
-    def _passes_over(self) -> bool:
-        """Whether a plain step is too much like others to be learned from. Those of reference are
-        not, nor the last ones before a new plan, by when the machine's speed has to be known."""
-        if self._is_reference or self._rest - self._rested < 2:
+    def _compare(self, shape: StepShape, num_draft_rows: int, seconds: float) -> None:
+        """Compare a step with what is expected of it, and of one without drafts."""
+        cost, plan = self.beliefs.cost, self._plan
+        if self._is_reference and self._pace.is_settled:
+            self.feedback.note_plain(seconds / float(cost.table(shape, 0)[0]))
+        if not (self._drafted and plan.depths):
+            return
+        table = cost.table(shape, num_draft_rows)
+        plain, expected = float(table[0]), float(table[-1]) + cost.asking
+        for name, rows, passes, levels, lag, _ in self._drafted:
+            draft_cost = self.beliefs.draft_costs[name]
+            expected += draft_cost.expected(rows, passes, levels, lag, cost.slowdown)
+        taken = seconds + sum(spent for *_, spent in self._drafted)
+        got = 1.0 + self._num_accepted / shape.num_sequences
+        if plan.probe_loss is None:
+            shares = expected / plain, taken / expected
+            self.feedback.note_drafted(plan.asked, plan.promised, got, *shares)
+        elif plan.promised == 1.0:
+            loss = min(taken - got * plain, plan.probe_loss + plain)
+            self.probing.pay(max(0.0, loss - plan.probe_loss))
+
+    def skip_step(self) -> bool:
+        """Whether a step of a plan that holds is too much like others to be learned from; it is
+        counted then. The last ones before a new plan are not: by then the machine's speed has to be
+        known."""
+        is_known = self._rested > 2 or self._pace.knows_plain
+        is_last = self._rest - self._rested < 2
+        if self.last_plan or self._is_reference or is_last or not is_known:
             return False
-        is_known = self._rested > 2 or self._num_plain > _LEARN_PLAIN
-        return is_known and self._num_plain % _LEARN_EVERY != 1
+        self._pace.num_skipped += 1
+        return True
 
     def pass_over(self, seconds: float) -> None:
         """A step took so long that teaches nothing, since it computed prompts too. It counts as the
         reference that it was to be: where prompts never end, so would the steps without drafts."""
         self.probing.earn(seconds)
         if self._is_reference:
-            self._count_plain()
-        self._drafted.clear()
-
-    def _count_plain(self) -> None:
-        self._num_plain += 1
-        self._since_plain = 0
-
-    def _is_routine(self) -> bool:
-        """Whether enough drafted steps were learned from to pass over this one."""
-        self._num_routine += 1
-        return self.beliefs.cost.num_seen > _LEARN_ALL and self._num_routine % _LEARN_ROUTINE != 0
+            self._pace.add_plain()
+        self.begin_step()
 
     def keeps(self, name: str, seq_id: str, num_tokens: int) -> bool:
         """Whether a source should keep what it can of an output that has ended. Where it is in use
-        it should; where it is given up, as often as the purse allows."""
+        it should; where it is given up, as often as the probe budget allows."""
         if name in self.last_plan.get(seq_id, ()) and not self.probing.is_probing(name, seq_id):
             return True
         if not self.probing.has_money:
             return False
         self.probing.pay(self.beliefs.prices(name).lag * num_tokens)
         return True
+
+    def stats(self) -> dict[str, Any]:
+        """What is believed at present, times in seconds."""
+        found = self.beliefs.stats()
+        for name, source in found["sources"].items():
+            source["measured_gain"] = self.feedback.gain(name)
+            source["kept_of_promise"] = self.feedback.factor(name)
+        return found
 
     def drop(self, seq_id: str, *, finished: bool) -> None:
         """Forget a sequence that has ended, or the places of drafters in one that was preempted."""

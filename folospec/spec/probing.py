@@ -37,8 +37,15 @@ class Probing:
     def earn(self, seconds: float) -> None:
         """Put aside a share of a step."""
         self._step_seconds += 0.05 * (seconds - self._step_seconds)
+        self._put(SHARE * seconds)
+
+    def earn_again(self, num_steps: int) -> None:
+        """Put the same share of so many steps aside that were not timed."""
+        self._put(SHARE * num_steps * self._step_seconds)
+
+    def _put(self, seconds: float) -> None:
         most = SHARE * _MOST_STEPS * self._step_seconds
-        self._purse = min(self._purse + SHARE * seconds, most)
+        self._purse = min(self._purse + seconds, most)
 
     @property
     def has_money(self) -> bool:

@@ -29,6 +29,8 @@ MAX_ROWS = 4096
 """The curve is tabulated up to here; a larger pass costs as if it had so many rows."""
 _HOST_SECONDS = (3e-4, 3e-5, 1e-4, 2e-5)
 """Host time per step, sequence, step in which someone is asked, and draft token, at first."""
+ASKING_SECONDS = (8e-5, 3e-5)
+"""Host time of a question to a drafter, per call and sequence, before any was timed."""
 _UNSETTLED_STEPS = 2
 """First steps, which pay for what is made once, are not learned from."""
 _SLOWDOWN_RATE = 0.2
@@ -107,17 +109,16 @@ class StepCost:
         """Steps that were learned from."""
         return self._fit.num_seen
 
-    def _features(self, shape: StepShape, num_draft_rows: int, asked: bool) -> Array:
-        rows = min(shape.num_rows + num_draft_rows, MAX_ROWS)
-        passed = float(self.curve.table[rows]) / self._unit
+    def _features(self, shape: StepShape, num_draft_rows: int, asked: bool) -> list[float]:
+        passed = self.curve.at(shape.num_rows + num_draft_rows) / self._unit
         counts = shape.num_sequences, float(asked), num_draft_rows, shape.context / 4096
-        return np.array([passed, 1.0, *counts])
+        return [passed, 1.0, *counts]
 
     @property
     def asking(self) -> float:
         """Seconds that a step takes longer because anyone is asked for a draft, whatever comes of
         it and without the asking itself."""
-        return float(self._fit.coefficients[_ASKED]) * self._unit * self.slowdown
+        return self._fit.coefficients[_ASKED] * self._unit * self.slowdown
 
     def table(self, shape: StepShape, most: int) -> Array:
         """Expected seconds with 0, 1, ... `most` draft rows, without `asking`: float [most + 1],
@@ -180,8 +181,10 @@ class DraftCost:
         self, unit: float, *, in_passes: bool, guess: Sequence[float] | None = None
     ) -> None:
         self._unit, self.in_passes = unit, in_passes
-        start = [0.01, 0.002, 0.1, 0.002, 0.0005] if in_passes else [0.005, 0.005, 0, 0, 0.0005]
+        call, row = (seconds / unit for seconds in ASKING_SECONDS)
+        start = [call, row, 0.1, 0.002, 0.0005] if in_passes else [call, row, 0, 0, 0.0005]
         spread = [0.1, 0.03, 0.3, 0.03, 0.004] if in_passes else [0.02, 0.03, 0, 0, 0.004]
+        spread = [spread[0] + call, spread[1] + row, *spread[2:]]
         if guess is not None:
             start = [seconds / unit for seconds in guess]
         self._fit = OnlineFit(start, spread, memory=100, noise=0.2)
@@ -191,8 +194,8 @@ class DraftCost:
         """Seconds per call, per row, per pass, per row and pass, and per token of catching up; none
         is negative."""
         scale = self._unit * slowdown
-        call, row, one_pass, level, lag = self._fit.coefficients * scale
-        return float(call), float(row), float(one_pass), float(level), float(lag)
+        call, row, one_pass, level, lag = self._fit.coefficients
+        return call * scale, row * scale, one_pass * scale, level * scale, lag * scale
 
     def observe(
         self,
@@ -209,10 +212,22 @@ class DraftCost:
         routine = self._num_calls > _LEARN_ALL_CALLS and self._num_calls % 4 != 0
         if self._num_calls <= 1 or seconds <= 0 or (routine and lag <= 2 * num_rows):
             return
+        x = self._features(num_rows, num_passes, num_levels, lag)
+        self._fit.update(x, seconds / (self._unit * slowdown), 1e-4)
+
+    def expected(
+        self, num_rows: int, num_passes: int, num_levels: int, lag: int, slowdown: float
+    ) -> float:
+        """Seconds of one call."""
+        x = self._features(num_rows, num_passes, num_levels, lag)
+        return self._fit.predict(x) * self._unit * slowdown
+
+    def _features(
+        self, num_rows: int, num_passes: int, num_levels: int, lag: int
+    ) -> tuple[float, ...]:
         if not self.in_passes:
             num_passes = num_levels = 0
-        x = np.array([1.0, num_rows, num_passes, num_levels, lag], dtype=np.float64)
-        self._fit.update(x, seconds / (self._unit * slowdown), 1e-4)
+        return 1.0, num_rows, num_passes, num_levels, lag
 
     def relax(self, share: float) -> None:
         """Forget a share of what was learned, when the drafter is not asked."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from folospec.spec.acceptance_record import AcceptanceRecord
 from folospec.spec.beliefs import Beliefs
+from folospec.spec.feedback import Feedback
 from folospec.spec.plan_core import Array, DepthRow, DraftPrices, choose_depths, price_of_row
 from folospec.spec.plan_terms import PlanRow, Source
 from folospec.spec.probing import Probing
@@ -35,20 +36,33 @@ class StepPlan:
     """
 
     def __init__(
-        self, beliefs: Beliefs, probing: Probing, rows: Sequence[PlanRow], shape: StepShape
+        self,
+        beliefs: Beliefs,
+        probing: Probing,
+        feedback: Feedback,
+        rows: Sequence[PlanRow],
+        shape: StepShape,
     ) -> None:
-        self._beliefs, self._probing = beliefs, probing
+        self._beliefs, self._probing, self._feedback = beliefs, probing, feedback
         self._rows, self._num_sequences, self._shape = rows, shape.num_sequences, shape
         self.depths: dict[str, dict[str, int]] = {}
         """seq_id -> name of the source -> how deep."""
         self.reasons: dict[str, str] = {}
         """Why sequences without a draft have none."""
-        self.has_probes = False
+        self.probe_loss: float | None = None
+        """Seconds that probes are expected to cost; None where there are none."""
+        self.promised, self.corrected = 1.0, 1.0
+        """The expected rate over that without drafts: by the estimates, and by what those were
+        found to keep."""
         self.rate = self.price = 0.0
         """Tokens per second that are expected, and tokens that a draft row must bring."""
         self.weights = _weights(rows)
         self._seconds: Array = np.zeros(1)
         """Of the step with 0, 1, ... draft rows."""
+
+    @property
+    def has_probes(self) -> bool:
+        return self.probe_loss is not None
 
     @property
     def asked(self) -> set[str]:
@@ -100,17 +114,23 @@ class StepPlan:
             prices,
             record.nodes_per_level,
         )
-        if choice.rate < _MARGIN * self._num_sequences / float(self._seconds[0]):
+        promised = choice.rate / self.rate
+        if promised < _MARGIN or not self._feedback.trusts(source.name, promised):
             return
         chosen = {row.seq_id: depth for row, depth in zip(asked, choice.depths, strict=True)}
         for row in _first_few(record, [row for row in asked if chosen[row.seq_id]]):
             self._add(row, source, chosen[row.seq_id])
             self._probing.forget(source.name, row.seq_id)
-        self.rate = max(self.rate, choice.rate)
+        self._promise(source, promised)
+        self.rate = choice.rate
+
+    def _promise(self, source: Source, gain: float) -> None:
+        self.promised *= gain
+        self.corrected *= gain * self._feedback.factor(source.name)
 
     def _add_lookups(self, source: Source) -> None:
         prices, record = self._prices(source.name), self._beliefs.records[source.name]
-        found, gain = [], 0.0
+        found, gain, saved = [], 0.0, -prices.call
         for row in self._rows:
             if source.name not in row.lags:
                 continue
@@ -120,10 +140,13 @@ class StepPlan:
             if net > 0:
                 found.append(row)
                 gain += net
-        if gain > prices.call:
+                saved += net + (_ASK_MARGIN - 1.0) * cost
+        promised = 1.0 + saved * self.rate / self._num_sequences
+        if gain > prices.call and self._feedback.trusts(source.name, promised):
             for row in _first_few(record, found):
                 self._add(row, source, self._beliefs.depth_limit(row, source))
                 self._probing.forget(source.name, row.seq_id)
+            self._promise(source, promised)
 
     # Probes ---------------------------------------------------------------------------------------
 
@@ -154,7 +177,7 @@ class StepPlan:
             + float(self._seconds[num_nodes] - self._seconds[0])
         )
         probing.begin(name, row.seq_id, loss)
-        self.has_probes = True
+        self.probe_loss = (self.probe_loss or 0.0) + loss
         self._add(row, source, depth)
 
     def _could_pay(self, source: Source, rows: Sequence[PlanRow]) -> bool:

@@ -94,6 +94,7 @@ def test_too_many_items_are_refused():
 def test_never_slower_runs_on_tasks_with_their_own_lengths(tmp_path):
     chosen = ["--tasks", "chat,translation", "--temperatures", "0,0.8", "--batches", "1"]
     out = tmp_path / "rows.jsonl"
+    chosen += ["--no-controls"]
     never_slower.main([*chosen, "--pairs", "1", "--max-tokens", "33", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["workload"], row["temperature"], row["max_tokens"]) for row in rows] == [

@@ -43,6 +43,20 @@ def host_row(batch: int, sampling: str = "native", **extra: Any) -> dict[str, An
     }
 
 
+def planner_row(kind: str, **calls: float) -> dict[str, Any]:
+    return {
+        "benchmark": "planner_overhead",
+        "model": "folospec-demo",
+        "temperature": 1.5,
+        "batch": 8,
+        "kind": kind,
+        "steps": 70,
+        "total_us": sum(calls.values()),
+        "calls_us": calls,
+        "provenance": PROVENANCE,
+    }
+
+
 def cost_row(shape: str, rows: int) -> dict[str, Any]:
     return {
         "benchmark": "step_cost",
@@ -75,7 +89,7 @@ def page() -> str:
         begin = f"<!-- {name}: written by docs/update_overheads.py -->"
         return f"{begin}\nold {name}\n<!-- end of {name} -->\n"
 
-    return "head\n" + section("host_time") + section("step_cost")
+    return "head\n" + "".join(map(section, ("host_time", "step_cost", "planner_overhead")))
 
 
 def test_a_section_is_written_from_its_rows_and_the_other_stays(
@@ -114,8 +128,25 @@ def test_the_plots_are_drawn(update: dict[str, Any], tmp_path: Path) -> None:
     assert "one sequence, a chain" in (tmp_path / "step_cost.svg").read_text()
 
 
-def test_the_page_has_both_sections(update: dict[str, Any]) -> None:
+def test_the_page_has_all_sections(update: dict[str, Any]) -> None:
     text = (ROOT / "docs/overheads.md").read_text()
     filled = update["updated"](text, [host_row(1), cost_row("chain", 1)])
     assert filled != text
-    assert filled.count("<!-- end of ") == text.count("<!-- end of ") == 2
+    assert filled.count("<!-- end of ") == text.count("<!-- end of ") == 3
+
+
+def test_calls_are_listed_by_what_they_cost_more_than_in_a_plain_step(
+    update: dict[str, Any], page: str
+) -> None:
+    rows = [
+        planner_row("plain", forward=900.0, plan=1.0, tiny=0.1),
+        planner_row("resting", forward=902.0, plan=4.5, begin=8.0, tiny=0.1),
+    ]
+    written = update["updated"](page, rows)
+    assert "**T 1.5, batch 8**" in written
+    lines = [line for line in written.splitlines() if line.startswith("| `")]
+    assert lines == [
+        "| `begin` |  | 8.0 |",
+        "| `plan` | 1.0 | 4.5 |",
+        "| `forward` | 900.0 | 902.0 |",
+    ]

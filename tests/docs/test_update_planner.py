@@ -36,6 +36,11 @@ def row(**extra: Any) -> dict[str, Any]:
         "ratio": 1.25,
         "ratio_low": 1.125,
         "ratio_high": 1.5,
+        "contestant": "auto",
+        "bound": 1.0625,
+        "num_cells": 9,
+        "verdict": "not slower",
+        "clock": "cpu",
         "num_differing_pairs": 0,
         "auto_counts": {"num_drafts": 4, "num_accepted_tokens": 10},
         "provenance": PROVENANCE,
@@ -50,10 +55,13 @@ def updated() -> Any:
 
 def test_ratios_and_their_source_are_on_the_page(updated: Any) -> None:
     none = {"num_drafts": 0, "num_accepted_tokens": 0}
-    page = updated(PAGE, [row(), row(batch=32, num_differing_pairs=2, auto_counts=none)])
+    few = row(batch=32, num_differing_pairs=2, auto_counts=none, bound=None, verdict="undecided")
+    page = updated(PAGE, [row(), few])
     assert "**some, bfloat16**" in page
-    assert "| code, T 0 | 8 | 1.250 | 1.125 to 1.500 | 3.50 | equal |" in page
-    assert "| code, T 0 | 32 | 1.250 | 1.125 to 1.500 | no drafts | 2 pairs differ |" in page
+    ratios = "1.250 | 1.125 to 1.500"
+    assert f"| auto | code, T 0 | 8 | {ratios} | 1.062 | not slower | 3.50 | equal |" in page
+    assert f"| auto | code, T 0 | 32 | {ratios} | too few pairs | undecided | no drafts | 2" in page
+    assert "cpu time; bounds are for 9 cells" in page
     assert "`python benchmarks/never_slower.py`" in page
     assert "old" not in page
     assert page.endswith("tail\n")

@@ -122,6 +122,8 @@ BAD_OPTIONS = [
     ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization must be a share above 0"),
     ({"gpu_memory_utilization": True}, "gpu_memory_utilization must be a share above 0"),
     ({"enforce_eager": 1}, "enforce_eager must be True or False"),
+    ({"max_prefill_slowdown": 1.0}, "max_prefill_slowdown must be None or a number above 1"),
+    ({"max_prefill_slowdown": True}, "max_prefill_slowdown must be None or a number above 1"),
     ({"run_ahead": 33}, "run_ahead must be None or an integer in 1..32"),
     ({"run_ahead": True}, "run_ahead must be None or an integer in 1..32"),
     ({"run_ahead": 2}, "run_ahead must be None or 1 where no CUDA graphs run, got 2"),

@@ -4,10 +4,8 @@ tokens are those of plain decoding in torch, whatever is recorded and whoever dr
 from __future__ import annotations
 
 import sys
-import time
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +18,6 @@ from graph_stand_in import StandIn
 from harness import assert_speculated, perturbed_copy
 
 from folospec import LLM, SamplingParams
-from folospec.engine import llm_engine
 from folospec.engine.planning import Planning
 from folospec.engine.speculation import Speculation
 from folospec.kernels.gpu import launch, sampling_arrays
@@ -161,8 +158,7 @@ def test_where_the_planner_wants_no_drafts_tokens_are_drawn_ahead(
     speculative = {"method": "suffix", "adaptive": True}
     llm = make(models[0], speculative, attention_backend="triton", run_ahead=4)
     ticks = count()  # by whose clock every step takes as long
-    clock = SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=time.monotonic)
-    monkeypatch.setattr(llm_engine, "time", clock)
+    monkeypatch.setattr(llm.engine.speculation, "clock", lambda: next(ticks))
     assert tokens_of(llm, MIXED) == plain
     stats = llm.stats()
     assert stats["num_target_passes"] > stats["num_steps"] == len(recorded)

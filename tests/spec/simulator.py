@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from folospec.spec.feedback import Feedback
 from folospec.spec.plan_terms import PlanRow, Source
 from folospec.spec.planner import Planner
 from folospec.spec.step_cost import CostCurve, StepShape
@@ -72,6 +73,13 @@ def make_jobs(
         right = [rng.random() < c for c in chances]
         jobs.append(Job(number * every, chances, right=right, name=f"job-{number}"))
     return jobs
+
+
+class Credulous(Feedback):
+    """Believes every promise."""
+
+    def trusts(self, source: str, promised: float) -> bool:
+        return True
 
 
 @dataclass

@@ -47,7 +47,7 @@ INLINE DoubleVec exp_of_negative(DoubleVec x) {
 }
 
 // Conversions that every instruction set has for vectors: the low bits of 2^52 + x are an integer.
-INLINE int64_t round_to_integer(double x) {  // 0 <= x < 2^52; ties to even
+INLINE int64_t round_to_integer(double x) {  // 0 <= x <= 2^52; ties to even
     return as<int64_t>(x + 0x1p52) - as<int64_t>(0x1p52);
 }
 INLINE double to_double(uint32_t x) { return as<double>(as<uint64_t>(0x1p52) | x) - 0x1p52; }
@@ -57,7 +57,7 @@ struct Row {
     const float* logits;
     int64_t size;
     double peak, temperature;
-    double one;     // the weight of odds 1, at most 2^51; the sum of a row fits 62 bits
+    double one;     // the weight of odds 1, at most 2^52; the sum of a row fits 62 bits
     double* odds;   // [size]
     int64_t total;  // the sum of the weights
 
@@ -108,7 +108,7 @@ static int64_t first_equal(const float* x, int64_t size, float value) {
 static Row make_row(const float* logits, int64_t size, float peak, double temperature, RowMemory& memory) {
     int64_t room = (size + DOUBLES - 1) / DOUBLES * DOUBLES;
     if ((int64_t)memory.odds.size() < room) memory.odds.resize(room);
-    double one = std::ldexp(1.0, std::min(51, 62 - (64 - __builtin_clzll((uint64_t)size))));
+    double one = std::ldexp(1.0, std::min(52, 62 - (64 - __builtin_clzll((uint64_t)size))));
     Row row = {logits, size, peak, temperature, one, memory.odds.data(), 0};
     LongVec total = {};
     auto weigh = [&](int64_t i, const float* from) {
