@@ -59,6 +59,8 @@ FUNCTIONS = (
 """All of modules that training/corpus.py holds out."""
 STOPS = ("\ndef ", "\nclass ", "\n@")
 """Where a function at module level has ended."""
+ADAPTIVE = True
+"""Whether drafts are only as long as they pay."""
 WARM_UP_TOKENS = 8
 MAX_ROUNDS = 3
 TIME_LIMIT = 35.0
@@ -159,14 +161,27 @@ def run_demo(*, max_tokens: int, num_speculative_tokens: int, **options: Any) ->
 def _engines(num_speculative_tokens: int, options: dict[str, Any]) -> dict[str, LLMEngine]:
     from folospec import SpeculativeConfig
 
-    k = num_speculative_tokens
     engines = {"plain": make_engine(TARGET, warm_cache=False, max_num_seqs=1, **options)}
-    for settings in ({"method": "ngram"}, {"method": "draft_model", "model": DRAFT}):
-        speculative = SpeculativeConfig.of({**settings, "num_speculative_tokens": k})
-        engines[settings["method"]] = make_engine(
+    for method, settings in _methods(num_speculative_tokens).items():
+        speculative = SpeculativeConfig.of({**settings, "adaptive": ADAPTIVE})
+        engines[method] = make_engine(
             TARGET, speculative=speculative, warm_cache=False, max_num_seqs=1, **options
         )
     return engines
+
+
+def _methods(num_speculative_tokens: int) -> dict[str, dict[str, Any]]:
+    """What is compared with plain decoding. "auto" has the drafters that `speculative="auto"` would
+    take, but for one thing: it keeps no finished texts, since every prompt comes in each round."""
+    limit = {"num_speculative_tokens": num_speculative_tokens}
+    ngram = {"method": "ngram", **limit}
+    draft_model = {"method": "draft_model", "model": DRAFT, **limit}
+    suffix = {"method": "suffix", "max_cached_tokens": 0, **limit}
+    return {
+        "auto": {"drafters": [suffix, draft_model]},
+        "ngram": ngram,
+        "draft_model": draft_model,
+    }
 
 
 def _warm_up(trial: Trial, interrupt: Interrupt) -> None:
@@ -221,7 +236,7 @@ def _print(
     out.print(
         f"{TARGET}, draft {DRAFT}, {stats['dtype']}, {stats['device']} ({cpu_name()})\n"
         f"batch 1, temperature 0, at most {params.max_tokens} tokens per prompt, "
-        f"{num_speculative_tokens} draft tokens per step\n"
+        f"{num_speculative_tokens} draft tokens per step at most, as many as pay\n"
         f"{len(trial.finished)} of {len(trial.prompts)} held-out functions of Python "
         f"{platform.python_version()}, methods in turns, medians of {runs} runs\n"
         "tokens/s: output tokens / time, the prompt's computation included",
