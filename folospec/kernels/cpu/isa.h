@@ -48,8 +48,9 @@ constexpr int LANES = VECTOR_BYTES / sizeof(float);
 // register more, for what takes it apart.
 constexpr int ROW_TILE = REGISTERS == 32 ? 6 : 4, FEW_ROWS = REGISTERS == 32 ? 8 : 4;
 constexpr int outputs_of(int rows, int parts) {
+    if (rows == 1) return 8;  // hides that every sum waits for the one before it
     if (REGISTERS == 32) return rows <= 6 ? 4 : 3;
-    return rows == 1 ? 8 : rows == 2 || (rows == 3 && parts == 1) ? 4 : 3;
+    return rows == 2 || (rows == 3 && parts == 1) ? 4 : 3;
 }
 
 // Attention keeps this many sums in registers: those of a few queries, times a part of a tile's keys or
