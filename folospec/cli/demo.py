@@ -59,8 +59,6 @@ FUNCTIONS = (
 """All of modules that training/corpus.py holds out."""
 STOPS = ("\ndef ", "\nclass ", "\n@")
 """Where a function at module level has ended."""
-ADAPTIVE = True
-"""Whether drafts are only as long as they pay."""
 WARM_UP_TOKENS = 8
 MAX_ROUNDS = 3
 TIME_LIMIT = 35.0
@@ -163,7 +161,7 @@ def _engines(num_speculative_tokens: int, options: dict[str, Any]) -> dict[str, 
 
     engines = {"plain": make_engine(TARGET, warm_cache=False, max_num_seqs=1, **options)}
     for method, settings in _methods(num_speculative_tokens).items():
-        speculative = SpeculativeConfig.of({**settings, "adaptive": ADAPTIVE})
+        speculative = SpeculativeConfig.of(settings)
         engines[method] = make_engine(
             TARGET, speculative=speculative, warm_cache=False, max_num_seqs=1, **options
         )
@@ -178,7 +176,7 @@ def _methods(num_speculative_tokens: int) -> dict[str, dict[str, Any]]:
     draft_model = {"method": "draft_model", "model": DRAFT, **limit}
     suffix = {"method": "suffix", "max_cached_tokens": 0, **limit}
     return {
-        "auto": {"drafters": [suffix, draft_model]},
+        "auto": {"drafters": [suffix, draft_model], "adaptive": True},
         "ngram": ngram,
         "draft_model": draft_model,
     }
@@ -236,7 +234,7 @@ def _print(
     out.print(
         f"{TARGET}, draft {DRAFT}, {stats['dtype']}, {stats['device']} ({cpu_name()})\n"
         f"batch 1, temperature 0, at most {params.max_tokens} tokens per prompt, "
-        f"{num_speculative_tokens} draft tokens per step at most, as many as pay\n"
+        f"{num_speculative_tokens} draft tokens per step, auto as many of them as pay\n"
         f"{len(trial.finished)} of {len(trial.prompts)} held-out functions of Python "
         f"{platform.python_version()}, methods in turns, medians of {runs} runs\n"
         "tokens/s: output tokens / time, the prompt's computation included",

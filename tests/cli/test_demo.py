@@ -9,9 +9,7 @@ from folospec.cli.runner import make_engine
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, target, draft):
-    """The demo on tiny models, for two short prompts, however busy the machine is and whatever
-    pays there."""
-    monkeypatch.setattr(demo, "ADAPTIVE", False)
+    """The demo on tiny models, for two short prompts, however busy the machine is."""
     monkeypatch.setattr(demo, "TIME_LIMIT", float("inf"))
     monkeypatch.setattr(demo, "TARGET", target)
     monkeypatch.setattr(demo, "DRAFT", draft)
@@ -25,7 +23,8 @@ def test_the_demo_compares_three_methods_with_plain_decoding(folospec):
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.split()}
     assert result.exit_code == 0
     assert rows["plain"][2:] == ["1.00x", "200", "1.00", "-", "-"]
-    for method in ("auto", "ngram", "draft_model"):
+    assert rows["auto"][-1] == "yes"  # how much it drafts is a matter of the machine
+    for method in ("ngram", "draft_model"):
         assert rows[method][-1] == "yes"
         assert int(rows[method][3]) < 200
         assert float(rows[method][5]) > 1
@@ -34,16 +33,12 @@ def test_the_demo_compares_three_methods_with_plain_decoding(folospec):
         assert words in result.stdout
 
 
-def test_drafts_are_planned_and_the_tokens_are_those_of_plain_decoding(folospec, monkeypatch):
-    monkeypatch.setattr(demo, "ADAPTIVE", True)
+def test_only_auto_plans_its_drafts(folospec, monkeypatch):
     real, made = demo._engines, {}
     monkeypatch.setattr(demo, "_engines", lambda *given: made.update(real(*given)) or made)
-    result = folospec("demo", "--max-tokens", "24")
-    assert result.exit_code == 0
-    assert result.stdout.endswith("tokens equal: yes\n")
-    planners = {name: engine.stats()["planner"] for name, engine in made.items()}
-    assert planners.pop("plain") is None
-    assert None not in planners.values()
+    assert folospec("demo", "--max-tokens", "24").exit_code == 0
+    planned = {name: engine.stats()["planner"] is not None for name, engine in made.items()}
+    assert planned == {"plain": False, "auto": True, "ngram": False, "draft_model": False}
 
 
 def test_other_tokens_are_exit_code_1(folospec, monkeypatch, stranger):
