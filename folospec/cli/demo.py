@@ -40,6 +40,7 @@ from folospec.cli.runner import (
     make_engine,
     submit,
 )
+from folospec.config import AUTO
 from folospec.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -160,26 +161,28 @@ def _engines(num_speculative_tokens: int, options: dict[str, Any]) -> dict[str, 
     from folospec import SpeculativeConfig
 
     engines = {"plain": make_engine(TARGET, warm_cache=False, max_num_seqs=1, **options)}
-    for method, settings in _methods(num_speculative_tokens).items():
-        speculative = SpeculativeConfig.of(settings)
-        engines[method] = make_engine(
-            TARGET, speculative=speculative, warm_cache=False, max_num_seqs=1, **options
+    for settings in _settings(num_speculative_tokens):
+        engines[settings.get("method", AUTO)] = make_engine(
+            TARGET,
+            speculative=SpeculativeConfig.of(settings),
+            warm_cache=False,
+            max_num_seqs=1,
+            **options,
         )
     return engines
 
 
-def _methods(num_speculative_tokens: int) -> dict[str, dict[str, Any]]:
-    """What is compared with plain decoding. "auto" has the drafters that `speculative="auto"` would
-    take, but for one thing: it keeps no finished texts, since every prompt comes in each round."""
+def _settings(num_speculative_tokens: int) -> list[dict[str, Any]]:
+    """What is compared with plain decoding. The first has the drafters that `speculative="auto"`
+    would take, but keeps no finished texts, since every prompt comes in each round."""
     limit = {"num_speculative_tokens": num_speculative_tokens}
-    ngram = {"method": "ngram", **limit}
     draft_model = {"method": "draft_model", "model": DRAFT, **limit}
     suffix = {"method": "suffix", "max_cached_tokens": 0, **limit}
-    return {
-        "auto": {"drafters": [suffix, draft_model], "adaptive": True},
-        "ngram": ngram,
-        "draft_model": draft_model,
-    }
+    return [
+        {"drafters": [suffix, draft_model], "adaptive": True},
+        {"method": "ngram", **limit},
+        draft_model,
+    ]
 
 
 def _warm_up(trial: Trial, interrupt: Interrupt) -> None:
