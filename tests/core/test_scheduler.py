@@ -36,9 +36,11 @@ def make_scheduler(
     return Scheduler(manager, **settings_)  # type: ignore[arg-type]
 
 
-def advance(scheduler: Scheduler, num_drafts: int = 0) -> list[tuple[str, int, int, int]]:
+def advance(
+    scheduler: Scheduler, num_drafts: int = 0, num_long_tokens: int | None = None
+) -> list[tuple[str, int, int, int]]:
     """One step whose every draft is rejected; what ran: (seq_id, start, tokens, draft slots)."""
-    output = scheduler.schedule(lambda seq: num_drafts)
+    output = scheduler.schedule(lambda seq: num_drafts, num_long_tokens)
     for item in output.scheduled:
         if item.samples:
             item.seq.add_token_id(7)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from test_scheduler import make_scheduler, request
+from test_scheduler import advance, make_scheduler, request
 
 from folospec.core import Scheduler
 from folospec.core.step_budget import LONG_PROMPT
@@ -26,14 +26,7 @@ def scheduler_with(*prompts: int, decoding: int = 2, **limits: object) -> Schedu
 
 def run(scheduler: Scheduler, limit: int | None, num_drafts: int = 0) -> dict[str, int]:
     """One step; how many tokens each sequence ran."""
-    output = scheduler.schedule(lambda seq: num_drafts, limit)
-    for item in output.scheduled:
-        if item.samples:
-            item.seq.add_token_id(7)
-        scheduler.manager.commit(item.seq, item.start + item.num_tokens)
-        scheduler.manager.rollback(item.seq)
-    scheduler.check_integrity()
-    return {item.seq.seq_id: item.num_tokens for item in output.scheduled}
+    return {seq_id: tokens for seq_id, _, tokens, _ in advance(scheduler, num_drafts, limit)}
 
 
 def test_a_long_prompt_next_to_decoding_gets_no_more_than_its_limit() -> None:

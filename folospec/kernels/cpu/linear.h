@@ -41,8 +41,9 @@ struct WidenedWeight {
 typedef WidenedWeight<float> Float32Weight;
 typedef WidenedWeight<int8_t> Int8Weight;
 
+#if defined(FOLOSPEC_BF16_DOT)
 // Where there is an instruction for pairs.
-struct PairedWeight {
+struct BFloat16Weight {
     typedef bfloat16 W;
     typedef bfloat16 X;
     static constexpr int PARTS = 1, COLUMNS = 2 * LANES;
@@ -56,10 +57,10 @@ struct PairedWeight {
     }
     INLINE Vec accumulate(UintVec w, UintVec x, Vec sums) { return dot_pairs(w, x, sums); }
 };
-
+#else
 // Where there is none: even columns, then odd ones, as a load has them in the halves of its words. The
 // activations, rounded all the same, are floats and lie in that order.
-struct SplitWeight {
+struct BFloat16Weight {
     typedef bfloat16 W;
     typedef float X;
     static constexpr int PARTS = 2, COLUMNS = 2 * LANES;
@@ -73,11 +74,6 @@ struct SplitWeight {
     INLINE Vec load_x(const float* x) { return load(x); }
     INLINE Vec accumulate(Vec w, Vec x, Vec sums) { return fma(w, x, sums); }
 };
-
-#if defined(FOLOSPEC_BF16_DOT)
-typedef PairedWeight BFloat16Weight;
-#else
-typedef SplitWeight BFloat16Weight;
 #endif
 
 struct Matrix {

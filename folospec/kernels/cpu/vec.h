@@ -243,13 +243,7 @@ INLINE Vec exp(Vec x) {
     return as<Vec>(as<IntVec>(y) & ~underflow);
 }
 
-// The two bfloat16s of every word, as floats: the first ones, or the second ones.
-template <int PART>
-INLINE Vec widen_part(UintVec pairs) {
-    return as<Vec>(PART == 0 ? pairs << 16 : pairs & 0xffff0000u);
-}
-
-// The same of words in memory.
+// The bfloat16s of every word in memory, as floats: the first ones, or the second ones.
 template <int PART>
 INLINE Vec load_widened(const bfloat16* from) {
     // Sixteen registers are just enough for a tile, if the words are loaded anew for their second part; the
@@ -259,19 +253,18 @@ INLINE Vec load_widened(const bfloat16* from) {
 #endif
     UintVec pairs;
     std::memcpy(&pairs, from, sizeof pairs);
-    return widen_part<PART>(pairs);
+    return as<Vec>(PART == 0 ? pairs << 16 : pairs & 0xffff0000u);
 }
 
+#if defined(FOLOSPEC_BF16_DOT)
 // Pairs of bfloat16, as 32-bit words, times pairs, added to as many sums.
 INLINE Vec dot_pairs(UintVec a, UintVec b, Vec sums) {
-#if defined(__AVX512BF16__)
+#if defined(FOLOSPEC_AVX512)
     return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-#elif defined(FOLOSPEC_BF16_DOT)
-    return (Vec)vbfdotq_f32((float32x4_t)sums, (bfloat16x8_t)a, (bfloat16x8_t)b);
 #else
-    sums = fma(widen_part<0>(a), widen_part<0>(b), sums);
-    return fma(widen_part<1>(a), widen_part<1>(b), sums);
+    return (Vec)vbfdotq_f32((float32x4_t)sums, (bfloat16x8_t)a, (bfloat16x8_t)b);
 #endif
 }
+#endif
 
 }  // namespace folospec
