@@ -15,13 +15,17 @@ from dataclasses import dataclass, field
 NUM_LEVELS = 8
 """Depths that are told apart; what is deeper counts as the last."""
 NUM_BINS = 10
-PRICES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+PRICES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.55, 0.8)
 """Tokens that a row of the target must bring to pay, at which the worth of a draft is kept."""
 PRIOR_ACCEPTANCE = 0.7
 """Before anything was seen. Too high is tried and learned; too low may never be tried."""
 _PRIOR_WEIGHT, _REQUEST_WEIGHT = 6.0, 5.0
 _DRAFTER_KEEP, _REQUEST_KEEP = 0.995, 0.93
+_WORTH_WEIGHT, _WORTH_KEEP = 24.0, 0.98
+"""Of what asking is worth for a request: answers come in runs, and a text repeats itself the more
+the longer it is, so some dozen questions without an answer say little."""
 _PRIOR_WORTH = 0.5
+_LEAST_SCALE = 1e-6
 
 
 @dataclass(slots=True)
@@ -59,22 +63,28 @@ class _Bin:
 
 @dataclass(slots=True)
 class _Worth:
-    """Mean worth of an ask at each of `PRICES`."""
+    """Mean worth of an ask at each of `PRICES`: sums, and what they are to be multiplied by, so
+    that an answer of nothing, which is the usual one, is cheap to add."""
 
-    values: list[float] = field(default_factory=lambda: [0.0] * len(PRICES))
+    sums: list[float] = field(default_factory=lambda: [0.0] * len(PRICES))
+    scale: float = 1.0
     weight: float = 0.0
 
     def add(self, values: Sequence[float], keep: float) -> None:
+        self.add_nothing(keep)
+        self.sums = [old + new / self.scale for old, new in zip(self.sums, values, strict=True)]
+
+    def add_nothing(self, keep: float) -> None:
         self.weight = keep * self.weight + 1.0
-        share = 1.0 / self.weight
-        self.values = [
-            old + share * (new - old) for old, new in zip(self.values, values, strict=True)
-        ]
+        self.scale *= keep
+        if self.scale < _LEAST_SCALE:
+            self.sums = [value * self.scale for value in self.sums]
+            self.scale = 1.0
 
     def estimate(self, place: int, prior: float, weight: float) -> float:
         """The mean at `PRICES[place]`, shrunk towards `prior`."""
         total = weight + self.weight
-        return (prior * weight + self.values[place] * self.weight) / total
+        return (prior * weight + self.sums[place] * self.scale) / total
 
 
 @dataclass(slots=True)
@@ -95,13 +105,9 @@ class AcceptanceRecord:
         self._bins = [_Bin() for _ in range(NUM_BINS)]
         self._worth = _Worth()
         self._requests: dict[str, _Request] = {}
+        self.num_asks = 0
         self.nodes_per_level = 1.0
         """Of proposals that were made, on average."""
-
-    @property
-    def num_asks(self) -> float:
-        """Times the drafter was asked, as far as they are remembered."""
-        return self._worth.weight
 
     def drop(self, seq_id: str) -> None:
         self._requests.pop(seq_id, None)
@@ -152,20 +158,18 @@ class AcceptanceRecord:
 
     def calibrate(self, seq_id: str, confidence: Sequence[float]) -> list[float]:
         """Chances from stated confidence, by what came of alike ones and of this request's."""
-        corrections = [b.correction for b in self._bins]
         request = self._requests.get(seq_id)
         factor = 1.0
         if request is not None:
             factor = (request.accepted + 4.0) / (request.expected + 4.0)
-        last = NUM_BINS - 1
-        return [
-            min(max((c + corrections[min(int(c * NUM_BINS), last)]) * factor, 0.001), 0.999)
-            for c in confidence
-        ]
+        return [min(max((c + self._bin(c).correction) * factor, 0.001), 0.999) for c in confidence]
+
+    def _bin(self, confidence: float) -> _Bin:
+        return self._bins[min(int(confidence * NUM_BINS), NUM_BINS - 1)]
 
     def add_trial(self, seq_id: str, stated: float, expected: float, accepted: bool) -> None:
         """A node was put to the test; `expected` is its calibrated confidence."""
-        self._bins[min(int(stated * NUM_BINS), NUM_BINS - 1)].add(stated, accepted)
+        self._bin(stated).add(stated, accepted)
         request = self._request(seq_id)
         request.expected = _REQUEST_KEEP * request.expected + expected
         request.accepted = _REQUEST_KEEP * request.accepted + accepted
@@ -191,18 +195,23 @@ class AcceptanceRecord:
         value = self._worth.estimate(place, prior, _PRIOR_WEIGHT)
         request = self._requests.get(seq_id)
         if request is not None:
-            value = request.worth.estimate(place, value, _REQUEST_WEIGHT)
+            value = request.worth.estimate(place, value, _WORTH_WEIGHT)
         return value
 
     def add_ask(self, seq_id: str, chances: Sequence[float], num_scratch: int = 0) -> None:
         """The drafter was asked; the nodes it proposed are reached and accepted with these
         chances, and so many rows more are never judged."""
+        self.num_asks += 1
+        if not chances:
+            self._worth.add_nothing(_DRAFTER_KEEP)
+            self._request(seq_id).worth.add_nothing(_WORTH_KEEP)
+            return
         values = [
             sum([chance - price for chance in chances if chance > price]) - num_scratch * price
             for price in PRICES
         ]
         self._worth.add(values, _DRAFTER_KEEP)
-        self._request(seq_id).worth.add(values, _REQUEST_KEEP)
+        self._request(seq_id).worth.add(values, _WORTH_KEEP)
 
     def _request(self, seq_id: str) -> _Request:
         request = self._requests.get(seq_id)

@@ -94,7 +94,7 @@ class Beliefs:
         alone = self.cost.table(StepShape(1, 1), 8)
         parts = ("call", "row", "pass", "row_and_pass", "token_behind")
         return {
-            "step_seconds": {rows + 1: float(alone[rows]) for rows in (0, 1, 3, 7)},
+            "step_seconds": {rows + 1: alone[rows] for rows in (0, 1, 3, 7)},
             "asking_seconds": self.cost.asking,
             "slowdown": self.cost.slowdown,
             "sources": {

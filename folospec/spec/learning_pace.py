@@ -3,8 +3,11 @@ compare with. Learning takes time, too."""
 
 from __future__ import annotations
 
-_LEARN_PLAIN, _LEARN_DRAFTED, _LEARN_EVERY = 256, 64, 4
-"""Steps of each kind that are learned from at first, and which of the drafted ones later."""
+_LEARN_PLAIN, _LEARN_DRAFTED = 256, 64
+"""Steps of each kind that are learned from at first."""
+_LEARN_EVERY, _SURE_EVERY, _SURE_GAIN = 5, 17, 1.15
+"""Which of the drafted steps are learned from later, and which where the gain is beyond doubt. A
+plan holds for 8 or 16, so those are now the first and now the last of theirs."""
 REFERENCE_STEPS = 3
 """Plain steps in a row, of which the last is learned from: the first ones find in the processor's
 caches what drafters have left there, and are slower than plain decoding."""
@@ -48,7 +51,8 @@ class LearningPace:
         self._num_plain += self.num_skipped
         self.num_skipped = 0
 
-    def learns_drafted(self, num_seen: int) -> bool:
-        """Whether to learn from a drafted step, after so many were learned from."""
+    def learns_drafted(self, gain: float) -> bool:
+        """Whether to learn from one more step where drafts bring `gain` times the rate."""
         self._num_drafted += 1
-        return num_seen <= _LEARN_DRAFTED or self._num_drafted % _LEARN_EVERY == 0
+        every = _LEARN_EVERY if gain < _SURE_GAIN else _SURE_EVERY
+        return self._num_drafted <= _LEARN_DRAFTED or self._num_drafted % every == 0

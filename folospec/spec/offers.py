@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from folospec.spec.acceptance_record import AcceptanceRecord
-from folospec.spec.plan_core import Array, choose_nodes
+from folospec.spec.plan_core import choose_nodes
 from folospec.spec.plan_terms import Offer
 
 
@@ -21,6 +21,9 @@ def make_offer(
 ) -> Offer:
     """Correct the stated confidence by what came of earlier nodes, and note what the answer is
     worth. Where nothing is stated, a node is as likely as its depth and number of siblings say."""
+    if not depths:
+        record.add_ask(seq_id, ())
+        return Offer(name, seq_id, parents, depths, stated, [], [], judged)
     if stated is not None:
         calibrated = record.calibrate(seq_id, stated)
     else:
@@ -35,15 +38,14 @@ def make_offer(
         chances.append(chance if parent < 0 else chances[parent] * chance)
     num_scratch = 0 if judged is None else len(judged) - sum(judged)
     record.add_ask(seq_id, chances, num_scratch)
-    if depths:
-        record.add_shape(len(depths), max(depths))
+    record.add_shape(len(depths), max(depths))
     return Offer(name, seq_id, parents, depths, stated, calibrated, chances, judged)
 
 
 def prune_offers(
     offers: Sequence[Offer],
     num_sequences: int,
-    seconds: Array,
+    seconds: Sequence[float],
     drafting: float,
     weights: Mapping[str, float],
 ) -> None:

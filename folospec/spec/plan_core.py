@@ -59,7 +59,7 @@ class DepthChoice:
 def choose_depths(
     rows: Sequence[DepthRow],
     base_tokens: float,
-    seconds: Array,
+    seconds: Sequence[float],
     prices: DraftPrices,
     nodes_per_level: float = 1.0,
 ) -> DepthChoice:
@@ -72,7 +72,8 @@ def choose_depths(
     """
     if len(rows) == 1:
         return _choose_depth(rows[0], base_tokens, seconds, prices, nodes_per_level)
-    best = DepthChoice([0] * len(rows), base_tokens / float(seconds[0]))
+    best = DepthChoice([0] * len(rows), base_tokens / seconds[0])
+    table = np.asarray(seconds)
     longest = max((len(row.reach) for row in rows), default=0)
     tried = sorted({min(depth, longest) for depth in DEPTHS if longest > 0})
     chances = np.array([c * row.weight for row in rows for c in row.reach])
@@ -82,14 +83,14 @@ def choose_depths(
     order = np.lexsort((level, -chances))
     chances, owner, level = chances[order], owner[order], level[order]
     costs = prices.level + np.where(level == 1, extra[owner], 0.0) if longest else chances
-    if not _could_exceed(best.rate, base_tokens, chances, seconds, prices, nodes_per_level):
+    if not _could_exceed(best.rate, base_tokens, chances, table, prices, nodes_per_level):
         return best
     for depth in tried:
         inside = level <= depth
         tokens = base_tokens + np.cumsum(chances[inside])
         counts = np.arange(1, len(tokens) + 1, dtype=np.float64) * nodes_per_level
         drafting = prices.call + depth * prices.one_pass + np.cumsum(costs[inside])
-        rates = tokens / (_at(seconds, counts) + drafting)
+        rates = tokens / (_at(table, counts) + drafting)
         most = int(rates.argmax())
         if rates[most] > best.rate:
             chosen = np.bincount(owner[inside][: most + 1], minlength=len(rows))
@@ -116,25 +117,28 @@ def _could_exceed(
 
 
 def _choose_depth(
-    row: DepthRow, base_tokens: float, seconds: Array, prices: DraftPrices, nodes_per_level: float
+    row: DepthRow,
+    base_tokens: float,
+    seconds: Sequence[float],
+    prices: DraftPrices,
+    nodes_per_level: float,
 ) -> DepthChoice:
     """The same for one row, where no order has to be found."""
-    best, rate = 0, base_tokens / float(seconds[0])
-    steps = seconds.tolist()
+    best, rate = 0, base_tokens / seconds[0]
     tokens, drafting = base_tokens, prices.call + prices.row + row.extra
     for depth, chance in enumerate(row.reach, start=1):
         tokens += chance * row.weight
         drafting += prices.one_pass + prices.level
-        nodes = min(round(depth * nodes_per_level), len(steps) - 1)
-        if tokens / (steps[nodes] + drafting) > rate:
-            best, rate = depth, tokens / (steps[nodes] + drafting)
+        nodes = min(round(depth * nodes_per_level), len(seconds) - 1)
+        if tokens / (seconds[nodes] + drafting) > rate:
+            best, rate = depth, tokens / (seconds[nodes] + drafting)
     return DepthChoice([best], rate)
 
 
 def choose_nodes(
     chances: Sequence[Sequence[float]],
     base_tokens: float,
-    seconds: Array,
+    seconds: Sequence[float],
     drafting: float,
     weights: Sequence[float],
 ) -> tuple[list[list[int]], float]:
@@ -151,12 +155,15 @@ def choose_nodes(
     Returns:
         the nodes of each proposal that are kept, in order, and the rate that is expected.
     """
+    if len(chances) == 1:
+        nodes, rate = _choose_nodes(chances[0], base_tokens, seconds, drafting, weights[0])
+        return [nodes], rate
     flat = np.array([c * w for own, w in zip(chances, weights, strict=True) for c in own])
     place = [(i, node) for i, own in enumerate(chances) for node in range(len(own))]
     kept: list[list[int]] = [[] for _ in chances]
     order = np.argsort(-flat, kind="stable")
     tokens = base_tokens + np.concatenate(([0.0], np.cumsum(flat[order])))
-    rates = tokens / (seconds[: len(tokens)] + drafting)
+    rates = tokens / (np.asarray(seconds[: len(tokens)]) + drafting)
     most = int(rates.argmax())
     for index in sorted(order[:most].tolist()):
         i, node = place[index]
@@ -164,9 +171,26 @@ def choose_nodes(
     return kept, float(rates[most])
 
 
-def price_of_row(rate: float, seconds: Array) -> float:
+def _choose_nodes(
+    chances: Sequence[float],
+    base_tokens: float,
+    seconds: Sequence[float],
+    drafting: float,
+    weight: float,
+) -> tuple[list[int], float]:
+    """The same for one proposal: in plain Python, where numpy takes longer to begin."""
+    order = sorted(range(len(chances)), key=lambda node: -chances[node])
+    tokens, most, rate = base_tokens, 0, base_tokens / (seconds[0] + drafting)
+    for count, node in enumerate(order, start=1):
+        tokens += chances[node] * weight
+        if tokens / (seconds[count] + drafting) > rate:
+            most, rate = count, tokens / (seconds[count] + drafting)
+    return sorted(order[:most]), rate
+
+
+def price_of_row(rate: float, seconds: Sequence[float]) -> float:
     """Tokens that one more draft row must bring, on average over what `seconds` covers."""
-    return rate * float(seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
+    return rate * (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
 
 
 def _at(table: Array, counts: Array) -> Array:

@@ -20,15 +20,17 @@ from typing import Any
 
 from folospec.spec.beliefs import Beliefs
 from folospec.spec.feedback import Feedback
-from folospec.spec.learning_pace import REFERENCE_STEPS, LearningPace
+from folospec.spec.learning_pace import REFERENCE_STEPS
 from folospec.spec.offers import learn_end, learn_offer, make_offer, prune_offers
 from folospec.spec.plan_terms import Offer, PlanRow, Source
 from folospec.spec.probing import Probing
-from folospec.spec.step_cost import DEFAULT_CURVE, CostCurve, StepShape
+from folospec.spec.step_cost import DEFAULT_CURVE, CostCurve, DraftCall, StepShape
+from folospec.spec.step_learning import StepLearning
 from folospec.spec.step_plan import StepPlan
 
-_LEAST_REST, _MOST_REST, _MOST_HOLD = 31, 63, 7
-"""For how many steps a plan of no drafts, or at most one of some, is kept."""
+_RESTS, _HOLDS, _LOOKUP_HOLDS = (31, 63), (1, 7), (7, 15)
+"""For how many steps a plan is kept, at first and later: one of no drafts, one of some, and one
+that asks no model, which risks less."""
 
 
 class FixedPlanner:
@@ -52,27 +54,28 @@ class Planner:
     Args:
         sources: in order of precedence.
         curve: the cost of the target's pass.
+        feedback: another one than usual.
     """
 
-    def __init__(self, sources: Sequence[Source], curve: CostCurve = DEFAULT_CURVE) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        curve: CostCurve = DEFAULT_CURVE,
+        feedback: Feedback | None = None,
+    ) -> None:
         self.beliefs = Beliefs(sources, curve)
         self.probing = Probing()
-        self.feedback = Feedback()
+        self.feedback = feedback or Feedback()
         self._plan = StepPlan(self.beliefs, self.probing, self.feedback, [], StepShape(1, 1))
         self._batch: list[str] = []
         self._rest = self._rested = self._calm = 0
-        self._drafted: list[tuple[str, int, int, int, int, float]] = []
-        self._pace = LearningPace()
-        self._is_reference = False
-        self._num_accepted = 0
+        self._learning = StepLearning(self.beliefs, self.probing, self.feedback)
 
     # Plan -----------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """Forget what was drafted in the last step, also in one that failed before it was
-        recorded."""
-        self._drafted.clear()
-        self._num_accepted = 0
+        """See `StepLearning.begin_step`."""
+        self._learning.begin_step()
 
     def resting(self, seq_ids: list[str]) -> bool:
         """Whether the last plan still holds: the batch is the same, and it was made lately."""
@@ -105,19 +108,15 @@ class Planner:
         """
         changed = seq_ids != self._batch
         num_steps = 1 + self._rested
-        self.probing.earn_again(self._pace.num_skipped)
-        self._pace.add_planned(num_steps, is_drafted=bool(self._plan.depths))
-        self.beliefs.relax(num_steps, self._plan.asked)
-        self.feedback.relax(num_steps, self._plan.asked)
+        self._learning.end_plan(self._plan, num_steps)
         self._batch, self._rested = seq_ids, 0
         self.probing.next_plan(num_steps - 1)
-        corrected = self._plan.corrected
         plan = self._plan = StepPlan(self.beliefs, self.probing, self.feedback, rows, shape)
-        self._is_reference = bool(rows) and self._pace.needs_reference(corrected)
+        self._learning.is_reference = bool(rows) and self._learning.needs_reference()
         all_ready = bool(rows) and shape.num_sequences >= len(seq_ids)
-        if self._is_reference:
+        if self._learning.is_reference:
             plan.reasons = {row.seq_id: "reference" for row in rows}
-            self._rest, self._calm = REFERENCE_STEPS - 1 if all_ready else 0, 0
+            self._rest = REFERENCE_STEPS - 1 if all_ready else 0
             return {}
         if rows:
             plan.choose()
@@ -127,14 +126,16 @@ class Planner:
     def _next_rest(self, all_ready: bool, changed: bool) -> int:
         """For how many steps the plan is to hold: twice as long as the last, while nothing changes.
         A probe is an exception of one step, and while nobody is asked there is little to learn."""
-        asks = bool(self._plan.depths)
+        asks = self._plan.asked
         # Who is still at the prompt, or could not be drafted for, may be ready in the next step.
         if not all_ready or (changed and asks):
             self._calm = 0
             return 0
         if self._plan.has_probes:
             return 0
-        least, most = (1, _MOST_HOLD) if asks else (_LEAST_REST, _MOST_REST)
+        least, most = _HOLDS if asks else _RESTS
+        if asks and not any(self.beliefs.sources[name].in_passes for name in asks):
+            least, most = _LOOKUP_HOLDS
         self._calm = least if changed else min(max(2 * self._calm + 1, least), most)
         return self._calm
 
@@ -186,7 +187,8 @@ class Planner:
         """
         self.beliefs.note_seen(name, rows)
         # How fast the machine was is known when the step is over.
-        self._drafted.append((name, len(rows), max(depths, default=0), sum(depths), lag, seconds))
+        call = DraftCall(len(rows), max(depths, default=0), sum(depths), lag)
+        self._learning.calls.append((name, call, seconds))
 
     def behind(self, name: str, seq_id: str, lag: int) -> int:
         """See `Beliefs.behind`."""
@@ -236,71 +238,34 @@ class Planner:
     def observe(self, offer: Offer, path: Sequence[int]) -> None:
         """Learn from a verdict: `path` are the accepted nodes, as they are numbered in the
         offer."""
-        self._num_accepted += len(path)
+        self._learning.num_accepted += len(path)
         learn_offer(self.beliefs.records[offer.source], offer, path)
 
     def record_step(self, shape: StepShape, num_draft_rows: int, seconds: float) -> None:
         """Learn how long a step took, drafting left out."""
         self.probing.earn(seconds)
-        if self._is_reference and self._rested < self._rest:
+        if self._learning.is_reference and self._rested < self._rest:
             return  # what drafters have left in caches makes it slow
-        self._compare(shape, num_draft_rows, seconds)
-        if num_draft_rows == 0 and not self.last_plan:
-            self._pace.add_plain()
-        self.beliefs.cost.observe(
-            *(shape, num_draft_rows, seconds),
-            asked=bool(self._drafted),
-            learn=not self._drafted or self._pace.learns_drafted(self.beliefs.cost.num_seen),
-        )
-        for name, num_rows, num_passes, num_levels, lag, spent in self._drafted:
-            self.beliefs.draft_costs[name].observe(
-                num_rows=num_rows,
-                num_passes=num_passes,
-                num_levels=num_levels,
-                lag=lag,
-                seconds=spent,
-                slowdown=self.beliefs.cost.speed_now,
-            )
-        self.begin_step()
-
-    def _compare(self, shape: StepShape, num_draft_rows: int, seconds: float) -> None:
-        """Compare a step with what is expected of it, and of one without drafts."""
-        cost, plan = self.beliefs.cost, self._plan
-        if self._is_reference and self._pace.is_settled:
-            self.feedback.note_plain(seconds / float(cost.table(shape, 0)[0]))
-        if not (self._drafted and plan.depths):
-            return
-        table = cost.table(shape, num_draft_rows)
-        plain, expected = float(table[0]), float(table[-1]) + cost.asking
-        for name, rows, passes, levels, lag, _ in self._drafted:
-            draft_cost = self.beliefs.draft_costs[name]
-            expected += draft_cost.expected(rows, passes, levels, lag, cost.slowdown)
-        taken = seconds + sum(spent for *_, spent in self._drafted)
-        got = 1.0 + self._num_accepted / shape.num_sequences
-        if plan.probe_loss is None:
-            shares = expected / plain, taken / expected
-            self.feedback.note_drafted(plan.asked, plan.promised, got, *shares)
-        elif plan.promised == 1.0:
-            loss = min(taken - got * plain, plan.probe_loss + plain)
-            self.probing.pay(max(0.0, loss - plan.probe_loss))
+        rests = self._rested > 0
+        self._learning.record(self._plan, shape, num_draft_rows, seconds, rests=rests)
 
     def skip_step(self) -> bool:
         """Whether a step of a plan that holds is too much like others to be learned from; it is
         counted then. The last ones before a new plan are not: by then the machine's speed has to be
         known."""
-        is_known = self._rested > 2 or self._pace.knows_plain
+        is_known = self._rested > 2 or self._learning.pace.knows_plain
         is_last = self._rest - self._rested < 2
-        if self.last_plan or self._is_reference or is_last or not is_known:
+        if self.last_plan or self._learning.is_reference or is_last or not is_known:
             return False
-        self._pace.num_skipped += 1
+        self._learning.pace.num_skipped += 1
         return True
 
     def pass_over(self, seconds: float) -> None:
         """A step took so long that teaches nothing, since it computed prompts too. It counts as the
         reference that it was to be: where prompts never end, so would the steps without drafts."""
         self.probing.earn(seconds)
-        if self._is_reference:
-            self._pace.add_plain()
+        if self._learning.is_reference:
+            self._learning.pace.add_plain()
         self.begin_step()
 
     def keeps(self, name: str, seq_id: str, num_tokens: int) -> bool:

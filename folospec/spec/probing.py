@@ -14,8 +14,10 @@ SHARE = 0.005
 _MOST_STEPS = 200
 """The purse holds the shares of so many steps at most."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 512
-_BURST = 3
-"""Steps that one probe goes on for: what was caught up with is cheap to use again."""
+_BURST, _LONG_BURST = 3, 8
+"""Steps that one probe goes on for: what was caught up with is cheap to use again, and answers of a
+lookup are rare."""
+_NUM_PHASES = 4
 
 
 @dataclass(slots=True)
@@ -23,6 +25,7 @@ class _Place:
     next_probe: int = 0
     pause: int = _FIRST_PAUSE
     until: int = -1
+    burst: int = _BURST
 
 
 class Probing:
@@ -33,6 +36,7 @@ class Probing:
         self._step_seconds = 0.0
         self._now = 0
         self._places: dict[tuple[str, str], _Place] = {}
+        self._num_spread: dict[str, int] = {}
 
     def earn(self, seconds: float) -> None:
         """Put aside a share of a step."""
@@ -55,23 +59,35 @@ class Probing:
         """Time goes on, by a step and those that rested."""
         self._now += 1 + rested
 
-    def choose(self, source: str, seq_ids: Sequence[str]) -> int | None:
-        """Which of these sequences to probe now: the one whose turn came first, or None."""
+    def choose(self, source: str, seq_ids: Sequence[str], *, spread: bool = False) -> int | None:
+        """Which of these sequences to probe now: the one whose turn came first, or None.
+
+        Args:
+            spread: do not begin with every sequence where its output begins, but with three in four
+                some pauses later: there is more to look up in a longer text.
+        """
         best, turn = None, self._now + 1
         for index, seq_id in enumerate(seq_ids):
             place = self._places.get((source, seq_id))
-            due = (
-                0 if place is None else self._now if self._now <= place.until else place.next_probe
-            )
+            if place is None:
+                place = self._places[source, seq_id] = self._new_place(source, spread)
+            due = self._now if self._now <= place.until else place.next_probe
             if due < turn:
                 best, turn = index, due
         return best
 
+    def _new_place(self, source: str, spread: bool) -> _Place:
+        if not spread:
+            return _Place()
+        phase = self._num_spread[source] = self._num_spread.get(source, -1) + 1
+        due = self._now + phase % _NUM_PHASES * 2 * _FIRST_PAUSE
+        return _Place(due if phase % _NUM_PHASES else 0, burst=_LONG_BURST)
+
     def begin(self, source: str, seq_id: str, loss: float) -> None:
         """Probe, at a cost of `loss` seconds; a new one, or one more step of the last."""
-        place = self._places.setdefault((source, seq_id), _Place())
+        place = self._places[source, seq_id]
         if self._now > place.until:
-            place.until = self._now + _BURST - 1
+            place.until = self._now + place.burst - 1
             place.next_probe = place.until + place.pause
             place.pause = min(2 * place.pause, _LONGEST_PAUSE)
         self._purse -= loss

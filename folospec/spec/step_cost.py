@@ -17,27 +17,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from folospec.spec.online_fit import OnlineFit
 
-Array = npt.NDArray[np.float64]
-
 MAX_ROWS = 4096
 """The curve is tabulated up to here; a larger pass costs as if it had so many rows."""
-_HOST_SECONDS = (3e-4, 3e-5, 1e-4, 2e-5)
+_HOST_SECONDS = (3e-4, 3e-5, 2e-5, 2e-5)
 """Host time per step, sequence, step in which someone is asked, and draft token, at first."""
-ASKING_SECONDS = (8e-5, 3e-5)
+ASKING_SECONDS = (4e-5, 1.5e-5)
 """Host time of a question to a drafter, per call and sequence, before any was timed."""
-_UNSETTLED_STEPS = 2
-"""First steps, which pay for what is made once, are not learned from."""
+_UNSETTLED_STEPS, _UNSETTLED_CALLS = 2, 8
+"""First steps and questions, which pay for what is made once, are not learned from."""
 _SLOWDOWN_RATE = 0.2
 _ASKED, _DRAFTING = 3, slice(3, 5)
 """The coefficients of a step in which someone is asked, and of it and of each draft."""
-_LEARN_ALL_CALLS = 50
-"""After so many calls of a drafter every fourth is learned from, and those that caught up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +68,11 @@ class CostCurve:
         if len(rows) > 1:
             slope = (seconds[-1] - seconds[0]) / (rows[-1] - rows[0])
             table = np.where(counts > rows[-1], seconds[-1] + slope * (counts - rows[-1]), table)
-        self.table: Array = table
+        self.table: list[float] = table.tolist()
         self.points = dict(zip(rows, seconds.tolist(), strict=True))
 
     def at(self, num_rows: int) -> float:
-        return float(self.table[min(num_rows, MAX_ROWS)])
+        return self.table[min(num_rows, MAX_ROWS)]
 
 
 DEFAULT_CURVE = CostCurve({1: 0.01, 64: 0.03})
@@ -120,18 +117,25 @@ class StepCost:
         it and without the asking itself."""
         return self._fit.coefficients[_ASKED] * self._unit * self.slowdown
 
-    def table(self, shape: StepShape, most: int) -> Array:
-        """Expected seconds with 0, 1, ... `most` draft rows, without `asking`: float [most + 1],
-        never falling."""
+    def table(self, shape: StepShape, most: int) -> list[float]:
+        """Expected seconds with 0, 1, ... `most` draft rows, without `asking`: never falling."""
         first = min(shape.num_rows, MAX_ROWS)
-        passed = self.curve.table[first : first + most + 1] / self._unit
-        if len(passed) <= most:
-            passed = np.pad(passed, (0, most + 1 - len(passed)), mode="edge")
+        passed = self.curve.table[first : first + most + 1]
+        passed += passed[-1:] * (most + 1 - len(passed))
         scale, step, sequence, _, draft, context = self._fit.coefficients
         fixed = step + sequence * shape.num_sequences + context * shape.context / 4096
-        units = scale * passed + fixed + draft * np.arange(most + 1)
-        least = 0.2 * passed[0]
-        return np.maximum.accumulate(np.maximum(units, least)) * (self._unit * self.slowdown)
+        fixed *= self._unit * self.slowdown
+        scale *= self.slowdown
+        draft *= self._unit * self.slowdown
+        seconds = [scale * one + fixed + draft * count for count, one in enumerate(passed)]
+        seconds[0] = max(seconds[0], 0.2 * passed[0] * self.slowdown)
+        return list(accumulate(seconds, max))
+
+    def expected(self, shape: StepShape, num_draft_rows: int) -> float:
+        """Expected seconds with so many draft rows, without `asking`: one entry of `table`, for
+        what is asked in every step."""
+        x = self._features(shape, num_draft_rows, asked=False)
+        return max(self._fit.predict(x), 0.2 * x[0]) * self._unit * self.slowdown
 
     def observe(
         self,
@@ -163,6 +167,20 @@ class StepCost:
     def relax(self, share: float) -> None:
         """Forget a share of what was learned of draft rows, when there are none."""
         self._fit.relax(share, _DRAFTING)
+
+
+class DraftCall(NamedTuple):
+    """What a drafter is asked in one call: for how many rows, how many passes its model makes, how
+    many levels the drafts of all rows have together, and how many tokens it catches up with."""
+
+    num_rows: int
+    num_passes: int
+    num_levels: int
+    lag: int
+
+    @property
+    def catches_up(self) -> bool:
+        return self.lag > 2 * self.num_rows
 
 
 class DraftCost:
@@ -197,37 +215,21 @@ class DraftCost:
         call, row, one_pass, level, lag = self._fit.coefficients
         return call * scale, row * scale, one_pass * scale, level * scale, lag * scale
 
-    def observe(
-        self,
-        *,
-        num_rows: int,
-        num_passes: int,
-        num_levels: int,
-        lag: int,
-        seconds: float,
-        slowdown: float,
-    ) -> None:
-        """Learn from one call: `num_levels` are the levels of all rows together."""
+    def observe(self, call: DraftCall, seconds: float, slowdown: float) -> None:
+        """Learn from one call, but the first ones."""
         self._num_calls += 1
-        routine = self._num_calls > _LEARN_ALL_CALLS and self._num_calls % 4 != 0
-        if self._num_calls <= 1 or seconds <= 0 or (routine and lag <= 2 * num_rows):
+        unsettled = 1 if self.in_passes else _UNSETTLED_CALLS
+        if self._num_calls <= unsettled or seconds <= 0:
             return
-        x = self._features(num_rows, num_passes, num_levels, lag)
-        self._fit.update(x, seconds / (self._unit * slowdown), 1e-4)
+        self._fit.update(self._features(call), seconds / (self._unit * slowdown), 1e-4)
 
-    def expected(
-        self, num_rows: int, num_passes: int, num_levels: int, lag: int, slowdown: float
-    ) -> float:
+    def expected(self, call: DraftCall, slowdown: float) -> float:
         """Seconds of one call."""
-        x = self._features(num_rows, num_passes, num_levels, lag)
-        return self._fit.predict(x) * self._unit * slowdown
+        return self._fit.predict(self._features(call)) * self._unit * slowdown
 
-    def _features(
-        self, num_rows: int, num_passes: int, num_levels: int, lag: int
-    ) -> tuple[float, ...]:
-        if not self.in_passes:
-            num_passes = num_levels = 0
-        return 1.0, num_rows, num_passes, num_levels, lag
+    def _features(self, call: DraftCall) -> tuple[float, ...]:
+        passes, levels = (call.num_passes, call.num_levels) if self.in_passes else (0, 0)
+        return 1.0, call.num_rows, passes, levels, call.lag
 
     def relax(self, share: float) -> None:
         """Forget a share of what was learned, when the drafter is not asked."""

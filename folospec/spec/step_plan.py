@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from folospec.spec.acceptance_record import AcceptanceRecord
 from folospec.spec.beliefs import Beliefs
 from folospec.spec.feedback import Feedback
-from folospec.spec.plan_core import Array, DepthRow, DraftPrices, choose_depths, price_of_row
+from folospec.spec.plan_core import DepthRow, DraftPrices, choose_depths, price_of_row
 from folospec.spec.plan_terms import PlanRow, Source
 from folospec.spec.probing import Probing
 from folospec.spec.step_cost import StepShape
 
-_MARGIN, _ASK_MARGIN = 1.03, 2.5
+_MARGIN, _ASK_MARGIN = 1.03, 1.5
 """Drafts must promise so many times the rate without any, and answers so many times what asking
 costs: what is chosen for its promise tends to keep less, and pruning and learning take time too."""
+_TRIAL_ASKS, _TRIAL_STEPS = 256, 20.0
+"""A lookup is first tried for so many questions, or for as many as take as long as so many plain
+steps."""
 _FIRST_ASKS, _FIRST_ROWS = 16, 4
 """Until a source was asked so often, it is asked for so many sequences at a time."""
 
@@ -57,7 +58,7 @@ class StepPlan:
         self.rate = self.price = 0.0
         """Tokens per second that are expected, and tokens that a draft row must bring."""
         self.weights = _weights(rows)
-        self._seconds: Array = np.zeros(1)
+        self._seconds = [0.0]
         """Of the step with 0, 1, ... draft rows."""
 
     @property
@@ -78,7 +79,7 @@ class StepPlan:
         sources = self._beliefs.sources.values()
         most_nodes = max(8, max(source.limit for source in sources) * len(self._rows))
         self._seconds = self._beliefs.cost.table(self._shape, most_nodes)
-        self.rate = self._num_sequences / float(self._seconds[0])
+        self.rate = self._num_sequences / self._seconds[0]
         for source in sources:
             if source.in_passes:
                 self._add_passes(source)
@@ -131,6 +132,10 @@ class StepPlan:
     def _add_lookups(self, source: Source) -> None:
         prices, record = self._prices(source.name), self._beliefs.records[source.name]
         found, gain, saved = [], 0.0, -prices.call
+        if self._is_on_trial(source):
+            for row in [row for row in self._rows if source.name in row.lags][:_FIRST_ROWS]:
+                self._add(row, source, self._beliefs.depth_limit(row, source))
+            return
         for row in self._rows:
             if source.name not in row.lags:
                 continue
@@ -148,6 +153,15 @@ class StepPlan:
                 self._probing.forget(source.name, row.seq_id)
             self._promise(source, promised)
 
+    def _is_on_trial(self, source: Source) -> bool:
+        """Whether to ask whatever is expected: a text has more to find in it the longer it is, so
+        who gives up where outputs begin never learns what comes later."""
+        prices, record = self._prices(source.name), self._beliefs.records[source.name]
+        rows = [row for row in self._rows if source.name in row.lags]
+        if record.num_asks >= _TRIAL_ASKS or not rows or not self._could_pay(source, rows):
+            return False
+        return record.num_asks * (prices.call + prices.row) < _TRIAL_STEPS * self._seconds[0]
+
     # Probes ---------------------------------------------------------------------------------------
 
     def _add_probe(self, source: Source) -> None:
@@ -160,7 +174,7 @@ class StepPlan:
             for row in self._rows
             if name in row.lags and name not in self.depths.get(row.seq_id, ())
         ]
-        turn = probing.choose(name, [row.seq_id for row in idle])
+        turn = probing.choose(name, [row.seq_id for row in idle], spread=not source.in_passes)
         if turn is None or not self._could_pay(source, idle):
             return
         row, prices = idle[turn], self._prices(name)
@@ -174,7 +188,8 @@ class StepPlan:
             + prices.row
             + depth * (prices.one_pass + prices.level)
             + prices.lag * behind
-            + float(self._seconds[num_nodes] - self._seconds[0])
+            + self._seconds[num_nodes]
+            - self._seconds[0]
         )
         probing.begin(name, row.seq_id, loss)
         self.probe_loss = (self.probe_loss or 0.0) + loss
@@ -200,7 +215,7 @@ class StepPlan:
             return {row.seq_id: "rejected" for row in rows}
         alone = StepShape(1, 1, self._shape.context // self._num_sequences)
         seconds = self._beliefs.cost.table(alone, 4)
-        rate = 1.0 / float(seconds[0])
+        rate = 1.0 / seconds[0]
         price = price_of_row(rate, seconds)
         least = {}
         for name, source in self._beliefs.sources.items():

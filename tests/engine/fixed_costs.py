@@ -19,7 +19,7 @@ class FixedStepCost(StepCost):
 class FixedDraftCost(DraftCost):
     """Knows what a draft costs, whatever it took."""
 
-    def observe(self, **_: Any) -> None: ...
+    def observe(self, *_: Any) -> None: ...
 
 
 def planner_of(llm: LLM) -> Planner:

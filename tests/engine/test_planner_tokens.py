@@ -287,6 +287,6 @@ def test_a_step_whose_drafter_failed_leaves_no_unpaid_drafts(
         patch.setattr(drafter, "observe", failing)
         with pytest.raises(RuntimeError, match="observe"):
             run_to_end()
-    assert plan._drafted
+    assert plan._learning.calls
     engine.speculation.plan(engine.scheduler.running, engine.open.request_of)
-    assert not plan._drafted
+    assert not plan._learning.calls

@@ -33,6 +33,10 @@ class World:
     slow: Callable[[float], float] = lambda now: 1.0
     in_passes: bool = True
     limit: int = 8
+    cold: float = 1.0
+    """How many times as long a call takes if there was none in the step before."""
+    silent: float = 0.0
+    """Where the drafter is right with a smaller chance, it has nothing to say."""
 
 
 @dataclass
@@ -150,7 +154,7 @@ class Planned:
 
     def learn(self, accepted: dict[str, int], num_rows: int, seconds: float) -> None:
         for name, count in accepted.items():
-            if self.offers[name].kept:
+            if name in self.offers and self.offers[name].kept:
                 self.planner.observe(self.offers[name], list(range(count)))
         self.planner.record_step(self.shape, num_rows, seconds)
 
@@ -160,7 +164,7 @@ def simulate(
 ) -> Result:
     """Run all jobs to their ends."""
     rng = random.Random(seed)
-    result = Result()
+    result, was_asked = Result(), False
     jobs = [Job(j.arrival, j.chances, j.context, j.right, j.name, 0, j.context) for j in jobs]
     waiting, running = sorted(jobs, key=lambda job: job.arrival), []
 
@@ -175,16 +179,20 @@ def simulate(
         while waiting and len(running) < seats and waiting[0].arrival <= result.seconds:
             running.append(waiting.pop(0))
         wanted = policy.depths(running)
-        drafts = _draft(running, wanted, policy.min_chance)
+        drafts = _draft(running, wanted, policy.min_chance, world.silent)
         if wanted:
-            taken = spend(_draft_seconds(world, running, wanted, drafts))
+            cold = 0.0 if was_asked else (world.cold - 1.0) * world.call
+            taken = spend(_draft_seconds(world, running, wanted, drafts) + cold)
             result.drafting += taken
             if isinstance(policy, Planned):
+                for name in wanted.keys() - drafts.keys():
+                    policy.planner.offer("draft", name, (), (), None)
                 lag = sum(job.lag for job in running if job.name in wanted)
                 counts = {job.name: job.done for job in running if job.name in wanted}
                 depths = [len(draft) for draft in drafts.values()]
                 policy.planner.record_draft("draft", counts, depths, lag, taken)
                 policy.drafting = taken
+        was_asked = bool(wanted)
         kept = policy.prune(drafts, running) if wanted else {}
         num_rows = sum(kept.values())
         seconds = spend(world.step(len(running) + num_rows, len(running)))
@@ -200,11 +208,15 @@ def simulate(
     return result
 
 
-def _draft(running: list[Job], wanted: dict[str, int], least: float) -> dict[str, list[float]]:
+def _draft(
+    running: list[Job], wanted: dict[str, int], least: float, silent: float
+) -> dict[str, list[float]]:
     drafts = {}
     for job in running:
         chance, draft = 1.0, []
         for place in range(job.done, job.done + wanted.get(job.name, 0)):
+            if job.chances[place] < silent:
+                break
             draft.append(job.chances[place])
             chance *= job.chances[place]
             if chance < least:

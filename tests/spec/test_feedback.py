@@ -83,7 +83,7 @@ class Unlearning(StepCost):
 
 
 class Known(DraftCost):
-    def observe(self, **_):
+    def observe(self, *_):
         pass
 
 
@@ -104,10 +104,9 @@ def ratio_to_plain(world, chance, feedback, *, count=4, seed=0):
     jobs = make_jobs(count, 2000, lambda job, place: chance, spread=0.1, seed=seed)
     curve = CostCurve({rows: believed(rows, 0) for rows in range(1, 65)})
     guess = (CALL, 0.0, 0.0, 0.0, 0.0)
-    planner = Planner([Source("draft", 8, False, guess)], curve)
+    planner = Planner([Source("draft", 8, False, guess)], curve, feedback)
     planner.beliefs.cost = Unlearning(curve)
     planner.beliefs.draft_costs["draft"] = Known(curve.at(1), in_passes=False, guess=guess)
-    planner.feedback = feedback
     plain = simulate(world, jobs, Fixed(0)).seconds
     return simulate(world, jobs, Planned(world, curve, planner)).seconds / plain
 

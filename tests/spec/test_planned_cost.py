@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from folospec.spec.step_cost import CostCurve, DraftCost, StepCost, StepShape
+from folospec.spec.step_cost import CostCurve, DraftCall, DraftCost, StepCost, StepShape
 
 CURVE = CostCurve({1: 0.010, 8: 0.011, 64: 0.020})
 
@@ -94,14 +94,8 @@ def test_what_drafting_costs_is_learned_by_rows_passes_and_tokens_behind():
     for _ in range(200):
         rows, passes, lag = rng.choice([1, 4, 8]), rng.choice([1, 2, 4]), rng.choice([0, 0, 200])
         seconds = 0.002 * passes + 0.0001 * rows * passes + 0.00002 * lag
-        cost.observe(
-            num_rows=rows,
-            num_passes=passes,
-            num_levels=rows * passes,
-            lag=lag,
-            seconds=seconds * rng.lognormvariate(0, 0.05),
-            slowdown=1.0,
-        )
+        call = DraftCall(rows, passes, rows * passes, lag)
+        cost.observe(call, seconds * rng.lognormvariate(0, 0.05), 1.0)
     call, row, one_pass, level, behind = cost.parts(1.0)
     assert call + row < 0.0015
     assert one_pass == pytest.approx(0.002, rel=0.25)
