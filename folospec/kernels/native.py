@@ -107,13 +107,28 @@ class Pass(ctypes.Structure):
     ]
 
 
-_STRUCTS = (Matrix, AttentionStep, Layer, ModelStruct, Pass)
+class Chains(ctypes.Structure):
+    _fields_ = [
+        ("attention", AttentionStep),
+        ("lm_head", POINTER(Matrix)),
+        *((name, c_void_p) for name in ("cos", "sin", "windows")),
+        ("num_windows", c_int64),
+        *((name, c_void_p) for name in ("starts", "laws", "wanted", "lengths", "least")),
+        ("most", c_int64),
+        *((name, c_void_p) for name in ("logits", "tokens", "chances", "found", "scratch")),
+        ("threads", c_int64),
+    ]
+
+
+_STRUCTS = (Matrix, AttentionStep, Layer, ModelStruct, Pass, Chains)
 _POINTER, _COUNT = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "sizes": (None, (_POINTER,)),
     "instruction_set": (c_char_p, ()),
     "scratch_floats": (c_int64, (_POINTER, _POINTER)),
     "forward": (None, (_POINTER, _POINTER)),
+    "chain_floats": (c_int64, (_POINTER, _POINTER)),
+    "chains": (c_int64, (_POINTER, _POINTER)),
     "linear": (None, (_POINTER, _POINTER, _POINTER, _COUNT, _POINTER, _COUNT)),
     "attention": (None, (*[_POINTER] * 7, _COUNT)),
     "rms_norm": (None, (_POINTER, _POINTER, _COUNT, _COUNT, c_double, _POINTER)),
@@ -139,6 +154,8 @@ class Native:
     linear: Callable[..., None]
     attention: Callable[..., None]
     scratch_floats: Callable[..., int]
+    chains: Callable[..., int]
+    chain_floats: Callable[..., int]
     sizes: Callable[..., None]
     instruction_set: Callable[[], bytes]
     move_rows: Callable[..., None]

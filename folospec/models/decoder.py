@@ -177,6 +177,11 @@ class Decoder:
         """See `Model.captures`."""
         return isinstance(self.attention, PagedBackend) and self.attention.captures
 
+    def native_for(self, num_rows: int) -> NativeDecoder | None:
+        """What runs so many rows with native kernels; None where something else does."""
+        fast = self._fast(num_rows)
+        return fast if isinstance(fast, NativeDecoder) else None
+
     def _fast(self, num_rows: int) -> NativeDecoder | GpuDecoder | None:
         """Return what runs so many rows; None is torch."""
         least = self.torch_products_from

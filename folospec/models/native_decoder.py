@@ -88,7 +88,7 @@ class NativeDecoder:
         """
         decoder = self.decoder
         rows, hidden_size = metadata.num_tokens, decoder.config.hidden_size
-        self._point_at(kv)
+        self.point_at(kv)
         step = native_cpu.describe(
             metadata, decoder.num_heads, kv[0], scale=decoder.head_size**-0.5
         )
@@ -96,7 +96,7 @@ class NativeDecoder:
         ids = pointer("input_ids", input_ids, torch.int64, (rows,))
         check_ids("token ids", input_ids.numpy(), self.vocab_size)
         positions = pointer("positions", metadata.positions, torch.int64, (rows,))
-        cos, sin = self._angles(metadata.positions.numpy())
+        cos, sin = self.angles(metadata.positions.numpy())
         hidden = native.floats(rows, hidden_size)
         tapped = {tap: native.floats(rows, hidden_size) for tap in taps}
         streams = self._no_streams
@@ -119,7 +119,8 @@ class NativeDecoder:
             None,
             torch.get_num_threads(),
         )
-        call.scratch = self._room(call)
+        wanted = self.library.scratch_floats(ctypes.byref(self.model), ctypes.byref(call))
+        call.scratch = self.room(wanted)
         self.library.forward(ctypes.byref(self.model), ctypes.byref(call))
         return hidden, tapped
 
@@ -172,20 +173,25 @@ class NativeDecoder:
         self._kept.append(vector.float().contiguous())
         return self._kept[-1]
 
-    def _point_at(self, kv: Sequence[LayerKV]) -> None:
+    def point_at(self, kv: Sequence[LayerKV]) -> None:
+        """Let the layers write their keys and values there.
+
+        Raises:
+            ValueError: a layer's are not of the shape that the decoder's sizes ask for.
+        """
         if kv is not self._kv:
             shape = (len(kv[0].key), self.decoder.num_kv_heads, self.decoder.head_size)
             for layer, one in zip(self.layers, kv, strict=True):
                 layer.pages = native_cpu.find_pages(one, shape, kv[0].key.dtype)
             self._kv = kv
 
-    def _room(self, call: native.Pass) -> int:
-        wanted = self.library.scratch_floats(ctypes.byref(self.model), ctypes.byref(call))
+    def room(self, wanted: int) -> int:
+        """The address of so many floats of scratch, for one call."""
         if self._scratch.numel() < wanted:
             self._scratch = native.floats(wanted)
         return self._scratch.data_ptr()
 
-    def _angles(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all these positions, and of those below; a table that has grown
         repeats itself to the bit."""
         have, length = len(self._cos), int(positions.max()) + 1

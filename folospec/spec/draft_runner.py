@@ -62,6 +62,8 @@ class ChainLaw(NamedTuple):
     """Factor of the scores in the confidence."""
     length: int
     """Tokens that are wanted, at least 1."""
+    least: float = 0.0
+    """A chain whose joint confidence is below may end there; a runner may draw on all the same."""
 
 
 class DrawnChains(NamedTuple):

@@ -119,9 +119,9 @@ class Drawer:
         return Place(spot.count, keys, spot.law.temperature)
 
 
-def chain_law(law: DraftLaw, length: int, sharpness: float) -> ChainLaw:
+def chain_law(law: DraftLaw, length: int, sharpness: float, least: float) -> ChainLaw:
     """What a runner needs that draws a chain of so many tokens by itself."""
-    return ChainLaw(law.packed, _position(law, 0), _scale(law, sharpness), length)
+    return ChainLaw(law.packed, _position(law, 0), _scale(law, sharpness), length, least)
 
 
 def _wanted(index: int, spot: Spot, most: int, sharpness: float) -> bytes:

@@ -298,6 +298,8 @@ def _take_law(law: object) -> ChainLaw:
         raise ValueError(
             f"position must be at least -1 and length at least 1, got {position} and {length}"
         )
-    if type(law.scale) is not float or not math.isfinite(law.scale):
-        raise ValueError(f"scale must be a finite float, got {law.scale!r}")
-    return ChainLaw(law.packed, position, law.scale, length)
+    for name in ("scale", "least"):
+        value = getattr(law, name)
+        if type(value) is not float or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite float, got {value!r}")
+    return ChainLaw(law.packed, position, law.scale, length, law.least)

@@ -16,6 +16,7 @@ from folospec.attention.metadata import AttentionMetadata, IntArray, pack_tables
 from folospec.kernels.native_sampling import Walks
 from folospec.models.base import Model
 from folospec.models.decoder import Decoder
+from folospec.models.native_chains import ChainBatch, draw_chains
 from folospec.spec.draft_runner import (
     ChainLaw,
     Chains,
@@ -26,7 +27,7 @@ from folospec.spec.draft_runner import (
 )
 from folospec.worker.chain_graphs import MAX_LENGTH, ChainGraphs
 from folospec.worker.graphs import Recorder, StepGraphs
-from folospec.worker.input_batch import make_batch, make_single
+from folospec.worker.input_batch import check_room, make_batch, make_single
 from folospec.worker.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -156,11 +157,41 @@ class ModelRunner:
         """See `DraftRunner.draw_chains`; with `as_target` tokens are drawn as verification draws
         them."""
         if self.chain_graphs is None:
-            return None
+            return None if as_target else self._draw_natively(logits, starts, block_tables, laws)
         drawn = self.chain_graphs.run(logits, starts, block_tables, laws, as_target)
         if drawn is not None:
             self.num_passes += max(law.length for law in laws) - 1
         return drawn
+
+    def _draw_natively(
+        self,
+        logits: Tensor,
+        starts: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        laws: Sequence[ChainLaw],
+    ) -> DrawnChains | None:
+        """The same on a CPU, where the model runs natively and has all tokens of the logits."""
+        assert self.kv is not None
+        if self.row_at_a_time or len(starts) > self.max_num_batched_tokens:
+            return None
+        decoder = self.model.native_for(len(starts)) if isinstance(self.model, Decoder) else None
+        if decoder is None or decoder.lm_head.out_size != logits.shape[1]:
+            return None
+        ends = np.array([start + law.length - 1 for start, law in zip(starts, laws, strict=True)])
+        check_room(ends, block_tables, self.kv.block_size)
+        batch = ChainBatch(
+            starts=starts,
+            block_table=pack_tables(block_tables),
+            block_size=self.kv.block_size,
+            laws=[law.packed for law in laws],
+            positions=[law.position for law in laws],
+            scales=[law.scale for law in laws],
+            lengths=[law.length for law in laws],
+            least=[law.least for law in laws],
+        )
+        drawn = draw_chains(decoder, logits, self.kv.layers, batch)
+        self.num_passes += drawn.num_passes
+        return DrawnChains(drawn.token_ids, drawn.confidence)
 
     @torch.inference_mode()
     def warm_up_chains(self, max_num_seqs: int, length: int, vocab_size: int) -> None:

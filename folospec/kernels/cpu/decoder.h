@@ -77,6 +77,23 @@ INLINE int64_t lay_out(const Model& m, const AttentionStep& a, float* base, Scra
 constexpr int64_t OUT_UNIT = 24;  // outputs are shared out so that tiles of any width fit
 constexpr int64_t INNER_UNIT = 48;  // and whole vectors of the MLP's inner columns besides
 
+// y [rows, out] = x [rows, in] W^T; `room` holds the operand: rows * (in + 31) floats are enough.
+INLINE void linear_rows(const Matrix& m, const float* x, void* room, int64_t rows, float* y, Member& member) {
+    Operand operand = {room, padded_columns(m.in, m.format), m.format, Tiling(rows)};
+    member.share(rows, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            OperandRow to(operand, row);
+            for (int64_t i = 0; i < operand.columns; i += LANES) {
+                int count = std::clamp<int64_t>(m.in - i, 0, LANES);
+                to.put(i, load_up_to(x + row * m.in + i, count));
+            }
+        }
+    });
+    member.share(m.out, OUT_UNIT, [&](int64_t begin, int64_t end) {
+        linear_part(m, operand, y, m.out, begin, end, false);
+    });
+}
+
 class Worker {
 public:
     Worker(const Model& model, const Pass& pass, const Scratch& scratch, Member& member)

@@ -1,8 +1,7 @@
 // The native CPU kernels: plain functions over data pointers, for ctypes. Every one has a form in torch or
 // in Python that it is tested against. They trust their caller: kernels/checked.py looks first. `threads` is
 // torch's own number, and the threads are torch's own OpenMP's: a second runtime would spin against it.
-#include "children.h"
-#include "decoder.h"
+#include "chains.h"
 #include "sampling.h"
 #include "suffix.h"
 
@@ -17,6 +16,7 @@ EXPORT void folospec_sizes(int64_t* sizes) {
     sizes[2] = sizeof(Layer);
     sizes[3] = sizeof(Model);
     sizes[4] = sizeof(Pass);
+    sizes[5] = sizeof(Chains);
 }
 
 // What this build computes with.
@@ -37,21 +37,18 @@ EXPORT void folospec_forward(const Model* model, const Pass* pass) {
 // y [rows, out] = x [rows, in] W^T; `room` holds the operand: rows * (in + 31) floats are enough.
 EXPORT void folospec_linear(const Matrix* m, const float* x, void* room, int64_t rows, float* y,
                             int64_t threads) {
-    Operand operand = {room, padded_columns(m->in, m->format), m->format, Tiling(rows)};
-    together(threads, [&](Member& member) {
-        member.share(rows, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row++) {
-                OperandRow to(operand, row);
-                for (int64_t i = 0; i < operand.columns; i += LANES) {
-                    int count = std::clamp<int64_t>(m->in - i, 0, LANES);
-                    to.put(i, load_up_to(x + row * m->in + i, count));
-                }
-            }
-        });
-        member.share(m->out, OUT_UNIT, [&](int64_t begin, int64_t end) {
-            linear_part(*m, operand, y, m->out, begin, end, false);
-        });
-    });
+    together(threads, [&](Member& member) { linear_rows(*m, x, room, rows, y, member); });
+}
+
+// Draw chains of tokens, and run all of each but its last; returns the passes that were made.
+EXPORT int64_t folospec_chains(const Model* model, const Chains* job) {
+    ChainWorker worker(*model, *job);
+    together(job->threads, [&](Member& member) { worker.run(member); });
+    return worker.num_passes();
+}
+
+EXPORT int64_t folospec_chain_floats(const Model* model, const Chains* job) {
+    return ChainWorker::scratch_floats(*model, *job);
 }
 
 // Write the rows' keys and values, [rows, kv_heads, head_size], then attend: out [rows, heads, head_size].

@@ -140,7 +140,7 @@ class ModelDrafter(Drafter):
             logits,
             [chain.row.root_position + 1 for chain in chains],
             [chain.row.block_table for chain in chains],
-            [chain_law(chain.law, chain.length, self.sharpness.value) for chain in chains],
+            [chain_law(c.law, c.length, self.sharpness.value, c.least) for c in chains],
         )
         if drawn is None:
             return False
