@@ -32,9 +32,11 @@ from folospec.engine.loading import Parts
 from folospec.engine.planning import UNKNOWN_COSTS, Costs
 from folospec.kernels import native
 from folospec.kernels.build import BuildError, cache_folder
+from folospec.kernels.native_children import NO_NOISE
+from folospec.kernels.native_sampling import pack_filters, pack_law
 from folospec.models.base import Model
 from folospec.models.loader import resolve_model
-from folospec.spec.draft_runner import Rows
+from folospec.spec.draft_runner import ChainLaw, Rows
 from folospec.spec.step_cost import ASKING_SECONDS, CostCurve
 from folospec.worker.model_runner import ModelRunner
 
@@ -45,7 +47,7 @@ _ORDER = (1, 64, 8, 24, 4, 2, 16, 32, 12, 48, 6, 3)
 """The counts that tell most come first, in case the time runs out."""
 _LEAST_COUNTS = 2
 _DRAFT_COUNTS = (1, 64, 16)
-_CONTEXT = 128
+_CONTEXT, _CHAIN = 128, 5
 _REPEATS = 5
 _SECONDS = 1.5
 """Time for the target; a third of it for each draft model."""
@@ -74,7 +76,8 @@ def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
             model_facts(config.model),
         ]
         facts += [model_facts(drafter.config.model)] if drafter.config.model else []
-        own = Subject(runner, facts, _DRAFT_COUNTS, _SECONDS / 3).points(config, parts.num_blocks)
+        subject = Subject(runner, facts, _DRAFT_COUNTS, _SECONDS / 3, in_chains=True)
+        own = subject.points(config, parts.num_blocks)
         if 1 in own:
             most = max(own)
             slope = max(0.0, own[most] - own[1]) / max(1, most - 1)
@@ -91,12 +94,14 @@ def in_buckets(points: Points) -> Points:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A runner to be measured, what its model is, at which counts, and in what time."""
+    """A runner to be measured, what its model is, at which counts, and in what time; with
+    `in_chains`, of one row as a chain of drafts makes it."""
 
     runner: ModelRunner
     facts: list[str]
     counts: Sequence[int]
     seconds: float
+    in_chains: bool = False
 
     def points(self, config: EngineConfig, num_blocks: int) -> Points:
         key = self.key(config, num_blocks)
@@ -105,6 +110,9 @@ class Subject:
         if points is None:
             block_size = config.block_size
             points = measure(self.runner, block_size, num_blocks, self.counts, self.seconds)
+            if self.in_chains and 1 in points and num_blocks * block_size > _CHAIN:
+                in_a_chain = _time_chain(self.runner, range(-(-_CHAIN // block_size)))
+                points[1] = points[1] if in_a_chain is None else min(points[1], in_a_chain)
             if points and path is not None:
                 write_points(path, key, points)
         return points
@@ -131,6 +139,7 @@ class Subject:
             "kv_cache_dtype": config.kv_cache_dtype,
             "quantization": config.quantization,
             "counts": list(self.counts),
+            "in_chains": self.in_chains,
             "device": torch.cuda.get_device_name(model.device) if is_cuda else str(model.device),
             "cpu": _cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
@@ -180,6 +189,22 @@ def _time(runner: ModelRunner, batch: list[Rows], deadline: float) -> float:
         if time.perf_counter() > deadline:
             break
     return min(taken)
+
+
+def _time_chain(runner: ModelRunner, table: Sequence[int]) -> float | None:
+    """Seconds of a pass within a chain; None where a runner draws no chains by itself."""
+    logits = torch.zeros(1, runner.vocab_size, device=runner.model.device)
+    law = ChainLaw(pack_law(0, 0, pack_filters(0.0, 0, 1.0, 0.0)), NO_NOISE, 1.0, _CHAIN)
+    taken = {}
+    for length in (_CHAIN, 1):
+        times = []
+        for _ in range(_REPEATS):
+            begin = time.perf_counter()
+            if runner.draw_chains(logits, [0], [table], [law._replace(length=length)]) is None:
+                return None
+            times.append(time.perf_counter() - begin)
+        taken[length] = min(times)
+    return max(0.0, taken[_CHAIN] - taken[1]) / (_CHAIN - 1)
 
 
 def model_facts(model: str) -> str:
