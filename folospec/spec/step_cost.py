@@ -30,7 +30,8 @@ _HOST_SECONDS = (3e-4, 3e-5, 2e-5, 2e-5)
 """Host time per step, sequence, step in which someone is asked, and draft token, at first."""
 ASKING_SECONDS = (4e-5, 1.5e-5)
 """Host time of a question to a drafter, per call and sequence, before any was timed."""
-_UNSETTLED_STEPS, _UNSETTLED_CALLS = 2, 8
+_SETTLED_CALLS = 50
+_UNSETTLED_STEPS, _UNSETTLED_CALLS = 2, 4
 """First steps and questions, which pay for what is made once, are not learned from."""
 _SLOWDOWN_RATE = 0.2
 _ASKED, _DRAFTING = 3, slice(3, 5)
@@ -205,6 +206,8 @@ class DraftCost:
         spread = [spread[0] + call, spread[1] + row, *spread[2:]]
         if guess is not None:
             start = [seconds / unit for seconds in guess]
+            # A pass was timed, and what comes before the first was not.
+            spread[0], spread[2] = 0.15 + call, 0.05 + 0.5 * start[2]
         self._fit = OnlineFit(start, spread, memory=100, noise=0.2)
         self._num_calls = 0
 
@@ -214,6 +217,11 @@ class DraftCost:
         scale = self._unit * slowdown
         call, row, one_pass, level, lag = self._fit.coefficients
         return call * scale, row * scale, one_pass * scale, level * scale, lag * scale
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether so many calls were learned from that the next are mostly like them."""
+        return self._fit.num_seen >= _SETTLED_CALLS
 
     def observe(self, call: DraftCall, seconds: float, slowdown: float) -> None:
         """Learn from one call, but the first ones."""

@@ -77,7 +77,10 @@ class StepLearning:
     def _learns(self, plan: StepPlan) -> bool:
         """Whether to learn from a step with drafts: it takes time, and most are like others."""
         is_due = self.pace.learns_drafted(self._gain)
-        return is_due or plan.has_probes or any(call.catches_up for _, call, _ in self.calls)
+        return is_due or plan.has_probes or any(self._is_new(*call) for call in self.calls)
+
+    def _is_new(self, name: str, call: DraftCall, _: float) -> bool:
+        return call.catches_up or not self._beliefs.draft_costs[name].is_settled
 
     def _compare(
         self, plan: StepPlan, shape: StepShape, num_draft_rows: int, seconds: float
@@ -96,7 +99,9 @@ class StepLearning:
         got = 1.0 + self.num_accepted / shape.num_sequences
         if plan.probe_loss is None:
             shares = expected / plain, taken / expected
-            self._feedback.note_drafted(plan.asked, plan.promised, got, *shares)
+            # Who was not asked in the end, since another had an answer, has gained nothing.
+            called = {name for name, *_ in self.calls}
+            self._feedback.note_drafted(called, plan.promised, got, *shares)
         elif plan.promised == 1.0:
             loss = min(taken - got * plain, plan.probe_loss + plain)
             self._probing.pay(max(0.0, loss - plan.probe_loss))

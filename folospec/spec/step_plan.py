@@ -18,7 +18,7 @@ from folospec.spec.plan_terms import PlanRow, Source
 from folospec.spec.probing import Probing
 from folospec.spec.step_cost import StepShape
 
-_MARGIN, _ASK_MARGIN = 1.03, 1.5
+_MARGIN, _ASK_MARGIN = 1.05, 1.5
 """Drafts must promise so many times the rate without any, and answers so many times what asking
 costs: what is chosen for its promise tends to keep less, and pruning and learning take time too."""
 _TRIAL_ASKS, _TRIAL_STEPS = 256, 20.0
