@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from folospec.kernels import native
+from folospec.models.weight_memory import WeightMemory
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 ARRAY_BYTES = 512 << 20
@@ -136,9 +137,10 @@ def median_of(machines: Sequence[Machine]) -> Machine:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second of reading a large array: by the native kernels' probe, which asks for
-    memory ahead as their products do, or where it does not run by torch's sum."""
-    array = torch.ones(ARRAY_BYTES // 4)
+    """Bytes per second of reading a large array that lies as weights do: by the native kernels'
+    probe, which asks for memory ahead as their products do, or where it does not run by torch's
+    sum."""
+    array = WeightMemory(torch.device("cpu")).take((ARRAY_BYTES // 4,), torch.float32).fill_(1.0)
     library, read = native.load(), array.sum
     if library is not None:
         where, count, threads = array.data_ptr(), array.numel(), torch.get_num_threads()

@@ -38,6 +38,7 @@ from folospec.attention.base import AttentionBackend, LayerKV, get_backend
 from folospec.attention.metadata import AttentionMetadata, SequenceRows
 from folospec.kernels import torch_ops
 from folospec.kernels.native import Native, load, matrix, why_not
+from folospec.models.weight_memory import WeightMemory
 
 OPS = ("linear", "matrix", "attention", "rowwise")
 FORMATS = ("float32", "bfloat16", "int8")
@@ -67,8 +68,9 @@ def measure_machine(native: Native) -> Machine:
     """What reads and products can reach on the threads that torch has now."""
     threads = torch.get_num_threads()
     machine = limits.measure(threads)
-    numbers = torch.ones(limits.ARRAY_BYTES // 4)
-    read = {"read": lambda: native.read(numbers.data_ptr(), len(numbers), threads)}
+    size = limits.ARRAY_BYTES // 4
+    numbers = WeightMemory(torch.device("cpu")).take((size,), torch.float32).fill_(1.0)
+    read = {"read": lambda: native.read(numbers.data_ptr(), size, threads)}
     own = limits.ARRAY_BYTES / median_times(read, 0)["read"]
     return replace(machine, bytes_per_second=max(machine.bytes_per_second, own))
 
@@ -98,7 +100,8 @@ def random_weights(sizes: Sizes, kind: str) -> list[torch_ops.Int8Weight | Tenso
     made = [torch.randn(size) * size[1] ** -0.5 for size in sizes]
     if kind == "int8":
         return [torch_ops.quantize_int8(weight) for weight in made]
-    return [weight.to(getattr(torch, kind)) for weight in made]
+    memory, dtype = WeightMemory(torch.device("cpu")), getattr(torch, kind)
+    return [memory.take(weight.shape, dtype).copy_(weight) for weight in made]
 
 
 def linear_rows(

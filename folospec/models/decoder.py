@@ -23,6 +23,7 @@ from folospec.models import rope
 from folospec.models.base import ModelSpec, as_logits, check_taps
 from folospec.models.decoder_options import DecoderOptions
 from folospec.models.native_decoder import COLUMN_STEP, NativeDecoder
+from folospec.models.weight_memory import WeightMemory
 
 if TYPE_CHECKING:
     from folospec.models.gpu_decoder import GpuDecoder
@@ -88,6 +89,7 @@ class Decoder:
         self.has_silu = options.hidden_act == "silu"
         self.inverse_frequencies = options.frequencies.to(device)
         self.rope_scaling = options.rope_scaling
+        self._memory = WeightMemory(device)
         self.embedding = self._empty(spec.vocab_size, spec.hidden_size)
         self.lm_head: Weight = (
             self.embedding if options.ties else self._empty(spec.vocab_size, spec.hidden_size)
@@ -245,7 +247,9 @@ class Decoder:
         return linear(self.activation(gate) * up, layer.down, layer.down_bias)
 
     def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.config.dtype, device=self.device)
+        if len(shape) == 1:  # it stays, while matrices may be rounded and leave their room
+            return torch.empty(shape, dtype=self.config.dtype, device=self.device)
+        return self._memory.take(shape, self.config.dtype)
 
     def _layer(self, options: DecoderOptions) -> DecoderLayer:
         hidden, inner = self.config.hidden_size, self.inner_size

@@ -16,9 +16,10 @@ import dataclasses
 
 from torch import Tensor
 
-from folospec.kernels.torch_ops import quantize_int8
+from folospec.kernels.torch_ops import Int8Weight, quantize_int8
 from folospec.models.base import Model
 from folospec.models.decoder import Decoder, DecoderLayer, Weight
+from folospec.models.weight_memory import WeightMemory
 
 
 def view_of(
@@ -68,23 +69,28 @@ def view_of(
     view.skip_attention, view.skip_mlp = frozenset(skip_attention), frozenset(skip_mlp)
     if quantized:
         unused = view.skip_attention & view.skip_mlp
-        view.lm_head = _int8(model.lm_head)
+        memory = WeightMemory(model.device)
+        view.lm_head = _int8(model.lm_head, memory)
         view.layers = [
-            layer if index in unused else _quantized(layer)
+            layer if index in unused else _quantized(layer, memory)
             for index, layer in enumerate(model.layers)
         ]
     return view
 
 
-def _quantized(layer: DecoderLayer) -> DecoderLayer:
+def _quantized(layer: DecoderLayer, memory: WeightMemory) -> DecoderLayer:
     return dataclasses.replace(
         layer,
-        qkv=_int8(layer.qkv),
-        output=_int8(layer.output),
-        gate_up=_int8(layer.gate_up),
-        down=_int8(layer.down),
+        qkv=_int8(layer.qkv, memory),
+        output=_int8(layer.output, memory),
+        gate_up=_int8(layer.gate_up, memory),
+        down=_int8(layer.down, memory),
     )
 
 
-def _int8(weight: Weight) -> Weight:
-    return quantize_int8(weight) if isinstance(weight, Tensor) else weight
+def _int8(weight: Weight, memory: WeightMemory) -> Weight:
+    if not isinstance(weight, Tensor):
+        return weight
+    rounded = quantize_int8(weight)
+    values = memory.take(rounded.values.shape, rounded.values.dtype)
+    return Int8Weight(values.copy_(rounded.values), rounded.scale)
