@@ -51,9 +51,10 @@ class Speculation:
         self.merge = config.merge if config else False
         self.rule = ACCEPTANCE[config.acceptance if config else "coupled"]
         self.planner = FixedPlanner(self.limit)
-        # On a shared machine a step may wait for a core, which says nothing of what it costs. The
-        # work of a GPU is not that of the thread.
-        self.clock = time.thread_time if device.type == "cpu" else time.perf_counter
+        # On a shared machine a step may wait for a core, which says nothing of what it costs. Where
+        # the work is not this thread's alone, what others do while it sleeps counts all the same.
+        is_alone = device.type == "cpu" and torch.get_num_threads() == 1
+        self.clock = time.thread_time if is_alone else time.perf_counter
         """What the planner's times are measured with."""
         self.planning: Planning | None = None
         if config is not None and config.is_adaptive and drafters:

@@ -33,6 +33,10 @@ _RESTS, _HOLDS, _LOOKUP_HOLDS = (31, 63), (1, 7), (7, 15)
 that asks no model, which risks less."""
 
 
+_ARRIVALS_OVER = 8
+"""After so many steps without a new sequence nobody is expected to come."""
+
+
 class FixedPlanner:
     """The same number of draft tokens in every step.
 
@@ -68,7 +72,8 @@ class Planner:
         self.feedback = feedback or Feedback()
         self._plan = StepPlan(self.beliefs, self.probing, self.feedback, [], StepShape(1, 1))
         self._batch: list[str] = []
-        self._rest = self._rested = self._calm = 0
+        self._ids: set[str] = set()
+        self._rest = self._rested = self._calm = self._since_arrival = 0
         self._learning = StepLearning(self.beliefs, self.probing, self.feedback)
 
     # Plan -----------------------------------------------------------------------------------------
@@ -108,10 +113,17 @@ class Planner:
         """
         changed = seq_ids != self._batch
         num_steps = 1 + self._rested
+        self._since_arrival += num_steps
+        if changed and not self._ids.issuperset(seq_ids):
+            self._since_arrival = 0
+        self._ids = set(seq_ids)
         self._learning.end_plan(self._plan, num_steps)
         self._batch, self._rested = seq_ids, 0
         self.probing.next_plan(num_steps - 1)
-        plan = self._plan = StepPlan(self.beliefs, self.probing, self.feedback, rows, shape)
+        plan = self._plan = StepPlan(
+            *(self.beliefs, self.probing, self.feedback, rows, shape),
+            ends_together=self._since_arrival > _ARRIVALS_OVER,
+        )
         self._learning.is_reference = bool(rows) and self._learning.needs_reference()
         all_ready = bool(rows) and shape.num_sequences >= len(seq_ids)
         if self._learning.is_reference:
@@ -238,7 +250,7 @@ class Planner:
     def observe(self, offer: Offer, path: Sequence[int]) -> None:
         """Learn from a verdict: `path` are the accepted nodes, as they are numbered in the
         offer."""
-        self._learning.num_accepted += len(path)
+        self._learning.num_accepted += len(path) * self._plan.weights.get(offer.seq_id, 1.0)
         learn_offer(self.beliefs.records[offer.source], offer, path)
 
     def record_step(self, shape: StepShape, num_draft_rows: int, seconds: float) -> None:

@@ -21,7 +21,8 @@ class StepLearning:
         self.pace = LearningPace()
         self.calls: list[tuple[str, DraftCall, float]] = []
         """Of this step: the source, what it was asked, and the seconds that it took."""
-        self.num_accepted = 0
+        self.num_accepted = 0.0
+        """Draft tokens, each for what a token of its sequence counts."""
         self.is_reference = False
         """Whether the steps of this plan are plain so that there is something to compare with."""
         self._gain = 1.0
@@ -31,7 +32,7 @@ class StepLearning:
         """Forget what was drafted in the last step, also in one that failed before it was
         recorded."""
         self.calls.clear()
-        self.num_accepted = 0
+        self.num_accepted = 0.0
 
     def end_plan(self, plan: StepPlan, num_steps: int) -> None:
         """A plan has held for so many steps, and another is made."""

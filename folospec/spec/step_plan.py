@@ -18,12 +18,14 @@ from folospec.spec.plan_terms import PlanRow, Source
 from folospec.spec.probing import Probing
 from folospec.spec.step_cost import StepShape
 
-_MARGIN, _ASK_MARGIN = 1.05, 1.5
+_MARGIN, _ASK_MARGIN, _ASK_MARGIN_OF_MANY = 1.05, 1.5, 5.0
 """Drafts must promise so many times the rate without any, and answers so many times what asking
-costs: what is chosen for its promise tends to keep less, and pruning and learning take time too."""
+costs: what is chosen for its promise tends to keep less, and pruning and learning take time too. Of
+many sequences all wait while one is asked for."""
 _TRIAL_ASKS, _TRIAL_STEPS = 256, 20.0
 """A lookup is first tried for so many questions, or for as many as take as long as so many plain
 steps."""
+_SLOWEST = 4
 _FIRST_ASKS, _FIRST_ROWS = 16, 4
 """Until a source was asked so often, it is asked for so many sequences at a time."""
 
@@ -34,6 +36,7 @@ class StepPlan:
     Args:
         rows: those that could be drafted for.
         shape: the step without drafts.
+        ends_together: nobody comes to take the place of a sequence that is done.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class StepPlan:
         feedback: Feedback,
         rows: Sequence[PlanRow],
         shape: StepShape,
+        *,
+        ends_together: bool = False,
     ) -> None:
         self._beliefs, self._probing, self._feedback = beliefs, probing, feedback
         self._rows, self._num_sequences, self._shape = rows, shape.num_sequences, shape
@@ -57,7 +62,9 @@ class StepPlan:
         found to keep."""
         self.rate = self.price = 0.0
         """Tokens per second that are expected, and tokens that a draft row must bring."""
-        self.weights = _weights(rows)
+        self.weights = dict.fromkeys((row.seq_id for row in rows), 1.0)
+        if ends_together and len(rows) > 1:
+            self.weights = self._closed_weights()
         self._seconds = [0.0]
         """Of the step with 0, 1, ... draft rows."""
 
@@ -91,6 +98,25 @@ class StepPlan:
         for source in sources:
             self._add_probe(source)
         self.reasons = self._find_reasons()
+
+    def _closed_weights(self) -> dict[str, float]:
+        """What a token of each sequence counts where the batch ends with its slowest: 1 on average.
+
+        A token less to go saves the row of a later step, whoever's it is; what a step costs besides
+        its rows is saved by the last sequence alone. Who that will be is not sure: the chance is in
+        proportion to the power `_SLOWEST` of the way to go.
+        """
+        count, cost = self._shape.num_sequences, self._beliefs.cost
+        whole = cost.expected(self._shape, 0)
+        single = cost.expected(StepShape(1, 1, self._shape.context // count), 0)
+        one_row = max(0.0, whole - single) / max(1, count - 1)
+        fixed = max(0.0, whole - count * one_row)
+        chances = [row.room**_SLOWEST for row in self._rows]
+        total = sum(chances)
+        return {
+            row.seq_id: (count * one_row + len(self._rows) * fixed * chance / total) / whole
+            for row, chance in zip(self._rows, chances, strict=True)
+        }
 
     def _prices(self, name: str) -> DraftPrices:
         return self._beliefs.prices(name, is_first=not self.depths)
@@ -131,6 +157,7 @@ class StepPlan:
 
     def _add_lookups(self, source: Source) -> None:
         prices, record = self._prices(source.name), self._beliefs.records[source.name]
+        margin = _ASK_MARGIN if self._num_sequences == 1 else _ASK_MARGIN_OF_MANY
         found, gain, saved = [], 0.0, -prices.call
         if self._is_on_trial(source):
             for row in [row for row in self._rows if source.name in row.lags][:_FIRST_ROWS]:
@@ -141,11 +168,11 @@ class StepPlan:
                 continue
             cost = prices.row + self._beliefs.catching_up(row, source.name, prices.lag)
             worth = record.worth(row.seq_id, self.price / self.weights[row.seq_id])
-            net = worth * self.weights[row.seq_id] / self.rate - _ASK_MARGIN * cost
+            net = worth * self.weights[row.seq_id] / self.rate - margin * cost
             if net > 0:
                 found.append(row)
                 gain += net
-                saved += net + (_ASK_MARGIN - 1.0) * cost
+                saved += net + (margin - 1.0) * cost
         promised = 1.0 + saved * self.rate / self._num_sequences
         if gain > prices.call and self._feedback.trusts(source.name, promised):
             for row in _first_few(record, found):
@@ -242,12 +269,3 @@ def _first_few(record: AcceptanceRecord, rows: list[PlanRow]) -> list[PlanRow]:
     if record.num_asks >= _FIRST_ASKS or len(rows) <= _FIRST_ROWS:
         return rows
     return sorted(rows, key=lambda row: -row.room)[:_FIRST_ROWS]
-
-
-def _weights(rows: Sequence[PlanRow]) -> dict[str, float]:
-    """What a token of each sequence counts: more for those that have a longer way to go, so that a
-    batch ends together, and no sequence is always the one that is left out."""
-    if not rows:
-        return {}
-    mean = sum(row.room for row in rows) / len(rows)
-    return {row.seq_id: min(max((row.room / mean) ** 3, 0.5), 2.0) for row in rows}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import harness
 import pytest
+import torch
 from fixed_costs import fix_costs, planner_of
 from harness import make_llm, run
 
@@ -87,3 +89,16 @@ def test_a_lookup_that_is_merged_with_a_model_is_never_behind(
     run(llm, [prompt], SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True))
     assert max(lags) >= len(prompt)
     assert lags[-1] < 12
+
+
+@pytest.mark.parametrize(("threads", "clock"), [(1, time.thread_time), (2, time.perf_counter)])
+def test_where_threads_share_the_work_time_is_not_that_of_one_of_them(
+    threads: int, clock: Any, models: Any
+) -> None:
+    """A thread that sleeps while another is late would make large steps seem short."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert lookup(models, CHEAP).engine.speculation.clock is clock
+    finally:
+        torch.set_num_threads(before)

@@ -8,9 +8,13 @@ import pytest
 from simulator import Credulous, Fixed, Job, Planned, World, best_fixed, make_jobs, simulate
 
 from folospec.spec.acceptance_record import AcceptanceRecord
+from folospec.spec.beliefs import Beliefs
+from folospec.spec.feedback import Feedback
 from folospec.spec.plan_terms import REASONS, PlanRow, Source
 from folospec.spec.planner import Planner
+from folospec.spec.probing import Probing
 from folospec.spec.step_cost import CostCurve, DraftCost, StepCost, StepShape
+from folospec.spec.step_plan import StepPlan
 
 REGRET, REGRET_TO_PLAIN = 0.05, 0.015
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -407,3 +411,37 @@ def test_what_was_drafted_in_a_step_that_failed_teaches_nothing():
             planner.record_draft("draft", {"s0": 50}, [2], 0, 0.001)
         planner.record_step(StepShape(1, 1), 2, 0.011)
         assert cost.num_observed == num_observed
+
+
+def closed_weights(step, rooms):
+    beliefs = Beliefs([Source("draft", 8, False)], curve_of(step))
+    rows = [PlanRow(f"s{i}", room, None, {"draft": 1}) for i, room in enumerate(rooms)]
+    shape = StepShape(len(rooms), len(rooms))
+    plan = StepPlan(beliefs, Probing(), Feedback(), rows, shape, ends_together=True)
+    return list(plan.weights.values())
+
+
+def test_where_a_batch_ends_with_its_slowest_its_tokens_count_for_most():
+    flat = closed_weights(linear(0.0, per_sequence=0.0), [90, 30, 90, 10])
+    assert flat[0] == flat[2] > 1.5
+    assert flat[3] < flat[1] < 0.5
+    assert sum(flat) == pytest.approx(4)
+    assert closed_weights(FLAT, [50] * 8) == pytest.approx([1.0] * 8)
+
+
+def test_where_rows_are_all_that_a_step_costs_every_token_counts_alike():
+    weights = closed_weights(lambda rows, sequences: 0.1 * rows, [90, 30, 10])
+    assert weights == pytest.approx([1.0] * 3, abs=0.1)
+
+
+def test_while_sequences_come_all_tokens_count_alike():
+    planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)))
+    rows = [PlanRow("a", 90, None, {"draft": 1}), PlanRow("b", 10, None, {"draft": 1})]
+    seen = []
+    for _ in range(30):
+        if not planner.resting(["a", "b"]):
+            planner.plan(["a", "b"], rows, StepShape(2, 2))
+        seen.append(dict(planner._plan.weights))
+        planner.record_step(StepShape(2, 2), 0, 0.0102)
+    assert seen[0] == {"a": 1.0, "b": 1.0}
+    assert seen[-1]["a"] > 1.5 > seen[-1]["b"]
