@@ -12,7 +12,7 @@ from folospec.spec.step_cost import CostCurve, DraftCost, StepCost, StepShape
 
 _HORIZON = 64
 """Steps over which the cost of catching up is spread, if the output is that long."""
-_RELAXING_STEPS = 1000
+_RELAXING_STEPS = 10_000
 
 
 class Beliefs:

@@ -26,9 +26,9 @@ from folospec.spec.online_fit import OnlineFit
 
 MAX_ROWS = 4096
 """The curve is tabulated up to here; a larger pass costs as if it had so many rows."""
-_HOST_SECONDS = (3e-4, 3e-5, 2e-5, 2e-5)
+_HOST_SECONDS = (3e-4, 3e-5, 4e-5, 2e-5)
 """Host time per step, sequence, step in which someone is asked, and draft token, at first."""
-ASKING_SECONDS = (4e-5, 1.5e-5)
+ASKING_SECONDS = (6e-5, 2e-5)
 """Host time of a question to a drafter, per call and sequence, before any was timed."""
 _SETTLED_CALLS = 50
 _UNSETTLED_STEPS, _UNSETTLED_CALLS = 2, 4
