@@ -35,11 +35,13 @@ class Beliefs:
 
     def prices(self, name: str, *, is_first: bool = False) -> DraftPrices:
         """What drafting costs at the machine's present speed; the first source to be asked in a
-        step bears what it costs that anyone is."""
+        step bears what it costs that anyone is, and a model what it costs that one is."""
         slowdown = self.cost.slowdown
         call, row, one_pass, level, lag = self.draft_costs[name].parts(slowdown)
         if is_first:
             call += self.cost.asking
+        if self.sources[name].in_passes:
+            call += self.cost.asking_model
         return DraftPrices(call, row, one_pass, level, lag)
 
     def depth_limit(self, row: PlanRow, source: Source) -> int:
@@ -96,6 +98,7 @@ class Beliefs:
         return {
             "step_seconds": {rows + 1: alone[rows] for rows in (0, 1, 3, 7)},
             "asking_seconds": self.cost.asking,
+            "asking_model_seconds": self.cost.asking_model,
             "slowdown": self.cost.slowdown,
             "sources": {
                 name: {

@@ -27,15 +27,16 @@ from folospec.spec.online_fit import OnlineFit
 MAX_ROWS = 4096
 """The curve is tabulated up to here; a larger pass costs as if it had so many rows."""
 _HOST_SECONDS = (3e-4, 3e-5, 4e-5, 2e-5)
-"""Host time per step, sequence, step in which someone is asked, and draft token, at first."""
+"""Host time per step, sequence, step in which anyone is asked, and draft token, at first."""
 ASKING_SECONDS = (6e-5, 2e-5)
 """Host time of a question to a drafter, per call and sequence, before any was timed."""
 _SETTLED_CALLS = 50
 _UNSETTLED_STEPS, _UNSETTLED_CALLS = 2, 4
 """First steps and questions, which pay for what is made once, are not learned from."""
 _SLOWDOWN_RATE = 0.2
-_ASKED, _DRAFTING = 3, slice(3, 5)
-"""The coefficients of a step in which someone is asked, and of it and of each draft."""
+_ASKED, _MODEL, _DRAFTING = 3, 4, slice(3, 6)
+"""The coefficients of a step in which anyone is asked, and of one in which a model is; and of
+these and of each draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,8 @@ class StepCost:
         self._unit = curve.at(1)
         step, sequence, asked, draft = (seconds / self._unit for seconds in _HOST_SECONDS)
         self._fit = OnlineFit(
-            [1.0, step, sequence, asked, draft, 0.0],
-            [0.3, step + 0.1, sequence + 0.03, asked + 0.1, draft + 0.02, 0.1],
+            [1.0, step, sequence, asked, 0.0, draft, 0.0],
+            [0.3, step + 0.1, sequence + 0.03, asked + 0.02, 0.1, draft + 0.02, 0.1],
             memory=150,
             noise=0.1,
         )
@@ -107,10 +108,12 @@ class StepCost:
         """Steps that were learned from."""
         return self._fit.num_seen
 
-    def _features(self, shape: StepShape, num_draft_rows: int, asked: bool) -> list[float]:
+    def _features(
+        self, shape: StepShape, num_draft_rows: int, asked: bool, model: bool
+    ) -> list[float]:
         passed = self.curve.at(shape.num_rows + num_draft_rows) / self._unit
-        counts = shape.num_sequences, float(asked), num_draft_rows, shape.context / 4096
-        return [passed, 1.0, *counts]
+        counts = float(asked), float(model), num_draft_rows, shape.context / 4096
+        return [passed, 1.0, shape.num_sequences, *counts]
 
     @property
     def asking(self) -> float:
@@ -118,12 +121,18 @@ class StepCost:
         it and without the asking itself."""
         return self._fit.coefficients[_ASKED] * self._unit * self.slowdown
 
+    @property
+    def asking_model(self) -> float:
+        """Seconds that a step takes longer still because a model is asked, whose weights take the
+        place of the target's in the processor's caches."""
+        return self._fit.coefficients[_MODEL] * self._unit * self.slowdown
+
     def table(self, shape: StepShape, most: int) -> list[float]:
         """Expected seconds with 0, 1, ... `most` draft rows, without `asking`: never falling."""
         first = min(shape.num_rows, MAX_ROWS)
         passed = self.curve.table[first : first + most + 1]
         passed += passed[-1:] * (most + 1 - len(passed))
-        scale, step, sequence, _, draft, context = self._fit.coefficients
+        scale, step, sequence, _, _, draft, context = self._fit.coefficients
         fixed = step + sequence * shape.num_sequences + context * shape.context / 4096
         fixed *= self._unit * self.slowdown
         scale *= self.slowdown
@@ -135,7 +144,7 @@ class StepCost:
     def expected(self, shape: StepShape, num_draft_rows: int) -> float:
         """Expected seconds with so many draft rows, without `asking`: one entry of `table`, for
         what is asked in every step."""
-        x = self._features(shape, num_draft_rows, asked=False)
+        x = self._features(shape, num_draft_rows, asked=False, model=False)
         return max(self._fit.predict(x), 0.2 * x[0]) * self._unit * self.slowdown
 
     def observe(
@@ -145,15 +154,16 @@ class StepCost:
         seconds: float,
         *,
         asked: bool = False,
+        model: bool = False,
         learn: bool = True,
     ) -> None:
         """Learn from a step that took so long: how fast the machine is, and if `learn`, which takes
         time of its own, what steps of this shape cost. `asked` says that a drafter was, for
-        anyone."""
+        anyone, and `model` that one with a model was."""
         self._num_steps += 1
         if self._num_steps <= _UNSETTLED_STEPS or seconds <= 0:
             return
-        x = self._features(shape, num_draft_rows, asked or num_draft_rows > 0)
+        x = self._features(shape, num_draft_rows, asked or num_draft_rows > 0, model)
         expected = max(self._fit.predict(x), 0.2 * x[0])
         units = seconds / self._unit
         if self._num_steps == _UNSETTLED_STEPS + 1:

@@ -69,11 +69,16 @@ class StepLearning:
         # that never asks again, and never learns better.
         cold = {name for name, *_ in self.calls if not (rests or name in self._asked_before)}
         cost = self._beliefs.cost
-        cost.observe(shape, num_draft_rows, seconds, asked=bool(self.calls), learn=not cold)
+        how = {"asked": bool(self.calls), "model": self._asks_model, "learn": not cold}
+        cost.observe(shape, num_draft_rows, seconds, **how)
         for name, call, spent in self.calls:
             if name not in cold:
                 self._beliefs.draft_costs[name].observe(call, spent, cost.speed_now)
         self.begin_step()
+
+    @property
+    def _asks_model(self) -> bool:
+        return any(self._beliefs.sources[name].in_passes for name, *_ in self.calls)
 
     def _learns(self, plan: StepPlan) -> bool:
         """Whether to learn from a step with drafts: it takes time, and most are like others."""
@@ -94,6 +99,8 @@ class StepLearning:
         if not (self.calls and plan.depths):
             return
         expected = max(plain, cost.expected(shape, num_draft_rows)) + cost.asking
+        if self._asks_model:
+            expected += cost.asking_model
         for name, call, _ in self.calls:
             expected += self._beliefs.draft_costs[name].expected(call, cost.slowdown)
         taken = seconds + sum(spent for *_, spent in self.calls)

@@ -63,6 +63,28 @@ def test_that_someone_is_asked_costs_something_even_if_nothing_comes_of_it():
     assert cost.table(StepShape(1, 1), 0)[0] == pytest.approx(0.010, rel=0.05)
 
 
+def observe_questions(cost, count, *, told):
+    """Asking costs 0.2 ms, and 3 ms more where it is a model; `told` is whether that is known."""
+    rng = random.Random(1)
+    for i in range(count):
+        asked, model = i % 3 > 0, i % 3 > 1
+        seconds = (0.010 + 0.0002 * asked + 0.003 * model) * rng.lognormvariate(0, 0.02)
+        cost.observe(StepShape(1, 1), 0, seconds, asked=asked, model=model and told)
+
+
+def test_what_a_model_leaves_in_caches_is_not_held_against_lookups():
+    cost = StepCost(CURVE)
+    observe_questions(cost, 200, told=True)
+    assert cost.asking < 0.0004
+    assert cost.asking_model == pytest.approx(0.003, rel=0.2)
+
+
+def test_control_where_models_are_not_told_apart_lookups_pay_for_them():
+    cost = StepCost(CURVE)
+    observe_questions(cost, 200, told=False)
+    assert cost.asking > 0.001
+
+
 def test_a_machine_that_is_half_as_fast_for_a_while_changes_no_ratio():
     cost = StepCost(CURVE)
     feed(cost, dear, 150)
