@@ -239,7 +239,7 @@ class Planner:
             drafting: seconds that were spent on the offers.
         """
         num_nodes = sum(len(offer.parents) for offer in offers)
-        seconds = self.beliefs.cost.table(shape, num_nodes)
+        seconds = self._plan.seconds(shape, num_nodes)
         prune_offers(offers, shape.num_sequences, seconds, drafting, self._plan.weights)
         for offer in offers:
             if not offer.kept:

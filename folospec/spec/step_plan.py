@@ -77,6 +77,16 @@ class StepPlan:
         """The sources that are asked for anyone."""
         return {name for depths in self.depths.values() for name in depths}
 
+    def seconds(self, shape: StepShape, num_nodes: int) -> list[float]:
+        """Seconds of a step with 0, 1, ... draft rows, `num_nodes` of them at least: as they were
+        when the plan was made, if the step is like that one but for its context. Only ratios
+        decide, and a plan does not hold for long."""
+        own = self._shape
+        alike = (shape.num_rows, shape.num_sequences) == (own.num_rows, own.num_sequences)
+        if alike and num_nodes < len(self._seconds):
+            return self._seconds
+        return self._beliefs.cost.table(shape, num_nodes)
+
     def num_rows(self, name: str) -> int:
         """For how many sequences a source is asked."""
         return sum(name in depths for depths in self.depths.values())

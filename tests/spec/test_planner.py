@@ -303,13 +303,13 @@ def test_a_plan_without_drafts_holds_longer_and_longer_and_a_probe_does_not_end_
 
 
 class Noting(StepCost):
-    """Notes what it is told of every step: whether someone was asked, and whether to learn."""
+    """Notes what it is told of every step: whether anyone was asked, and whether to learn."""
 
     def __init__(self, curve):
         super().__init__(curve)
         self.told = []
 
-    def observe(self, shape, num_draft_rows, seconds, *, asked=False, learn=True):
+    def observe(self, shape, num_draft_rows, seconds, *, asked=False, model=False, learn=True):
         self.told.append((asked, learn))
 
 
