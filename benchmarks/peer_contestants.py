@@ -56,6 +56,7 @@ TARGETS: dict[str, dict[str, str]] = {
         "FOLOSPEC_KERNELS_TARGET": "x86-64-v3",
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     },
 }
 """What tells folospec, torch, and oneDNN in torch and OpenVINO to leave newer instructions alone;

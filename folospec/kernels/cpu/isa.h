@@ -46,11 +46,23 @@ constexpr int LANES = VECTOR_BYTES / sizeof(float);
 // A tile of a product has rows * outputs sums in registers, next to a weight of each output and one
 // activation. Rows are cut in tiles of ROW_TILE; up to FEW_ROWS run in one. A weight of two parts needs a
 // register more, for what takes it apart.
-constexpr int ROW_TILE = REGISTERS == 32 ? 6 : 4, FEW_ROWS = REGISTERS == 32 ? 8 : 4;
+constexpr int ROW_TILE = 6, FEW_ROWS = REGISTERS == 32 ? 8 : 6;
 constexpr int outputs_of(int rows, int parts) {
     if (rows == 1) return 8;  // hides that every sum waits for the one before it
     if (REGISTERS == 32) return rows <= 6 ? 4 : 3;
+    if (rows > 4) return 2;
     return rows == 2 || (rows == 3 && parts == 1) ? 4 : 3;
+}
+
+// Whether the machine's own prefetching follows many rows of a matrix at once. Intel's does (measured on a
+// Sapphire Rapids), and is disturbed by requests in another order; AMD's does not (measured on a Zen 4).
+inline bool follows_many_rows() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
 }
 
 // Attention keeps this many sums in registers: those of a few queries, times a part of a tile's keys or
