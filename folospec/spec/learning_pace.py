@@ -5,7 +5,8 @@ from __future__ import annotations
 
 _LEARN_PLAIN, _LEARN_DRAFTED = 256, 64
 """Steps of each kind that are learned from at first."""
-_LEARN_EVERY, _SURE_EVERY, _SURE_GAIN = 5, 17, 1.15
+_LEARN_EVERY, _SURE_EVERY = 5, 17
+SURE_GAIN = 1.15
 """Which of the drafted steps are learned from later, and which where the gain is beyond doubt. A
 plan holds for 8 or 16, so those are now the first and now the last of theirs."""
 REFERENCE_STEPS = 3
@@ -20,9 +21,9 @@ class LearningPace:
     """Counts plain and drafted steps."""
 
     def __init__(self) -> None:
-        self._num_plain = self._since_plain = self._num_drafted = 0
-        self.num_skipped = 0
-        """Plain steps since the last plan that were not timed."""
+        self._num_plain = self._since_plain = self._num_drafted = self._last_learned = 0
+        self.num_skipped = self.num_drafted_skipped = 0
+        """Plain and drafted steps since the last plan that were not timed."""
 
     @property
     def is_settled(self) -> bool:
@@ -49,10 +50,19 @@ class LearningPace:
         if is_drafted:
             self._since_plain += num_steps
         self._num_plain += self.num_skipped
-        self.num_skipped = 0
+        self.num_skipped = self.num_drafted_skipped = 0
 
     def learns_drafted(self, gain: float) -> bool:
         """Whether to learn from one more step where drafts bring `gain` times the rate."""
         self._num_drafted += 1
-        every = _LEARN_EVERY if gain < _SURE_GAIN else _SURE_EVERY
-        return self._num_drafted <= _LEARN_DRAFTED or self._num_drafted % every == 0
+        every = _LEARN_EVERY if gain < SURE_GAIN else _SURE_EVERY
+        is_due = self._num_drafted >= self._last_learned + every
+        if is_due or self._num_drafted <= _LEARN_DRAFTED:
+            self._last_learned = self._num_drafted
+            return True
+        return False
+
+    def skip_drafted(self) -> None:
+        """A drafted step is over that nothing is to be learned from."""
+        self._num_drafted += 1
+        self.num_drafted_skipped += 1

@@ -18,11 +18,15 @@ def make_offer(
     depths: Sequence[int],
     stated: Sequence[float] | None,
     judged: Sequence[bool] | None,
+    *,
+    learn: bool = True,
 ) -> Offer:
-    """Correct the stated confidence by what came of earlier nodes, and note what the answer is
-    worth. Where nothing is stated, a node is as likely as its depth and number of siblings say."""
+    """Correct the stated confidence by what came of earlier nodes, and if `learn` note what the
+    answer is worth. Where nothing is stated, a node is as likely as its depth and number of
+    siblings say."""
     if not depths:
-        record.add_ask(seq_id, ())
+        if learn:
+            record.add_ask(seq_id, ())
         return Offer(name, seq_id, parents, depths, stated, [], [], judged)
     if stated is not None:
         calibrated = record.calibrate(seq_id, stated)
@@ -36,9 +40,10 @@ def make_offer(
         if judged is not None and not judged[node]:
             chance = 0.0
         chances.append(chance if parent < 0 else chances[parent] * chance)
-    num_scratch = 0 if judged is None else len(judged) - sum(judged)
-    record.add_ask(seq_id, chances, num_scratch)
-    record.add_shape(len(depths), max(depths))
+    if learn:
+        num_scratch = 0 if judged is None else len(judged) - sum(judged)
+        record.add_ask(seq_id, chances, num_scratch)
+        record.add_shape(len(depths), max(depths))
     return Offer(name, seq_id, parents, depths, stated, calibrated, chances, judged)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from folospec.spec.beliefs import Beliefs
 from folospec.spec.feedback import Feedback
-from folospec.spec.learning_pace import REFERENCE_STEPS
+from folospec.spec.learning_pace import REFERENCE_STEPS, SURE_GAIN
 from folospec.spec.offers import learn_end, learn_offer, make_offer, prune_offers
 from folospec.spec.plan_terms import Offer, PlanRow, Source
 from folospec.spec.probing import Probing
@@ -31,8 +31,8 @@ from folospec.spec.step_plan import StepPlan
 _RESTS, _HOLDS, _LOOKUP_HOLDS = (31, 63), (1, 7), (7, 15)
 """For how many steps a plan is kept, at first and later: one of no drafts, one of some, and one
 that asks no model, which risks less."""
-
-
+_SURE_EVERY = 4
+"""Of a plan whose drafts gain beyond doubt every so many-th step is learned from."""
 _ARRIVALS_OVER = 8
 """After so many steps without a new sequence nobody is expected to come."""
 
@@ -74,6 +74,7 @@ class Planner:
         self._batch: list[str] = []
         self._ids: set[str] = set()
         self._rest = self._rested = self._calm = self._since_arrival = 0
+        self._is_sure = False
         self._learning = StepLearning(self.beliefs, self.probing, self.feedback)
 
     # Plan -----------------------------------------------------------------------------------------
@@ -88,6 +89,13 @@ class Planner:
             return False
         self._rested += 1
         return True
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is to be learned from this step. Where a single sequence has drafts that
+        gain beyond doubt and cost no pass, learning from each would take a good part of what they
+        gain."""
+        return not self._is_sure or self._rested % _SURE_EVERY == 0
 
     @property
     def last_plan(self) -> dict[str, dict[str, int]]:
@@ -128,12 +136,24 @@ class Planner:
         all_ready = bool(rows) and shape.num_sequences >= len(seq_ids)
         if self._learning.is_reference:
             plan.reasons = {row.seq_id: "reference" for row in rows}
+            self._is_sure = False
             self._rest = REFERENCE_STEPS - 1 if all_ready else 0
             return {}
         if rows:
             plan.choose()
         self._rest = self._next_rest(all_ready, changed)
+        self._is_sure = len(seq_ids) == 1 and self._asks_surely()
         return plan.depths
+
+    def _asks_surely(self) -> bool:
+        """Whether all who are asked are lookups that have gained beyond doubt, and none a probe."""
+        asked = self._plan.asked
+        return (
+            bool(asked)
+            and not self._plan.has_probes
+            and not any(self.beliefs.sources[name].in_passes for name in asked)
+            and all(self.feedback.gain(name) >= SURE_GAIN for name in asked)
+        )
 
     def _next_rest(self, all_ready: bool, changed: bool) -> int:
         """For how many steps the plan is to hold: twice as long as the last, while nothing changes.
@@ -182,7 +202,8 @@ class Planner:
         """
         record = self.beliefs.records[name]
         worth = record.worth(seq_id, self._plan.price) if follows_draws else None
-        offer = make_offer(record, name, seq_id, parents, depths, stated, judged)
+        answer = parents, depths, stated, judged
+        offer = make_offer(record, name, seq_id, *answer, learn=self.learns)
         offer.worth = worth
         offer.is_probe = self.probing.is_probing(name, seq_id)
         return offer
@@ -241,7 +262,7 @@ class Planner:
         num_nodes = sum(len(offer.parents) for offer in offers)
         seconds = self._plan.seconds(shape, num_nodes)
         prune_offers(offers, shape.num_sequences, seconds, drafting, self._plan.weights)
-        for offer in offers:
+        for offer in offers if self.learns else ():
             if not offer.kept:
                 learn_end(self.beliefs.records[offer.source], offer, -1)
 
@@ -250,6 +271,8 @@ class Planner:
     def observe(self, offer: Offer, path: Sequence[int]) -> None:
         """Learn from a verdict: `path` are the accepted nodes, as they are numbered in the
         offer."""
+        if not self.learns:
+            return
         self._learning.num_accepted += len(path) * self._plan.weights.get(offer.seq_id, 1.0)
         learn_offer(self.beliefs.records[offer.source], offer, path)
 
@@ -263,8 +286,11 @@ class Planner:
 
     def skip_step(self) -> bool:
         """Whether a step of a plan that holds is too much like others to be learned from; it is
-        counted then. The last ones before a new plan are not: by then the machine's speed has to be
-        known."""
+        counted then. The last ones of a plan without drafts are not: by then the machine's speed
+        has to be known."""
+        if not self.learns:
+            self._learning.pace.skip_drafted()
+            return True
         is_known = self._rested > 2 or self._learning.pace.knows_plain
         is_last = self._rest - self._rested < 2
         if self.last_plan or self._learning.is_reference or is_last or not is_known:

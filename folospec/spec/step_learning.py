@@ -40,7 +40,7 @@ class StepLearning:
         if asked:
             measured = max(self._feedback.gain(name) for name in asked)
             self._gain = max(plan.corrected, measured)
-        self._probing.earn_again(self.pace.num_skipped)
+        self._probing.earn_again(self.pace.num_skipped + self.pace.num_drafted_skipped)
         self.pace.add_planned(num_steps, is_drafted=bool(asked))
         self._beliefs.relax(num_steps, asked)
         self._feedback.relax(num_steps, asked)

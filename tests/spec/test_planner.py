@@ -254,6 +254,53 @@ def settled(planner, steps=6):
     return planner
 
 
+class Gaining(Feedback):
+    """Drafts have gained so much."""
+
+    def __init__(self, measured):
+        super().__init__()
+        self.measured = measured
+
+    def gain(self, source):
+        return self.measured
+
+
+def asks_learned_from(gain, count, name="lookup", *, in_passes=False):
+    """Of answers to `count` sequences in steps with drafts, the share that the record has."""
+    planner = Planner([Source(name, 8, in_passes)], curve_of(FLAT), Gaining(gain))
+    seq_ids, shape, num_asked = [f"s{i}" for i in range(count)], StepShape(count, count), 0
+    for _ in range(600):
+        planner.begin_step()
+        if not planner.resting(seq_ids):
+            planner.plan(seq_ids, rows_of(count, {name: 1}), shape)
+        offers = [
+            planner.offer(name, seq_id, (-1, 0), (1, 2), (0.9, 0.9)) for seq_id in planner.last_plan
+        ]
+        num_asked += len(offers)
+        if offers:
+            planner.record_draft(name, dict.fromkeys(seq_ids, 60), [2] * count, 0, 0.0001)
+            planner.prune(offers, shape, 0.0001)
+        for offer in offers:
+            planner.observe(offer, [0, 1])
+        if not planner.skip_step():
+            planner.record_step(shape, 2 * len(offers), 0.0105)
+    assert num_asked > 300 * count
+    return planner.beliefs.records[name].num_asks / num_asked
+
+
+def test_of_a_lookup_that_gains_beyond_doubt_every_fourth_step_is_learned_from():
+    assert 0.25 <= asks_learned_from(1.3, 1) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("gain", "count", "in_passes"), [(1.1, 1, False), (1.3, 2, False), (1.3, 1, True)]
+)
+def test_where_there_is_doubt_or_several_are_drafted_for_every_answer_is_noted(
+    gain, count, in_passes
+):
+    assert asks_learned_from(gain, count, in_passes=in_passes) == 1.0
+
+
 def test_a_wish_for_fewer_tokens_is_kept():
     planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)))
     for wanted in (1, 2):
