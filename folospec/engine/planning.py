@@ -85,8 +85,8 @@ class Planning:
         self._offers: dict[str, Offer] = {}
         self._pruned: set[str] = set()
         self._has_prompts = self._rests = False
-        self._learning = {True: 0.0, False: 0.0}
-        """Seconds that learning from a step takes: from an idle one, and from others."""
+        self._learning = 0.0
+        """Seconds that learning from a step with drafts takes."""
         self._unpaid: list[tuple[str, dict[str, int], Seq[int], int, float]] = []
 
     def source_of(self, drafter: DrafterHandle) -> str:
@@ -295,15 +295,17 @@ class Planning:
         nothing."""
         if self._rests and not self._has_prompts and self.planner.skip_step():
             return
-        begin, is_idle = self.clock(), self.is_idle
-        # What it took to learn from the last step of this kind is a part of what such a step costs.
-        seconds += self._learning[is_idle] - self._drafting
+        begin = self.clock()
+        if not self.is_idle:
+            # What it took to learn from the last one is a part of what such a step costs. Of steps
+            # without drafts most are not learned from.
+            seconds += self._learning - self._drafting
         if self._has_prompts:
             self.planner.pass_over(seconds)
         else:
             self.planner.record_step(self._shape, self._num_nodes, seconds)
-        spent = self.clock() - begin
-        self._learning[is_idle] += 0.1 * (spent - self._learning[is_idle])
+        if not self.is_idle:
+            self._learning += 0.1 * (self.clock() - begin - self._learning)
 
 
 def _source(drafter: DrafterHandle, costs: Costs) -> Source:

@@ -12,8 +12,9 @@ plan promised is compared with what its steps brought:
     gain    =  sum of got / (sum of expected * bias)                   of a source; 1 at first
     factor  =  sum of got / (sum of promised * expected * bias)
 
-A source whose drafts have gained is asked. One that has lost is asked where its promise is above 1
-even by the factor: where little is promised, answers that come seldom and are long would be missed.
+A source whose drafts have gained is asked. One that has not, by 3 % at least, is asked where its
+promise is above 1 even by the factor: where little is promised, answers that come seldom and are
+long would be missed.
 
 Where drafted steps are always slower than expected, that is taken for the machine's speed, and the
 plain steps among them look faster; so both are needed. On a shared machine a step may take ten
@@ -30,7 +31,8 @@ from dataclasses import dataclass, field
 _PRIOR, _KEEP = 64.0, 1.0 - 1.0 / 256.0
 """Steps that the factor 1 weighs as much as before anything was seen, and what is kept of the past
 at every step."""
-_LEAST_FACTOR = 0.5
+_LEAST_FACTOR, _LEAST_GAIN = 0.5, 1.03
+"""A smaller gain does not make up for what drafting does to the steps after it."""
 _NUM_DRAFTED, _NUM_PLAIN, _LEAST_PLAIN = 33, 15, 3
 """Steps of each kind whose medians are compared; no fewer plain ones."""
 _BIASES = (1.0, 1.5)
@@ -76,7 +78,7 @@ class Feedback:
 
     def trusts(self, source: str, promised: float) -> bool:
         """Whether to ask a source that promises this rate, over that without drafts."""
-        return self.gain(source) >= 1.0 or promised * self.factor(source) >= 1.0
+        return self.gain(source) >= _LEAST_GAIN or promised * self.factor(source) >= 1.0
 
     def _bias(self, seen: _Seen) -> float:
         if len(self._plain) < _LEAST_PLAIN:

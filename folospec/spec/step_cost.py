@@ -31,6 +31,8 @@ _HOST_SECONDS = (3e-4, 3e-5, 4e-5, 2e-5)
 ASKING_SECONDS = (6e-5, 2e-5)
 """Host time of a question to a drafter, per call and sequence, before any was timed."""
 _SETTLED_CALLS = 50
+_MUCH = 16
+"""Tokens of a sequence to catch up with, of which one learns what reading them costs."""
 _UNSETTLED_STEPS, _UNSETTLED_CALLS = 2, 4
 """First steps and questions, which pay for what is made once, are not learned from."""
 _SLOWDOWN_RATE = 0.2
@@ -191,7 +193,8 @@ class DraftCall(NamedTuple):
 
     @property
     def catches_up(self) -> bool:
-        return self.lag > 2 * self.num_rows
+        """Whether there is much more to read than what a step adds."""
+        return self.lag > _MUCH * self.num_rows
 
 
 class DraftCost:

@@ -58,10 +58,14 @@ class StepLearning:
             seconds: that it took, drafting left out.
             rests: the plan was made for an earlier step.
         """
-        if self.calls and not self._learns(plan):
+        is_due = not self.calls or self.pace.learns_drafted(self._gain)
+        if not (is_due or plan.has_probes or any(self._is_new(*call) for call in self.calls)):
             self.begin_step()
             return
-        self._compare(plan, shape, num_draft_rows, seconds)
+        # Steps that are learned from for what is new in them are not like the others: a drafter has
+        # more to catch up with where more was accepted.
+        if is_due or plan.has_probes:
+            self._compare(plan, shape, num_draft_rows, seconds)
         if num_draft_rows == 0 and not plan.depths:
             self.pace.add_plain()
         # What a source and the planner work with has left the processor's caches where it was not
@@ -80,12 +84,8 @@ class StepLearning:
     def _asks_model(self) -> bool:
         return any(self._beliefs.sources[name].in_passes for name, *_ in self.calls)
 
-    def _learns(self, plan: StepPlan) -> bool:
-        """Whether to learn from a step with drafts: it takes time, and most are like others."""
-        is_due = self.pace.learns_drafted(self._gain)
-        return is_due or plan.has_probes or any(self._is_new(*call) for call in self.calls)
-
     def _is_new(self, name: str, call: DraftCall, _: float) -> bool:
+        """Whether a question is unlike most others; learning takes time."""
         return call.catches_up or not self._beliefs.draft_costs[name].is_settled
 
     def _compare(
