@@ -2,6 +2,8 @@
 
 python benchmarks/micro.py --out micro.jsonl
 python docs/update_kernels.py micro.jsonl
+
+Several runs may be given, one for each processor, instruction set and kind of case.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
-from page_sections import fill, read_rows  # noqa: E402 - the page's folder is known only now
+from page_sections import fill, read_rows, run_of  # noqa: E402 - the page's folder is known only now
 
 PAGE = DOCS / "kernels.md"
 HEADER = (
@@ -25,8 +27,19 @@ Row = dict[str, Any]
 
 
 def section(rows: Sequence[Row]) -> str:
-    """A line for every case, and what they were measured on."""
-    return HEADER + "".join(map(_line, rows)) + "\n" + _setting(rows[0])
+    """A table for every run, with a line for every case, and what it was measured on."""
+    tables = []
+    for run in dict.fromkeys(map(run_of, rows)):
+        own = [row for row in rows if run_of(row) == run]
+        title = f"**{own[0]['provenance']['cpu']}, {_instructions(own[0])}**\n\n"
+        tables.append(f"{title}{HEADER}{''.join(map(_line, own))}\n{_setting(own[0])}")
+    return "\n".join(tables)
+
+
+def _instructions(row: Row) -> str:
+    """What the kernels, and torch with them, were held to."""
+    target = row["provenance"].get("kernels_target")
+    return f"instructions of {target}" if target else "all of its instructions"
 
 
 def _line(row: Row) -> str:
@@ -49,7 +62,11 @@ def _setting(row: Row) -> str:
 
 def updated(page: str, rows: Sequence[Row]) -> str:
     """Return the page with the section filled in; see `fill`."""
-    return fill(page, rows, {"micro": section}, Path(__file__).name)
+    return fill(page, rows, {"micro": section}, Path(__file__).name, table_of=_table)
+
+
+def _table(row: Row) -> Any:
+    return row["provenance"]["cpu"], row["op"], _instructions(row)
 
 
 def main() -> None:

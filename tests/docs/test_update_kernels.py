@@ -48,3 +48,12 @@ def test_rows_of_several_runs_are_refused(updated: Any) -> None:
     other = {**PROVENANCE, "time": "later"}
     with pytest.raises(ValueError, match="must come from one run"):
         updated(text, [row("a"), row("b", provenance=other)])
+
+
+def test_every_processor_and_instruction_set_has_a_table(updated: Any) -> None:
+    text = (ROOT / "docs/kernels.md").read_text()
+    older = {**PROVENANCE, "time": "later", "kernels_target": "x86-64-v3"}
+    page = updated(text, [row("a"), row("b", provenance=older)])
+    assert "**Some CPU, all of its instructions**" in page
+    assert "**Some CPU, instructions of x86-64-v3**" in page
+    assert page.count("`python benchmarks/micro.py`.") >= 2
