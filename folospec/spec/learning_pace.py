@@ -5,10 +5,11 @@ from __future__ import annotations
 
 _LEARN_PLAIN, _LEARN_DRAFTED = 256, 64
 """Steps of each kind that are learned from at first."""
-_LEARN_EVERY, _SURE_EVERY = 5, 17
 SURE_GAIN = 1.15
-"""Which of the drafted steps are learned from later, and which where the gain is beyond doubt. A
-plan holds for 8 or 16, so those are now the first and now the last of theirs."""
+"""A gain that is beyond doubt."""
+_LEARN_EVERY, _SURE_EVERY = 5, 17
+"""Which of the drafted steps are learned from later, and which where the gain is sure. A plan holds
+for 8 or 16, so those are now the first and now the last of theirs."""
 REFERENCE_STEPS = 3
 """Plain steps in a row, of which the last is learned from: the first ones find in the processor's
 caches what drafters have left there, and are slower than plain decoding."""

@@ -73,8 +73,12 @@ class StepLearning:
         # that never asks again, and never learns better.
         cold = {name for name, *_ in self.calls if not (rests or name in self._asked_before)}
         cost = self._beliefs.cost
-        how = {"asked": bool(self.calls), "model": self._asks_model, "learn": not cold}
-        cost.observe(shape, num_draft_rows, seconds, **how)
+        cost.observe(
+            *(shape, num_draft_rows, seconds),
+            asked=bool(self.calls),
+            model=self._asks_model,
+            learn=not cold,
+        )
         for name, call, spent in self.calls:
             if name not in cold:
                 self._beliefs.draft_costs[name].observe(call, spent, cost.speed_now)
