@@ -32,9 +32,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,6 +42,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import gpu_report
 from gpu_jobs import Budget, Context, Job, Row, rows_of, run_in_process, write_as_child
 from gpu_plan import SECTIONS, SHARED_SECONDS, planned
+from output import opened
 
 MINUTES = 7.75
 GRACE_SECONDS = 10.0
@@ -167,8 +168,7 @@ def _writer(path: Path | None, facts: Row) -> Iterator[tuple[list[Row], Callable
     """The rows so far, and what adds one: jobs run in several threads."""
     rows: list[Row] = []
     lock = threading.Lock()
-    opened: Any = nullcontext(sys.stdout) if path is None else path.open("w")
-    with opened as out:
+    with opened(path) as out:
 
         def emit(row: Row) -> None:
             with lock:

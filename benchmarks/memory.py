@@ -135,38 +135,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     import torch
     from checkpoint import shape_of_at_least, write_checkpoint
+    from output import opened
     from provenance import provenance
 
     command = [sys.argv[0] if argv is None else __file__, *(sys.argv[1:] if argv is None else argv)]
     facts = provenance(command)
     shape = shape_of_at_least(int(args.gigabytes * 1e9), args.hidden_size)
-    out = args.out.open("w") if args.out else sys.stdout
     failed = False
-    try:
-        with tempfile.TemporaryDirectory(prefix="folospec-memory-", dir=args.folder) as folder:
-            checkpoint_bytes = write_checkpoint(Path(folder), shape)
-            for name in args.dtypes:
-                dtype = getattr(torch, name)
-                weights = shape.num_parameters * dtype.itemsize
-                pool = shape.kv_bytes(args.num_blocks * BLOCK_SIZE, dtype)
-                row = {
-                    "benchmark": "memory",
-                    "dtype": name,
-                    "num_parameters": shape.num_parameters,
-                    "checkpoint_bytes": checkpoint_bytes,
-                    "weights_bytes": weights,
-                    "pool_bytes": pool,
-                    "budget": int(WEIGHTS_FACTOR * weights + pool + args.allowance_mb * 1e6),
-                    **measure_in_new_process(folder, name, args.num_blocks),
-                }
-                row["failures"] = failures(row)
-                failed = failed or bool(row["failures"])
-                out.write(json.dumps({**row, "provenance": facts}) + "\n")
-                out.flush()
-                sys.stderr.write(describe(row) + "\n")
-    finally:
-        if args.out:
-            out.close()
+    temporary = tempfile.TemporaryDirectory(prefix="folospec-memory-", dir=args.folder)
+    with opened(args.out) as out, temporary as folder:
+        checkpoint_bytes = write_checkpoint(Path(folder), shape)
+        for name in args.dtypes:
+            dtype = getattr(torch, name)
+            weights = shape.num_parameters * dtype.itemsize
+            pool = shape.kv_bytes(args.num_blocks * BLOCK_SIZE, dtype)
+            row = {
+                "benchmark": "memory",
+                "dtype": name,
+                "num_parameters": shape.num_parameters,
+                "checkpoint_bytes": checkpoint_bytes,
+                "weights_bytes": weights,
+                "pool_bytes": pool,
+                "budget": int(WEIGHTS_FACTOR * weights + pool + args.allowance_mb * 1e6),
+                **measure_in_new_process(folder, name, args.num_blocks),
+            }
+            row["failures"] = failures(row)
+            failed = failed or bool(row["failures"])
+            out.write(json.dumps({**row, "provenance": facts}) + "\n")
+            out.flush()
+            sys.stderr.write(describe(row) + "\n")
     return int(failed)
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import transformers
 from provenance import provenance
@@ -25,10 +25,18 @@ def begin(argv: Sequence[str] | None, script: str) -> dict[str, Any]:
     return provenance([script, *(sys.argv[1:] if argv is None else argv)])
 
 
+def opened(path: Path | None) -> AbstractContextManager[TextIO]:
+    """The file at `path`, empty and in a folder that is made where it is not there, or stdout."""
+    if path is None:
+        return nullcontext(sys.stdout)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w")
+
+
 def write_rows(rows: Iterable[dict[str, Any]], path: Path | None) -> list[dict[str, Any]]:
     """Write every row when it is measured, so that an interrupted run leaves what it has."""
     written = []
-    with nullcontext(sys.stdout) if path is None else path.open("w") as out:
+    with opened(path) as out:
         for row in rows:
             written.append(row)
             out.write(json.dumps(row) + "\n")
