@@ -36,6 +36,8 @@ _MUCH = 16
 _UNSETTLED_STEPS, _UNSETTLED_CALLS = 2, 4
 """First steps and questions, which pay for what is made once, are not learned from."""
 _SLOWDOWN_RATE = 0.2
+_LEAST_SHARE = 0.2
+"""No step is expected to take less than so much of what the curve says of its pass."""
 _ASKED, _MODEL, _DRAFTING = 3, 4, slice(3, 6)
 """The coefficients of a step in which anyone is asked, and of one in which a model is; and of
 these and of each draft."""
@@ -98,8 +100,10 @@ class StepCost:
         self._unit = curve.at(1)
         step, sequence, asked, draft = (seconds / self._unit for seconds in _HOST_SECONDS)
         self._fit = OnlineFit(
-            [1.0, step, sequence, asked, 0.0, draft, 0.0],
-            [0.3, step + 0.1, sequence + 0.03, asked + 0.02, 0.1, draft + 0.02, 0.1],
+            [1.0, 1.0 + step, sequence, asked, 0.0, draft, 0.0],
+            # What one row costs shows in every step, and what more of them cost depends on what
+            # else uses the machine: there the curve is no more than a guess.
+            [1.0, 0.1 + step, sequence + 0.03, asked + 0.02, 0.1, draft + 0.02, 0.1],
             memory=150,
             noise=0.1,
         )
@@ -113,9 +117,13 @@ class StepCost:
     def _features(
         self, shape: StepShape, num_draft_rows: int, asked: bool, model: bool
     ) -> list[float]:
-        passed = self.curve.at(shape.num_rows + num_draft_rows) / self._unit
+        rise = self.curve.at(shape.num_rows + num_draft_rows) / self._unit - 1.0
         counts = float(asked), float(model), num_draft_rows, shape.context / 4096
-        return [passed, 1.0, shape.num_sequences, *counts]
+        return [rise, 1.0, shape.num_sequences, *counts]
+
+    def _expected_units(self, x: list[float]) -> float:
+        """Of a step with these features on an undisturbed machine, in passes of one row."""
+        return max(self._fit.predict(x), _least_units(x))
 
     @property
     def asking(self) -> float:
@@ -134,20 +142,20 @@ class StepCost:
         first = min(shape.num_rows, MAX_ROWS)
         passed = self.curve.table[first : first + most + 1]
         passed += passed[-1:] * (most + 1 - len(passed))
-        scale, step, sequence, _, _, draft, context = self._fit.coefficients
-        fixed = step + sequence * shape.num_sequences + context * shape.context / 4096
+        rise, base, sequence, _, _, draft, context = self._fit.coefficients
+        fixed = base - rise + sequence * shape.num_sequences + context * shape.context / 4096
         fixed *= self._unit * self.slowdown
-        scale *= self.slowdown
+        rise *= self.slowdown
         draft *= self._unit * self.slowdown
-        seconds = [scale * one + fixed + draft * count for count, one in enumerate(passed)]
-        seconds[0] = max(seconds[0], 0.2 * passed[0] * self.slowdown)
+        seconds = [rise * one + fixed + draft * count for count, one in enumerate(passed)]
+        seconds[0] = max(seconds[0], _LEAST_SHARE * passed[0] * self.slowdown)
         return list(accumulate(seconds, max))
 
     def expected(self, shape: StepShape, num_draft_rows: int) -> float:
         """Expected seconds with so many draft rows, without `asking`: one entry of `table`, for
         what is asked in every step."""
         x = self._features(shape, num_draft_rows, asked=False, model=False)
-        return max(self._fit.predict(x), 0.2 * x[0]) * self._unit * self.slowdown
+        return self._expected_units(x) * self._unit * self.slowdown
 
     def observe(
         self,
@@ -166,7 +174,7 @@ class StepCost:
         if self._num_steps <= _UNSETTLED_STEPS or seconds <= 0:
             return
         x = self._features(shape, num_draft_rows, asked or num_draft_rows > 0, model)
-        expected = max(self._fit.predict(x), 0.2 * x[0])
+        expected = self._expected_units(x)
         units = seconds / self._unit
         if self._num_steps == _UNSETTLED_STEPS + 1:
             self.slowdown = units / expected
@@ -175,11 +183,15 @@ class StepCost:
         self.slowdown *= min(max(ratio, 0.5), 2.0) ** _SLOWDOWN_RATE
         self.speed_now = units / expected
         if learn:
-            self._fit.update(x, units / self.slowdown, 0.2 * x[0])
+            self._fit.update(x, units / self.slowdown, _least_units(x))
 
     def relax(self, share: float) -> None:
         """Forget a share of what was learned of draft rows, when there are none."""
         self._fit.relax(share, _DRAFTING)
+
+
+def _least_units(x: list[float]) -> float:
+    return _LEAST_SHARE * (1.0 + x[0])
 
 
 class DraftCall(NamedTuple):

@@ -25,6 +25,11 @@ def linear(slope, base=0.010, per_sequence=0.0001):
     return lambda rows, sequences: base + slope * (rows - 1) + per_sequence * sequences
 
 
+def shelf(free, slope, base=0.010, per_sequence=0.0001):
+    """The same where some rows are free, as they are while memory is the limit."""
+    return lambda rows, sequences: base + slope * max(0, rows - free) + per_sequence * sequences
+
+
 def curve_of(step):
     return CostCurve({count: step(count, 0) for count in COUNTS})
 
@@ -96,6 +101,12 @@ SCENARIOS = {
         linear(0.0006),
         make_jobs(8, 500, lambda j, p: 0.7),
         64,
+    ),
+    "four rows are free and were measured dear": (
+        replace(WORLD, step=shelf(4, 0.0017)),
+        linear(0.0013),
+        make_jobs(4, 120, lambda j, p: 0.7),
+        1,
     ),
     "a lookup that finds something now and then": (
         LOOKUP,
