@@ -181,8 +181,8 @@ class NativeSampling:
         """
         self._check(logits)
         count, nodes = len(walks), walks._nodes
-        if walks._num_rows > len(logits):
-            raise ValueError(f"there are {len(logits)} rows of logits, not {walks._num_rows}")
+        if walks._num_rows > logits.shape[0]:
+            raise ValueError(f"there are {logits.shape[0]} rows of logits, not {walks._num_rows}")
         walked = array("B", bytes(_WALKED.size * count))
         paths = array("q", bytes(8 * len(nodes)))
         trees = b"".join(walks._trees)

@@ -130,7 +130,7 @@ class Decoder:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `Model.forward`."""
         check_taps(taps, self.config.num_layers)
-        if (fast := self._fast(len(input_ids))) is not None:
+        if (fast := self._fast(input_ids.shape[0])) is not None:
             return fast.forward(input_ids, metadata, kv, taps)
         stream = functional.embedding(input_ids, self.embedding)
         angles = rope.cos_sin(
@@ -152,7 +152,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
-        if (fast := self._fast(len(hidden))) is not None:
+        if (fast := self._fast(hidden.shape[0])) is not None:
             return fast.logits(hidden)
         return as_logits(linear(hidden, self.lm_head))
 

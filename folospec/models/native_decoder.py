@@ -108,7 +108,7 @@ class NativeDecoder:
             step,
             ids,
             positions,
-            native_cpu.find_slots(metadata, len(kv[0].key)),
+            native_cpu.find_slots(metadata, kv[0].key.shape[0]),
             *(
                 pointer("angles", each, torch.float32, (None, decoder.head_size // 2))
                 for each in (cos, sin)
@@ -194,11 +194,11 @@ class NativeDecoder:
     def angles(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all these positions, and of those below; a table that has grown
         repeats itself to the bit."""
-        have, length = len(self._cos), int(positions.max()) + 1
+        have, length = self._cos.shape[0], int(positions.max()) + 1
         if have < length:
             decoder = self.decoder
             self._cos, self._sin = rope.tables(
                 max(length, 2 * have, 256), decoder.inverse_frequencies, decoder.rope_scaling
             )
-        check_ids("positions", positions, len(self._cos))
+        check_ids("positions", positions, self._cos.shape[0])
         return self._cos, self._sin
