@@ -11,6 +11,7 @@ llama_cpp_q4_1   the same, with SmolLM2 as it is published      one process
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from peer_checkpoints import checkpoint_for, has_draft
 from peer_kinds import FOLOSPEC_KIND, PEER_KINDS, PeerKind, Precision
 from peer_process import WorkerProcess
 from peer_venvs import PEERS, environment_of, python_of
+
+from folospec.kernels.targets import cpu_flags
 
 WORKERS = Path(__file__).parent / "peer_workers"
 ANCHOR = "folospec plain"
@@ -66,6 +69,12 @@ NGRAM = 3
 ASSISTANT_CONFIDENCE = 0.4
 """What transformers takes by default: a draft ends at a token less likely than this."""
 GIB = 1 << 30
+
+
+def has_wide_vectors(target: str) -> bool:
+    """Whether the contestants may use more than AVX2, and the processor has more."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return target == NATIVE and not (is_x86 and "avx512f" not in cpu_flags())
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +182,7 @@ class Setup:
 
     def precision(self, contestant: Contestant) -> Precision:
         """What a contestant calculates in."""
-        return contestant.kind.precision_of(self.dtype, self.target == NATIVE)
+        return contestant.kind.precision_of(self.dtype, has_wide_vectors(self.target))
 
     def kv_bytes(self, work: Work) -> int:
         """What the largest batch needs, and half as much for drafts."""

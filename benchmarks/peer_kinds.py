@@ -44,9 +44,9 @@ class PeerKind:
     def is_rival(self) -> bool:
         return not self.only_checkpoint
 
-    def precision_of(self, dtype: str, native: bool) -> Precision:
-        """What it calculates in, with the machine's own instructions or held to older ones."""
-        return (None if native else self.older_precision.get(dtype)) or self.precision[dtype]
+    def precision_of(self, dtype: str, wide: bool) -> Precision:
+        """What it calculates in, with vectors wider than those of AVX2 or without."""
+        return (None if wide else self.older_precision.get(dtype)) or self.precision[dtype]
 
 
 PEER_KINDS = {

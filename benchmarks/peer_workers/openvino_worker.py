@@ -1,8 +1,8 @@
 """OpenVINO GenAI: continuous batching, plain, with prompt lookup, or with a draft model; each is a
 pipeline of its own. The checkpoints are converted before: see `peer_checkpoints`.
 
-Held to AVX2 it calculates in float32, as it does on a processor that has nothing wider; asked for
-bfloat16 it would look at the processor and then find no operation for it.
+With AVX2 alone it calculates in float32: asked for bfloat16 it finds no operation for it, whether
+the processor has nothing wider or it is held to AVX2.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class OpenVino(Engine):
         scheduler.cache_size = load.kv_gib
         scheduler.max_num_seqs = load.max_batch
         scheduler.enable_prefix_caching = False
-        only_avx2 = os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2"
-        precision = "f32" if only_avx2 else _PRECISION[load.dtype]
+        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has_bfloat16 = "BF16" in capabilities and os.environ.get("ONEDNN_MAX_CPU_ISA") != "AVX2"
+        precision = _PRECISION[load.dtype] if has_bfloat16 else "f32"
         properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
             "KV_CACHE_PRECISION": precision,

@@ -295,13 +295,6 @@ def test_all_are_held_to_the_instructions_of_the_target():
     assert peer_venvs.environment_of("vllm", "x86-64-v3") == "vllm"
 
 
-def test_what_is_calculated_in_may_depend_on_the_instructions():
-    openvino = Contestant("openvino plain", "openvino", "plain")
-    setups = [Setup("demo", "bfloat16", 2, 1, 64, 1.0, name) for name in peer_contestants.TARGETS]
-    assert [setup.precision(openvino).activations for setup in setups] == ["bfloat16", "float32"]
-    assert [setup.precision(VLLM).activations for setup in setups] == ["bfloat16", "bfloat16"]
-
-
 def test_outputs_that_go_on_behind_their_end_are_counted():
     assert past_end([[[1, 2, 9], [1, 9, 2]], [[3, 4, 5], [9, 9, 9]]], {9}) == 0.5
     assert past_end([], {9}) is None
@@ -367,3 +360,23 @@ def test_samples_of_the_model_have_no_excess_surprise_and_others_have():
     assert named == pytest.approx(excess_surprise(prompts, sampled(0.8), 0.8)[0])
     noise = torch.randint(4096, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
     assert excess_surprise(prompts, noise, 0.8)[0] > 5
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "target", "precision"),
+    [
+        ("x86_64", {"avx2", "avx512f"}, "native", "bfloat16"),
+        ("x86_64", {"avx2", "avx512f"}, "x86-64-v3", "float32"),
+        ("x86_64", {"avx2"}, "native", "float32"),
+        ("aarch64", {"asimd"}, "native", "bfloat16"),
+    ],
+)
+def test_what_is_calculated_in_may_depend_on_the_instructions(
+    machine, flags, target, precision, monkeypatch
+):
+    monkeypatch.setattr(peer_contestants.platform, "machine", lambda: machine)
+    monkeypatch.setattr(peer_contestants, "cpu_flags", lambda: frozenset(flags))
+    setup = Setup("demo", "bfloat16", 2, 1, 64, 1.0, target)
+    openvino = Contestant("openvino plain", "openvino", "plain")
+    assert setup.precision(openvino).activations == precision
+    assert setup.precision(VLLM).activations == "bfloat16"
