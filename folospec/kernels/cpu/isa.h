@@ -54,15 +54,27 @@ constexpr int outputs_of(int rows, int parts) {
     return rows == 2 || (rows == 3 && parts == 1) ? 4 : 3;
 }
 
-// Whether the machine's own prefetching follows many rows of a matrix at once. Intel's does (measured on a
-// Sapphire Rapids), and is disturbed by requests in another order; AMD's does not (measured on a Zen 4).
-inline bool follows_many_rows() {
+// In which order memory is asked for the weights that come next, beside the machine's own prefetching: not
+// at all, in the order of addresses, or for the same columns of the rows that come next.
+enum Fetching : int { NOT_AT_ALL, IN_ORDER, BY_ROWS };
+
+struct FetchingOrders {
+    Fetching one_row, few_rows, many_rows;  // of activations; many are those for which W is cut in blocks
+};
+
+// Intel's prefetching follows many rows of a matrix at once, and is disturbed by requests in another order
+// (measured on a Sapphire Rapids: 9 GB/s in the order of addresses, 12 to 13 by rows). A Zen 4 takes four
+// rows at once for noise (25 to 33 GB/s without requests, 40 to 50 in the order of addresses, where reading
+// alone gives 50). A Zen 3, the last without AVX-512, follows the eight rows that one row of activations
+// meets (19 GB/s with requests in order, 21 by rows, 25 without), and has to be asked where more is
+// calculated in between.
+inline FetchingOrders fetching_orders() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    return __builtin_cpu_is("intel");
-#else
-    return false;
+    if (__builtin_cpu_is("intel")) return {BY_ROWS, BY_ROWS, BY_ROWS};
+    if (!__builtin_cpu_supports("avx512f")) return {NOT_AT_ALL, BY_ROWS, IN_ORDER};
 #endif
+    return {IN_ORDER, IN_ORDER, IN_ORDER};
 }
 
 // Attention keeps this many sums in registers: those of a few queries, times a part of a tile's keys or

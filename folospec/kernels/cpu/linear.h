@@ -89,13 +89,9 @@ constexpr int BLOCK_OUT = 24;   // outputs that stay in the cache while rows pas
 // Of an activation row, what is worked off at a time. While W comes from memory, a chunk of x has to stay in
 // the first level; when many tiles share what has come, longer chunks cost fewer interruptions.
 constexpr int CHUNK_BYTES = 2048, LONG_CHUNK_BYTES = 4096, MANY_TILES = 4;
-// How far ahead of a stream from memory to ask. Where the machine's own prefetching takes four rows at once
-// for noise, memory is asked in the order of addresses, and no nearer than the second level (measured on a
-// Zen 4: 25 to 33 GB/s without, 40 to 50 with, where reading alone gives 50). Where it follows them, that
-// order disturbs it, and every row is asked for the same columns of the rows that come next (measured on a
-// Sapphire Rapids: 9 GB/s in the order of addresses, 12 to 13 so).
+// How far ahead of a stream from memory to ask, and in which order; no nearer than the second level.
 constexpr int AHEAD_BYTES = 16384, LINE_BYTES = 64;
-inline const bool BY_ROWS = follows_many_rows();
+inline const FetchingOrders FETCHING = fetching_orders();
 
 // Rows are cut in tiles: up to FEW_ROWS are one, more are shared out over tiles of at most ROW_TILE, so
 // that none is nearly empty (13 rows run as 5, 4 and 4).
@@ -155,11 +151,12 @@ struct OperandRow {
     }
 };
 
-// What memory should bring meanwhile: as many bytes as are used, from `from` on in the order of addresses, or
+// What memory should bring meanwhile: as many bytes as are used, from `from` on `IN_ORDER` of addresses, or
 // `BY_ROWS`, numbers that lie `distance` behind those that are read. Tiles that share a block share that too:
 // of every NR lines this one asks for [first, end).
 template <class W>
 struct Ahead {
+    Fetching order;
     const W* from;
     int64_t distance;
     int first, end;
@@ -189,10 +186,11 @@ INLINE void add_columns(const typename F::W* const w[NR], const typename F::X* x
     constexpr int LINE = std::max<int>(LINE_BYTES / sizeof(typename F::W), F::COLUMNS);
     int64_t k = begin;
     for (; k + LINE <= end; k += LINE) {
-        for (int j = 0; j < NR; j++)
-            if (j >= ahead.first && j < ahead.end)
-                __builtin_prefetch(
-                    BY_ROWS ? w[j] + k + ahead.distance : ahead.from + (k - begin) * NR + j * LINE, 0, 2);
+        for (int j = 0; j < NR; j++) {
+            if (ahead.order == NOT_AT_ALL || j < ahead.first || j >= ahead.end) continue;
+            bool by_rows = ahead.order == BY_ROWS;
+            __builtin_prefetch(by_rows ? w[j] + k + ahead.distance : ahead.from + (k - begin) * NR + j * LINE, 0, 2);
+        }
         for (int s = 0; s < LINE; s += F::COLUMNS)
             add_step<F, 0, MR, NR>(w, k + s, x + (k + s) * MR, F::COLUMNS, sums);
     }
@@ -257,7 +255,8 @@ void stream_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_st
         const typename F::W* w[NR];
         point<F, NR>(m, first, count, w);
         Vec sums[MR][NR] = {};
-        Ahead<typename F::W> ahead = {w[0] + NR * m.in + AHEAD_BYTES / sizeof(typename F::W), NR * m.in, 0, NR};
+        Ahead<typename F::W> ahead = {MR == 1 ? FETCHING.one_row : FETCHING.few_rows,
+                                      w[0] + NR * m.in + AHEAD_BYTES / sizeof(typename F::W), NR * m.in, 0, NR};
         add_columns<F, MR, NR>(w, x, 0, m.in, ahead, sums);
         finish<MR, NR>(sums, m, first, count, y, y_stride, add);
     }
@@ -274,8 +273,8 @@ void block_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_str
     Vec waiting[GROUPS][MR][NR];
     int64_t groups = (end - begin + NR - 1) / NR;
     int64_t sharers = std::min<int64_t>(tiles, NR);
-    Ahead<typename F::W> ahead = {(const typename F::W*)m.data + end * m.in, BLOCK_OUT * m.in,
-                                  (int)(NR * tile / sharers), (int)(NR * (tile + 1) / sharers)};
+    Ahead<typename F::W> ahead = {FETCHING.many_rows, (const typename F::W*)m.data + end * m.in,
+                                  BLOCK_OUT * m.in, (int)(NR * tile / sharers), (int)(NR * (tile + 1) / sharers)};
     for (int64_t k = 0; k < m.in; k += chunk) {
         int64_t stop = std::min(k + chunk, m.in);
         for (int64_t g = 0; g < groups; g++) {
