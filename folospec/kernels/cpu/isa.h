@@ -58,23 +58,28 @@ constexpr int outputs_of(int rows, int parts) {
 // at all, in the order of addresses, or for the same columns of the rows that come next.
 enum Fetching : int { NOT_AT_ALL, IN_ORDER, BY_ROWS };
 
-struct FetchingOrders {
-    Fetching one_row, few_rows, many_rows;  // of activations; many are those for which W is cut in blocks
-};
+// Which rows of a matrix, read side by side, the machine's own prefetching follows. Intel's follows many,
+// and is disturbed by requests in another order (measured on a Sapphire Rapids: 9 GB/s in the order of
+// addresses, 12 to 13 by rows). A Zen 4 takes four for noise (25 to 33 GB/s without requests, 40 to 50 in
+// the order of addresses, where reading alone gives 50). A Zen 3, the last without AVX-512, follows long
+// ones (float32 rows of 8 kB for one row of activations: 19 GB/s in order, 21 by rows, 25 without requests;
+// bfloat16 rows of 1 kB: 9, 8 and 7).
+enum Follows : int { ALL_ROWS, LONG_ROWS, NO_ROWS };
 
-// Intel's prefetching follows many rows of a matrix at once, and is disturbed by requests in another order
-// (measured on a Sapphire Rapids: 9 GB/s in the order of addresses, 12 to 13 by rows). A Zen 4 takes four
-// rows at once for noise (25 to 33 GB/s without requests, 40 to 50 in the order of addresses, where reading
-// alone gives 50). A Zen 3, the last without AVX-512, follows the eight rows that one row of activations
-// meets (19 GB/s with requests in order, 21 by rows, 25 without), and has to be asked where more is
-// calculated in between.
-inline FetchingOrders fetching_orders() {
+inline Follows follows() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_is("intel")) return {BY_ROWS, BY_ROWS, BY_ROWS};
-    if (!__builtin_cpu_supports("avx512f")) return {NOT_AT_ALL, BY_ROWS, IN_ORDER};
+    if (__builtin_cpu_is("intel")) return ALL_ROWS;
+    if (!__builtin_cpu_supports("avx512f")) return LONG_ROWS;
 #endif
-    return {IN_ORDER, IN_ORDER, IN_ORDER};
+    return NO_ROWS;
+}
+
+// While weights of `row_bytes` a row stream by for so many rows of activations.
+inline Fetching streaming(Follows own, int rows, int64_t row_bytes) {
+    if (own == ALL_ROWS) return BY_ROWS;
+    if (own == NO_ROWS || row_bytes < 3072) return IN_ORDER;
+    return rows == 1 && row_bytes >= 4096 ? NOT_AT_ALL : BY_ROWS;
 }
 
 // Attention keeps this many sums in registers: those of a few queries, times a part of a tile's keys or

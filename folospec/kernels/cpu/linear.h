@@ -91,7 +91,7 @@ constexpr int BLOCK_OUT = 24;   // outputs that stay in the cache while rows pas
 constexpr int CHUNK_BYTES = 2048, LONG_CHUNK_BYTES = 4096, MANY_TILES = 4;
 // How far ahead of a stream from memory to ask, and in which order; no nearer than the second level.
 constexpr int AHEAD_BYTES = 16384, LINE_BYTES = 64;
-inline const FetchingOrders FETCHING = fetching_orders();
+inline const Follows FOLLOWS = follows();
 
 // Rows are cut in tiles: up to FEW_ROWS are one, more are shared out over tiles of at most ROW_TILE, so
 // that none is nearly empty (13 rows run as 5, 4 and 4).
@@ -255,7 +255,7 @@ void stream_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_st
         const typename F::W* w[NR];
         point<F, NR>(m, first, count, w);
         Vec sums[MR][NR] = {};
-        Ahead<typename F::W> ahead = {MR == 1 ? FETCHING.one_row : FETCHING.few_rows,
+        Ahead<typename F::W> ahead = {streaming(FOLLOWS, MR, m.in * sizeof(typename F::W)),
                                       w[0] + NR * m.in + AHEAD_BYTES / sizeof(typename F::W), NR * m.in, 0, NR};
         add_columns<F, MR, NR>(w, x, 0, m.in, ahead, sums);
         finish<MR, NR>(sums, m, first, count, y, y_stride, add);
@@ -273,7 +273,7 @@ void block_tile(const Matrix& m, const typename F::X* x, float* y, int64_t y_str
     Vec waiting[GROUPS][MR][NR];
     int64_t groups = (end - begin + NR - 1) / NR;
     int64_t sharers = std::min<int64_t>(tiles, NR);
-    Ahead<typename F::W> ahead = {FETCHING.many_rows, (const typename F::W*)m.data + end * m.in,
+    Ahead<typename F::W> ahead = {FOLLOWS == ALL_ROWS ? BY_ROWS : IN_ORDER, (const typename F::W*)m.data + end * m.in,
                                   BLOCK_OUT * m.in, (int)(NR * tile / sharers), (int)(NR * (tile + 1) / sharers)};
     for (int64_t k = 0; k < m.in; k += chunk) {
         int64_t stop = std::min(k + chunk, m.in);
