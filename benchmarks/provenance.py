@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+_VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
 PACKAGES = ("folospec", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -64,9 +65,16 @@ def _git(*arguments: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    """The processor; of x86 with family, model and widest vectors, since some names say little."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    facts = {}
+    for line in info.read_text().splitlines() if info.exists() else ():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in facts:
+        return name
+    flags = facts.get("flags", "").split()
+    vectors = [shown for flag, shown in _VECTORS.items() if flag in flags]
+    kind = [f"family {facts['cpu family']}", f"model {facts['model']}", *vectors[:1]]
+    return f"{name} ({', '.join(kind)})"

@@ -29,3 +29,26 @@ def test_changes_of_tracked_files_are_told(
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
     tracked.write_text(text)
     assert provenance.provenance(["script.py"])["git_uncommitted_changes"] is changed
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        (
+            "model name : AMD EPYC\ncpu family : 25\nmodel : 1\nflags : sse avx2\n",
+            "AMD EPYC (family 25, model 1, AVX2)",
+        ),
+        (
+            "cpu family : 6\nmodel : 143\nmodel name : Xeon\nflags : avx2 avx512f\n",
+            "Xeon (family 6, model 143, AVX-512)",
+        ),
+        ("model name : Cortex-A72\nFeatures : asimd\n", "Cortex-A72"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(
+    info: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(info)
+    monkeypatch.setattr(provenance, "Path", lambda _: path)
+    assert provenance._cpu_name() == name
