@@ -134,15 +134,8 @@ def run(llm: LLM, prompts: Sequence[list[int]], batch: int, params: SamplingPara
 
 def measure(engines: dict[str, LLM], workload: Workload, batch: int, args: Any) -> Iterator[Row]:
     """Run the pairs of one workload and batch size; a row for each engine but the plain one."""
-    plain = engines["plain"]
     size = max(batch, LEAST_PROMPTS)
-    count = (args.pairs + 1) * size
-    max_tokens = args.max_tokens
-    if workload.is_task:
-        items = make_task(workload.kind, plain.tokenizer, count, max_tokens).items
-        prompts, max_tokens = [item.prompt_token_ids for item in items], items[0].max_tokens
-    else:
-        prompts = prompts_of(workload.kind, plain.tokenizer, _vocab_size(plain), count)
+    prompts, max_tokens = _prompts(engines["plain"], workload, size, args)
     runs: dict[str, list[Run]] = {name: [] for name in engines}
     for pair in range(args.pairs + 1):
         own = prompts[pair * size : (pair + 1) * size]
@@ -204,7 +197,27 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
 
 
+def _prompts(
+    plain: LLM, workload: Workload, size: int, args: Any
+) -> tuple[list[list[int]], int | None]:
+    """The prompts of all pairs, `size` of them each, and how many tokens each gets.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    count = (args.pairs + 1) * size
+    if workload.is_task:
+        items = make_task(workload.kind, plain.tokenizer, count, args.max_tokens).items
+        return [item.prompt_token_ids for item in items], items[0].max_tokens
+    prompts = prompts_of(workload.kind, plain.tokenizer, _vocab_size(plain), count)
+    return prompts, args.max_tokens
+
+
 def rows(args: Any, facts: Row) -> Iterator[Row]:
+    plain, most = _engine(args, None), max(*args.batches, LEAST_PROMPTS)
+    for workload in args.workloads:
+        _prompts(plain, workload, most, args)  # what is missing is said before hours of measuring
+    del plain
     for workload in args.workloads:
         engines = {"plain": _engine(args, None), "auto": _engine(args, _speculative(args))}
         if args.controls:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import never_slower
 import pytest
 from slower_checks import force_drafts, lower_bound, verdict
 
@@ -45,3 +46,11 @@ def test_a_planner_that_is_forced_drafts_in_every_step() -> None:
     assert stats["num_drafts"] > 20
     assert sum(stats["num_undrafted"].values()) <= 4
     assert all(len(output.outputs[0].token_ids) == 24 for output in outputs)
+
+
+def test_prompts_that_are_missing_are_said_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(never_slower, "measure", lambda *_: pytest.fail("a cell was measured"))
+    with pytest.raises(ValueError, match="held-out modules give"):
+        never_slower.main(["--workloads", "code", "--batches", "1,32", "--pairs", "2000"])
