@@ -32,12 +32,16 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None}, facecolor="white", bbox_inches="tight")
 
 
+def _line(row: Row) -> tuple[str, str, str]:
+    return row["checkpoint"], row["dtype"], row["provenance"]["cpu"]
+
+
 def rates(
     rows: Sequence[Row], tasks: Sequence[str] = TASKS, temperature: float = TEMPERATURE
 ) -> Figure:
     """Tokens per second of every contestant at the tasks and the temperature: a line of panels per
-    checkpoint and type, a panel per batch size. Plain decoding is pale; the black line is the limit
-    of plain decoding.
+    checkpoint, type and processor, a panel per batch size. Plain decoding is pale; the black line
+    is the limit of plain decoding.
 
     Raises:
         ValueError: there is no row of the tasks at the temperature.
@@ -46,16 +50,15 @@ def rates(
     if not rows:
         wanted = " or ".join(tasks)
         raise ValueError(f"there must be rows of {wanted} at temperature {temperature:g}, got none")
-    models = list(dict.fromkeys((row["checkpoint"], row["dtype"]) for row in rows))
+    lines = list(dict.fromkeys(map(_line, rows)))
     batches = sorted({row["batch"] for row in rows})
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     height = 0.2 * len(names) + 0.8
-    figure = Figure(figsize=(3.2 * len(batches) + 1.8, height * len(models) + 0.6))
-    panels = figure.subplots(len(models), len(batches), sharey=True, squeeze=False)
-    for line, (checkpoint, dtype) in zip(panels, models, strict=True):
+    figure = Figure(figsize=(3.2 * len(batches) + 1.8, height * len(lines) + 0.6))
+    panels = figure.subplots(len(lines), len(batches), sharey=True, squeeze=False)
+    for line, kind in zip(panels, lines, strict=True):
         for panel, batch in zip(line, batches, strict=True):
-            cell = (checkpoint, dtype, batch)
-            own = [row for row in rows if (row["checkpoint"], row["dtype"], row["batch"]) == cell]
+            own = [row for row in rows if (_line(row), row["batch"]) == (kind, batch)]
             panel.set_visible(bool(own) or panel is line[0])
             for row in own:
                 if "error" not in row:
@@ -66,7 +69,8 @@ def rates(
                         alpha=1.0 if row["speculative"] else PLAIN_ALPHA,
                     )
                 panel.axvline(row["limit_tokens_per_second"], color=INK, linewidth=1)
-            panel.set_title(f"{checkpoint}, {dtype}, batch {batch}", fontsize=9)
+            checkpoint, dtype, cpu = kind
+            panel.set_title(f"{checkpoint}, {dtype}, batch {batch}\n{cpu}", fontsize=8)
             panel.tick_params(labelsize=8)
             for side in ("top", "right"):
                 panel.spines[side].set_visible(False)

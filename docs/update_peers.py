@@ -185,11 +185,12 @@ def updated(page: str, rows: Sequence[Row]) -> str:
 
 
 def _table_key(row: Row) -> tuple[Any, ...]:
-    """What the rows of a table have in common."""
+    """What the rows of a table have in common, the processor among it."""
+    source = row["provenance"]
     if row["benchmark"] == "bound":
-        target = row["provenance"].get("kernels_target")
-        return row["model"], row["dtype"], row["task"], row["temperature"], target
-    return _cell(row)
+        own = row["model"], row["dtype"], row["task"], row["temperature"]
+        return source["cpu"], *own, source.get("kernels_target")
+    return source["cpu"], *_cell(row)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -71,8 +71,8 @@ def _setting(row: Row) -> str:
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
-    target = row["provenance"].get("kernels_target")
-    return (*(row[key] for key in ("model", "dtype", "workload", "temperature", "batch")), target)
+    source, names = row["provenance"], ("model", "dtype", "workload", "temperature", "batch")
+    return source["cpu"], source.get("kernels_target"), *(row[name] for name in names)
 
 
 def updated(page: str, rows: Sequence[Row]) -> str:

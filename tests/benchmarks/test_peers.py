@@ -199,7 +199,9 @@ def test_a_failed_contestant_has_a_row_with_its_error_and_is_nobodys_rival():
     assert rows[PLAIN.name]["ratio_to_fastest_peer"] is None
     json.dumps(rows)
     assert peer_table.rate_table(list(rows.values()), "demo").row_count == 2
-    assert peers_plots.rates(list(rows.values())).axes
+    drawn = [{**row, "provenance": {"cpu": cpu}} for row in rows.values() for cpu in ("one", "two")]
+    titles = [axes.get_title() for axes in peers_plots.rates(drawn).axes]
+    assert titles == ["demo, float32, batch 2\none", "demo, float32, batch 2\ntwo"]
 
 
 def test_without_an_anchor_there_are_rows_without_its_ratios():
