@@ -140,7 +140,7 @@ def row_curve(llm: LLM, prompt: list[int], max_len: int) -> dict[int, float]:
         )
         request_id = f"rows-{rows}"
         llm.engine.add_request({"prompt_token_ids": prompt}, params, request_id)
-        sequence = llm.engine.requests[request_id].group.sequences[0]
+        sequence = llm.engine.requests[request_id].sequences[0]
         while sequence.num_output_tokens == 0:
             llm.engine.step()
         times = []

@@ -20,10 +20,10 @@ from gpu_jobs import Context, Row
 from gpu_ties import Parting, Referee
 
 from folospec import LLM, SamplingParams
-from folospec.engine.judge import judge
-from folospec.engine.judgement import Judgement
+from folospec.core.sequence_step import SequenceStep
 from folospec.engine.target_pass import TargetPass
 from folospec.models.loader import load_tokenizer
+from folospec.spec.verify_batch import verify_batch
 
 SEEDS, QUICK_SEEDS = 24, 1
 MAX_TOKENS, QUICK_TOKENS = 32, 8
@@ -46,14 +46,14 @@ class Shadow:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        original = TargetPass.judge
+        original = TargetPass.verify
 
-        def judged(this: TargetPass, judgements: list[Judgement], result: Any) -> Any:
-            shown = original(this, judgements, result)
-            self._judge([j for j in judgements if j.verdicts], result.logits)
+        def verified(this: TargetPass, steps: list[SequenceStep], result: Any) -> Any:
+            shown = original(this, steps, result)
+            self._verify([step for step in steps if step.verdicts], result.logits)
             return shown
 
-        with mock.patch.object(TargetPass, "judge", judged):
+        with mock.patch.object(TargetPass, "verify", verified):
             yield
 
     def row(self) -> Row:
@@ -70,26 +70,26 @@ class Shadow:
             "passed": says_something and share <= MOST_DIFFERING,
         }
 
-    def _judge(self, judgements: list[Judgement], logits: torch.Tensor) -> None:
-        copies = [_on_host(judgement) for judgement in judgements]
-        judge(copies, logits.cpu(), self.rule)
-        for judgement, copy in zip(judgements, copies, strict=True):
-            assert judgement.verdicts
+    def _verify(self, steps: list[SequenceStep], logits: torch.Tensor) -> None:
+        copies = [_on_host(step) for step in steps]
+        verify_batch(copies, logits.cpu(), self.rule)
+        for step, copy in zip(steps, copies, strict=True):
+            assert step.verdicts
             self.num_verdicts += 1
-            accepted = judgement.verdicts[0].num_accepted
+            accepted = step.verdicts[0].num_accepted
             self.num_accepted += accepted
-            self.num_rejected += len(judgement.tree) - accepted
-            if judgement.verdicts != copy.verdicts:
+            self.num_rejected += len(step.tree) - accepted
+            if step.verdicts != copy.verdicts:
                 self.num_differing += 1
-                pair = {"device": str(judgement.verdicts), "host": str(copy.verdicts)}
-                self.differences.append({"sequence": judgement.seq.seq_id, **pair})
+                pair = {"device": str(step.verdicts), "host": str(copy.verdicts)}
+                self.differences.append({"sequence": step.seq.seq_id, **pair})
 
 
-def _on_host(judgement: Judgement) -> Judgement:
-    proposal = judgement.proposal
+def _on_host(step: SequenceStep) -> SequenceStep:
+    proposal = step.proposal
     if proposal is not None and proposal.draft_probs is not None:
         proposal = replace(proposal, draft_probs=proposal.draft_probs.cpu())
-    return replace(judgement, proposal=proposal, verdicts=None)
+    return replace(step, proposal=proposal, verdicts=None)
 
 
 def check(context: Context, rule: str) -> Iterator[Row]:

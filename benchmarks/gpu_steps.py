@@ -137,7 +137,7 @@ class Bench:
         )
         [prompt] = random_prompts(self.vocab_size, 1, [context])
         request = core.add_request({"prompt_token_ids": prompt}, params)
-        [seq] = core.requests[request].group.sequences
+        [seq] = core.requests[request].sequences
         while seq.num_output_tokens <= 1:  # the prompt, and a step to warm up
             core.step(finished_only=True)
         synchronize(self.device)

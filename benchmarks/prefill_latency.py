@@ -62,12 +62,12 @@ def run(llm: LLM, others: list[list[int]], prompt: list[int], num_steps: int | N
     engine = llm.engine
     params = SamplingParams(temperature=TEMPERATURE, max_tokens=None, ignore_eos=True)
     ids = [engine.add_request({"prompt_token_ids": own}, params) for own in others]
-    firsts = [engine.requests[one].group.sequences[0] for one in ids]
+    firsts = [engine.requests[one].sequences[0] for one in ids]
     while min(seq.num_output_tokens for seq in firsts) < TOKENS_BEFORE:
         engine.step(finished_only=True)
     if num_steps is None:
         ids.append(engine.add_request({"prompt_token_ids": prompt}, params))
-        late = engine.requests[ids[-1]].group.sequences[0]
+        late = engine.requests[ids[-1]].sequences[0]
     seconds: list[float] = []
     while len(seconds) < num_steps if num_steps is not None else late.num_output_tokens == 0:
         started = time.perf_counter()

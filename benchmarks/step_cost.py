@@ -75,12 +75,12 @@ def timed_steps(
     for request_id, prompt in zip(ids, prompts, strict=True):
         engine.add_request({"prompt_token_ids": prompt}, params, request_id)
     requests = [engine.requests[request_id] for request_id in ids]
-    while any(request.group.sequences[0].num_output_tokens == 0 for request in requests):
+    while any(request.sequences[0].num_output_tokens == 0 for request in requests):
         clock.step()
     begin_at = len(clock.steps)
     for _ in range(steps):
         clock.step()
-    outputs = [list(request.group.sequences[0].output_token_ids) for request in requests]
+    outputs = [list(request.sequences[0].output_token_ids) for request in requests]
     for request_id in ids:
         engine.abort(request_id)
     return clock.steps[begin_at:], outputs

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from folospec.config import EngineConfig, SpeculativeConfig
     from folospec.core.sequence import Sequence, SequenceGroup
-    from folospec.core.token_tree import TokenTree
+    from folospec.core.token_tree import TokenTree, Verdict
     from folospec.engine.llm import LLM
     from folospec.engine.llm_engine import LLMEngine
     from folospec.errors import EngineBrokenError, EngineClosedError, RequestError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         register_drafter,
     )
     from folospec.spec.proposal import Proposal
-    from folospec.spec.verify import AcceptanceRule, Verdict, register_acceptance_rule
+    from folospec.spec.verify import AcceptanceRule, register_acceptance_rule
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _HOMES = {
     "register_drafter": "folospec.spec.drafters.base",
     "Proposal": "folospec.spec.proposal",
     "AcceptanceRule": "folospec.spec.verify",
-    "Verdict": "folospec.spec.verify",
+    "Verdict": "folospec.core.token_tree",
     "register_acceptance_rule": "folospec.spec.verify",
 }
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from folospec.option_names import SAMPLING_NAMES, constructor_takes_names
@@ -125,6 +126,17 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    def detached(self) -> SamplingParams:
+        """A copy that shares nothing which can be changed in place."""
+        own = copy(self)
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(own, name, dict(value))
+            elif isinstance(value, (list, set)):
+                object.__setattr__(own, name, tuple(value))
+        return own
 
     def _check_counts(self) -> None:
         _require(is_int(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")

@@ -15,7 +15,7 @@ MAY_IMPORT = {  # room -> rooms, or modules of one, that it may import beside it
     **dict.fromkeys(("kernels", "__init__"), ()),  # the door is lazy
     **dict.fromkeys(("attention", "sampling"), (*F0, "kernels")),
     "models": (*F0, "kernels", "attention"),
-    "spec": (*F0, "kernels", *F2, "core.token_tree", "core.stats"),
+    "spec": (*F0, "kernels", *F2, "core.token_tree", "core.stats", "core.sequence_step"),
     "worker": (*F0, "core", "kernels", *F2, "spec"),
     "engine": (*F0, "core", "kernels", *F2, "spec", "worker"),
     **dict.fromkeys(("cli", "server", "distributed"), (*F0, "engine")),

@@ -3,10 +3,11 @@
 from folospec.core.block_pool import Block, BlockPool
 from folospec.core.kv_cache_manager import BlockCopy, KVCacheManager
 from folospec.core.prefix_cache import PrefixCache, hash_block
-from folospec.core.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
+from folospec.core.scheduler import Scheduler, SchedulerOutput
 from folospec.core.sequence import Sequence, SequenceGroup, SequenceStatus
+from folospec.core.sequence_step import SequenceStep
 from folospec.core.stats import EngineStats, PrefixCacheStats
-from folospec.core.token_tree import TokenTree
+from folospec.core.token_tree import TokenTree, Verdict
 
 __all__ = [
     "Block",
@@ -16,12 +17,13 @@ __all__ = [
     "KVCacheManager",
     "PrefixCache",
     "PrefixCacheStats",
-    "ScheduledSequence",
     "Scheduler",
     "SchedulerOutput",
     "Sequence",
     "SequenceGroup",
     "SequenceStatus",
+    "SequenceStep",
     "TokenTree",
+    "Verdict",
     "hash_block",
 ]

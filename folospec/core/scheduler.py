@@ -12,37 +12,20 @@ that has caught up. Three passes, oldest first:
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from folospec.core.kv_cache_manager import BlockCopy, KVCacheManager
 from folospec.core.sequence import Sequence, SequenceGroup, SequenceStatus
+from folospec.core.sequence_step import SequenceStep
 from folospec.core.step_budget import StepBudget
-
-
-@dataclass(slots=True)
-class ScheduledSequence:
-    """One sequence's share of a step: tokens [start, start + num_tokens), then draft nodes."""
-
-    seq: Sequence
-    start: int
-    """Computed tokens before the step."""
-    num_tokens: int
-    """Committed tokens that run in the step."""
-    num_draft_slots: int = 0
-    """Slots reserved for draft nodes behind them; 0 unless the last token alone runs."""
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step ends with the last token, so that a next one can be drawn."""
-        return self.start + self.num_tokens == self.seq.num_tokens
 
 
 @dataclass(slots=True)
 class SchedulerOutput:
     """What to do in a step. The copies come first, before anything is written."""
 
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    steps: list[SequenceStep] = field(default_factory=list)
     """Oldest first."""
     copies: list[BlockCopy] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
@@ -51,7 +34,7 @@ class SchedulerOutput:
     @property
     def num_tokens(self) -> int:
         """Committed tokens and draft slots together: at most `max_num_batched_tokens`."""
-        return sum(item.num_tokens + item.num_draft_slots for item in self.scheduled)
+        return sum(step.num_tokens + step.num_draft_slots for step in self.steps)
 
 
 class Scheduler:
@@ -106,6 +89,13 @@ class Scheduler:
     def running(self) -> tuple[Sequence, ...]:
         """Sequences that hold blocks, oldest first."""
         return tuple(self._running)
+
+    @property
+    def candidates(self) -> tuple[Sequence, ...]:
+        """All sequences that may run in the next step: those that run, and the oldest waiting ones,
+        as many as there are seats for."""
+        num_seats = self.max_num_seqs - len(self._running)
+        return (*self._running, *self._waiting[:num_seats])
 
     @property
     def has_unfinished(self) -> bool:
@@ -202,15 +192,15 @@ class Scheduler:
 
     def schedule(
         self,
-        draft_lengths: Callable[[Sequence], int] | None = None,
+        draft_counts: Mapping[str, int] | None = None,
         max_long_tokens: int | None = None,
     ) -> SchedulerOutput:
         """Choose what runs, reserve its slots, preempt where blocks are short.
 
         Args:
-            draft_lengths: how many draft nodes a caught-up sequence could use; the limits of the
-                request and the model are the caller's to respect. It may get fewer. None where
-                nothing is drafted.
+            draft_counts: by seq_id, how many draft nodes the sequence could use if it decodes in
+                this step; one that is not there has none. The limits of the request and the model
+                are the caller's to respect. A sequence may get fewer.
             max_long_tokens: most tokens of long prompts, all together, while a sequence decodes
                 and prompts may be split; None for no such limit.
         """
@@ -222,8 +212,8 @@ class Scheduler:
         # Who was preempted just now waits in front and cannot come back in this step: an older
         # sequence has taken some of the blocks that it would need.
         self._admit_waiting(output, budget)
-        if draft_lengths is not None:
-            self._reserve_drafts(output, budget.num_tokens, draft_lengths)
+        if draft_counts:
+            self._reserve_drafts(output, budget.num_tokens, draft_counts)
         return output
 
     def _schedule_running(self, output: SchedulerOutput, budget: StepBudget) -> None:
@@ -244,7 +234,7 @@ class Scheduler:
             copies = self.manager.allocate_slots(seq, num_tokens)
             if copies is not None:
                 output.copies += copies
-                output.scheduled.append(ScheduledSequence(seq, start, num_tokens))
+                output.steps.append(SequenceStep(seq, start, num_tokens))
                 return True
             victim = self._running[-1]
             assert victim is not self._running[0], f"not even alone there are blocks for {victim!r}"
@@ -286,7 +276,7 @@ class Scheduler:
                 seq.group.metrics.num_cached_tokens += num_cached
             seq.status = SequenceStatus.RUNNING
             insort(self._running, self._waiting.pop(0), key=_age)
-            output.scheduled.append(ScheduledSequence(seq, num_cached, num_tokens))
+            output.steps.append(SequenceStep(seq, num_cached, num_tokens))
             budget.take(seq, num_tokens)
 
     def _share(self, seq: Sequence, num_left: int, budget: int) -> int:
@@ -297,22 +287,22 @@ class Scheduler:
         return budget if may_split else 0
 
     def _reserve_drafts(
-        self, output: SchedulerOutput, budget: int, draft_lengths: Callable[[Sequence], int]
+        self, output: SchedulerOutput, budget: int, draft_counts: Mapping[str, int]
     ) -> None:
-        for item in output.scheduled:
+        for step in output.steps:
             if budget == 0:
                 break
             # While siblings are pending, the row of the last token is for their first tokens too.
-            if item.num_tokens > 1 or not item.samples or _num_pending(item.seq) > 0:
+            if step.num_tokens > 1 or not step.samples or _num_pending(step.seq) > 0:
                 continue
-            num_drafts = min(draft_lengths(item.seq), budget)
-            while num_drafts > 0 and not self.manager.can_allocate(item.seq, 1 + num_drafts):
+            num_drafts = min(draft_counts.get(step.seq.seq_id, 0), budget)
+            while num_drafts > 0 and not self.manager.can_allocate(step.seq, 1 + num_drafts):
                 num_drafts -= 1
             if num_drafts > 0:
-                copies = self.manager.allocate_slots(item.seq, 1 + num_drafts)
+                copies = self.manager.allocate_slots(step.seq, 1 + num_drafts)
                 assert copies is not None, "can_allocate and allocate_slots disagree"
                 output.copies += copies
-                item.num_draft_slots = num_drafts
+                step.num_draft_slots = num_drafts
                 budget -= num_drafts
 
     def check_integrity(self, others: Iterable[Sequence] = ()) -> None:

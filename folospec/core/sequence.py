@@ -7,7 +7,7 @@ A request is a group of sequences. They work on tokens alone; blocks come in whe
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from folospec.core.prefix_cache import hash_block
 from folospec.outputs import RequestMetrics
@@ -223,8 +223,17 @@ class SequenceGroup:
     """One request: its sequences, what was asked for, and what it has cost so far.
 
     It starts with one sequence, `{request_id}-0`. When the prompt is computed, `fork_siblings`
-    makes the others that `n` or `best_of` ask for; they share the prompt's blocks. `arrival` is the
-    request's ordinal.
+    makes the others that `n` or `best_of` ask for; they share the prompt's blocks. What is fixed at
+    admission is here; text and logprobs are in the engine's output processor.
+
+    Args:
+        arrival: the request's ordinal.
+        prompt: the prompt's text, where it was given as text.
+        seed: of the request's noise.
+        max_num_tokens: most tokens of a sequence, prompt and output; None for no limit.
+        eos_token_ids: EOS ids that end the output; empty with `ignore_eos`.
+        prediction_token_ids: the tokens of `params.prediction`.
+        sampling: what the sampling pipeline derives from `params`; nothing here looks into it.
     """
 
     def __init__(
@@ -235,11 +244,28 @@ class SequenceGroup:
         *,
         arrival: int,
         prompt: str | None = None,
+        seed: int = 0,
+        max_num_tokens: int | None = None,
+        eos_token_ids: frozenset[int] = frozenset(),
+        prediction_token_ids: list[int] | None = None,
+        sampling: Any = None,
     ) -> None:
         self.request_id = request_id
-        self.params = params
-        self.arrival = arrival
+        self.params, self.sampling = params, sampling
+        self.arrival, self.seed = arrival, seed
         self.prompt = prompt
+        self.max_num_tokens = max_num_tokens
+        self.eos_token_ids = eos_token_ids
+        self.stop_ids = eos_token_ids.union(params.stop_token_ids)
+        """Every token id that ends the output."""
+        self.needs_logprobs = params.logprobs is not None or params.num_sequences > params.n
+        """Whether the logprobs of output tokens are computed: when asked for, and to choose among
+        `best_of`."""
+        self.draft_params = params.detached()
+        """What drafters are given: their own copy."""
+        self.prediction_token_ids = prediction_token_ids or []
+        self.error: str | None = None
+        """What has ended the request, where it did not end by itself."""
         self.metrics = RequestMetrics()
         first = Sequence(f"{request_id}-0", prompt_token_ids)
         first.group = self
@@ -248,6 +274,16 @@ class SequenceGroup:
     @property
     def prompt_token_ids(self) -> list[int]:
         return self.sequences[0].prompt_token_ids
+
+    def room(self, seq: Sequence) -> int:
+        """How many tokens one of the sequences may still generate.
+
+        Raises:
+            ValueError: there is no limit.
+        """
+        if self.max_num_tokens is None:
+            raise ValueError(f"request {self.request_id!r} has no max_num_tokens")
+        return self.max_num_tokens - seq.num_tokens
 
     @property
     def num_sequences_wanted(self) -> int:

@@ -149,3 +149,25 @@ class TokenTree:
     def _check_node(self, node: int, lowest: int) -> None:
         if not lowest <= node < len(self):
             raise ValueError(f"node must be in [{lowest}, {len(self)}), got {node}")
+
+
+EMPTY_TREE = TokenTree()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a step emits for one sequence: the tokens of the path, then `next_token_id`."""
+
+    path: list[int]
+    """Accepted nodes, from the root's child downwards; empty if no draft token was accepted."""
+    next_token_id: int
+    """The token after the path: it has no KV yet and is the next root."""
+
+    @property
+    def num_accepted(self) -> int:
+        """Accepted draft tokens, the next token excluded."""
+        return len(self.path)
+
+    def token_ids(self, tree: TokenTree) -> list[int]:
+        """The tokens emitted, in order: `num_accepted + 1` of them."""
+        return [*(tree.token_ids[node] for node in self.path), self.next_token_id]

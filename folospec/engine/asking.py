@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import logging
 import traceback
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from folospec.core.kv_cache_manager import KVCacheManager
-from folospec.core.sequence import Sequence
+from folospec.core.sequence import SequenceGroup
+from folospec.core.sequence_step import SequenceStep
 from folospec.core.stats import EngineStats
 from folospec.engine.planning import Planning
-from folospec.engine.request import Request
 from folospec.spec.checks import AnswerLimits, ProposalChecks, take_answers, take_progress
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.drafters.base import DraftRequest
@@ -30,16 +29,6 @@ logger = logging.getLogger(__name__)
 
 _Answer = tuple[Proposal | None, int]
 """A checked proposal, and how many committed tokens have KV of the drafter."""
-
-
-@dataclass(slots=True)
-class Candidate:
-    """A sequence that may be drafted for in this step, with the number of draft slots it was
-    given."""
-
-    request: Request
-    seq: Sequence
-    num_draft_slots: int
 
 
 class Asking:
@@ -72,39 +61,39 @@ class Asking:
         self._strict = strict
         self._reported: set[tuple[Any, ...]] = set()
 
-    def ask(self, drafter: DrafterHandle, asked: list[Candidate]) -> dict[str, Proposal]:
+    def ask(self, drafter: DrafterHandle, asked: list[SequenceStep]) -> dict[str, Proposal]:
         """The proposals of one drafter, by seq_id."""
         if not asked:
             return {}
         begin, behind = 0.0, 0
         if self._planning is not None:
             begin = self._planning.clock()
-            behind = self._planning.behind(drafter, [candidate.seq for candidate in asked])
+            behind = self._planning.behind(drafter, [step.seq for step in asked])
         answers = self._ask_all(drafter, asked)
         proposals = {}
-        for candidate, (proposal, progress) in zip(asked, answers, strict=True):
+        for step, (proposal, progress) in zip(asked, answers, strict=True):
             if proposal is not None:
-                proposals[candidate.seq.seq_id] = proposal
+                proposals[step.seq.seq_id] = proposal
             if drafter.kv_owner is not None:
-                self._manager.mark_draft(candidate.seq, drafter.kv_owner, progress)
+                self._manager.mark_draft(step.seq, drafter.kv_owner, progress)
         if self._planning is not None:
             depths = [max(proposal.tree.depths) for proposal in proposals.values()]
-            seqs = [candidate.seq for candidate in asked]
+            seqs = [step.seq for step in asked]
             self._planning.note_asked(drafter, seqs, depths, behind, begin)
         return proposals
 
-    def max_draft_tokens(self, candidate: Candidate) -> int:
-        wanted = candidate.request.params.num_speculative_tokens
-        return min(self._limits.num_draft_tokens(wanted), candidate.num_draft_slots)
+    def max_draft_tokens(self, step: SequenceStep) -> int:
+        wanted = step.group.params.num_speculative_tokens
+        return min(self._limits.num_draft_tokens(wanted), step.num_draft_slots)
 
-    def max_depth(self, candidate: Candidate) -> int:
-        return candidate.request.room(candidate.seq) - 1
+    def max_depth(self, step: SequenceStep) -> int:
+        return step.group.room(step.seq) - 1
 
     def _row(
-        self, drafter: DrafterHandle, candidate: Candidate, limits: AnswerLimits
+        self, drafter: DrafterHandle, step: SequenceStep, limits: AnswerLimits
     ) -> DraftRequest:
-        seq, request = candidate.seq, candidate.request
-        owner, max_depth, min_path_probability = drafter.kv_owner, self.max_depth(candidate), 0.0
+        seq, group = step.seq, step.group
+        owner, max_depth, min_path_probability = drafter.kv_owner, self.max_depth(step), 0.0
         if self._planning is not None:
             max_depth = min(max_depth, self._planning.max_depth(seq.seq_id, drafter))
             min_path_probability = self._planning.min_path_probability(seq.seq_id, drafter)
@@ -115,22 +104,22 @@ class Asking:
             max_draft_tokens=limits.max_draft_tokens,
             max_depth=max_depth,
             num_slots=limits.num_slots,
-            params=request.draft_params,
-            seed=request.seed,
+            params=group.draft_params,
+            seed=group.seed,
             sample_index=seq.sample_index,
             block_table=tuple(seq.block_table),
-            prediction_token_ids=ReadOnlyList(request.prediction_token_ids),
+            prediction_token_ids=ReadOnlyList(group.prediction_token_ids),
             prompt_token_ids=ReadOnlyList(seq.prompt_token_ids),
             output_token_ids=ReadOnlyList(seq.output_token_ids),
             num_draft_computed=seq.draft_progress.get(owner, 0) if owner else 0,
             min_path_probability=min_path_probability,
         )
 
-    def _ask_all(self, drafter: DrafterHandle, asked: list[Candidate]) -> list[_Answer]:
+    def _ask_all(self, drafter: DrafterHandle, asked: list[SequenceStep]) -> list[_Answer]:
         """Ask for the whole batch; if that fails, row by row, so that one row's trouble stays its
         own."""
-        limits = [self._answer_limits(drafter, candidate) for candidate in asked]
-        rows = [self._row(drafter, c, limit) for c, limit in zip(asked, limits, strict=True)]
+        limits = [self._answer_limits(drafter, step) for step in asked]
+        rows = [self._row(drafter, s, limit) for s, limit in zip(asked, limits, strict=True)]
         slots = (
             SlotRange(tuple(row.block_table), limit.num_tokens - 1, limit.num_slots)
             for row, limit in zip(rows, limits, strict=True)
@@ -143,17 +132,17 @@ class Asking:
             if self._strict:
                 raise
             if len(asked) > 1:
-                return [self._ask_all(drafter, [candidate])[0] for candidate in asked]
+                return [self._ask_all(drafter, [step])[0] for step in asked]
             return [self._give_up(drafter, asked[0], error)]
         return [
-            self._take(drafter, candidate, row, answer, limit)
-            for candidate, row, answer, limit in zip(asked, rows, answers, limits, strict=True)
+            self._take(drafter, step, row, answer, limit)
+            for step, row, answer, limit in zip(asked, rows, answers, limits, strict=True)
         ]
 
     def _take(
         self,
         drafter: DrafterHandle,
-        candidate: Candidate,
+        step: SequenceStep,
         row: DraftRequest,
         answer: object,
         limits: AnswerLimits,
@@ -165,29 +154,29 @@ class Asking:
         except Exception as error:
             if self._strict:
                 raise
-            return self._give_up(drafter, candidate, error)
+            return self._give_up(drafter, step, error)
 
-    def _give_up(self, drafter: DrafterHandle, candidate: Candidate, error: Exception) -> _Answer:
+    def _give_up(self, drafter: DrafterHandle, step: SequenceStep, error: Exception) -> _Answer:
         """Go on without a draft where the drafter has just failed."""
-        seq_id = candidate.seq.seq_id
+        seq_id = step.seq.seq_id
         what = f"failed; sequence {seq_id} goes on without its draft"
         self.report(drafter, what, error)
-        self.count_error(candidate.request)
+        self.count_error(step.group)
         self.guard(drafter, "drop", seq_id)
         return None, 0
 
-    def _answer_limits(self, drafter: DrafterHandle, candidate: Candidate) -> AnswerLimits:
-        wanted = min(self.max_draft_tokens(candidate), drafter.num_speculative_tokens)
+    def _answer_limits(self, drafter: DrafterHandle, step: SequenceStep) -> AnswerLimits:
+        wanted = min(self.max_draft_tokens(step), drafter.num_speculative_tokens)
         return AnswerLimits(
             drafter=drafter.name,
             kv_owner=drafter.kv_owner,
-            num_tokens=candidate.seq.num_tokens,
+            num_tokens=step.seq.num_tokens,
             max_draft_tokens=wanted,
-            num_slots=candidate.num_draft_slots,
+            num_slots=step.num_draft_slots,
         )
 
-    def count_error(self, request: Request) -> None:
-        request.group.metrics.num_drafter_errors += 1
+    def count_error(self, group: SequenceGroup) -> None:
+        group.metrics.num_drafter_errors += 1
         self._stats.num_drafter_errors += 1
 
     def guard(self, drafter: DrafterHandle, hook: str, *args: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from folospec.engine.output_processor import Increment, Stream, make_output
-from folospec.engine.request import Request
+from folospec.core.sequence import Sequence, SequenceGroup
+from folospec.engine.output_processor import OutputProcessor, SequenceOutput
 from folospec.outputs import RequestOutput
 
 T = TypeVar("T")
@@ -31,7 +33,7 @@ class Inbox(ABC, Generic[T]):
         """What waits."""
 
     @abstractmethod
-    def receive(self, request: Request) -> None:
+    def receive(self, group: SequenceGroup, outputs: OutputProcessor) -> None:
         """Add what a request has produced."""
 
     @abstractmethod
@@ -54,8 +56,8 @@ class Snapshots(Inbox[RequestOutput]):
     def outputs(self) -> Collection[object]:
         return self._outputs
 
-    def receive(self, request: Request) -> None:
-        self.put(make_output(request))
+    def receive(self, group: SequenceGroup, outputs: OutputProcessor) -> None:
+        self.put(outputs.make_output(group))
 
     def put(self, output: RequestOutput) -> None:
         self._outputs[output.request_id] = output
@@ -63,6 +65,59 @@ class Snapshots(Inbox[RequestOutput]):
     def take(self) -> list[RequestOutput]:
         taken, self._outputs = list(self._outputs.values()), {}
         return taken
+
+
+@dataclass(frozen=True, slots=True)
+class Increment:
+    """What `stream` yields: new text and tokens of completion `index`; the last one has a finish
+    reason, and the error where that is "error"."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Sent:
+    """How much of a completion has been streamed."""
+
+    num_chars: int = 0
+    num_tokens: int = 0
+    finished: bool = False
+
+
+class Stream:
+    """The increments of one request. Each costs as much as it has, not as the output so far."""
+
+    def __init__(self) -> None:
+        self.arrived: deque[Increment] = deque()
+        self._sent: dict[int, Sent] = {}
+
+    def take(self, completions: Iterable[tuple[Sequence, SequenceOutput]]) -> None:
+        """Add what a request has beyond what was taken, by completion; an end is taken once."""
+        for index, (seq, output) in enumerate(completions):
+            sent = self._sent.setdefault(index, Sent())
+            text = output.new_text(sent.num_chars)
+            token_ids = seq.output_token_ids[sent.num_tokens :]
+            self._add(Increment(index, text, token_ids, output.finish_reason, output.error))
+
+    def take_last(self, output: RequestOutput) -> None:
+        """Add what the last output of a request has beyond what was taken."""
+        for c in output.outputs:
+            sent = self._sent.setdefault(c.index, Sent())
+            text, token_ids = c.text[sent.num_chars :], c.token_ids[sent.num_tokens :]
+            self._add(Increment(c.index, text, token_ids, c.finish_reason, c.error))
+
+    def _add(self, increment: Increment) -> None:
+        sent, is_last = self._sent[increment.index], increment.finish_reason is not None
+        if sent.finished or not (increment.text or increment.token_ids or is_last):
+            return
+        sent.num_chars += len(increment.text)
+        sent.num_tokens += len(increment.token_ids)
+        sent.finished = is_last
+        self.arrived.append(increment)
 
 
 class Increments(Inbox[Increment]):
@@ -76,8 +131,8 @@ class Increments(Inbox[Increment]):
     def outputs(self) -> Collection[object]:
         return self._stream.arrived
 
-    def receive(self, request: Request) -> None:
-        self._stream.take(request)
+    def receive(self, group: SequenceGroup, outputs: OutputProcessor) -> None:
+        self._stream.take(outputs.completions(group))
 
     def put(self, output: RequestOutput) -> None:
         self._stream.take_last(output)

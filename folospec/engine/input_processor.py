@@ -10,10 +10,12 @@ from typing import Any
 from folospec.config import EngineConfig
 from folospec.core.sequence import SequenceGroup
 from folospec.engine.detokenizer import Detokenizer
-from folospec.engine.request import Request, SequenceOutput
+from folospec.engine.output_processor import GroupOutput, SequenceOutput
 from folospec.engine.speculation import Speculation
+from folospec.engine.stop_strings import StopSearch, StopStrings
 from folospec.engine.token_decoder import token_decoder
 from folospec.sampling.constraints import check_token_ids
+from folospec.sampling.metadata import SamplingMetadata
 from folospec.sampling.noise import derived_seed
 from folospec.sampling_params import SamplingParams, check_text, is_int, is_token_list, shown
 
@@ -58,25 +60,38 @@ class InputProcessor:
 
     def process(
         self, request_id: str, prompt: Prompt, params: SamplingParams, ordinal: int
-    ) -> Request:
+    ) -> tuple[SequenceGroup, GroupOutput]:
+        """The request, and its empty output."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, got {shown(params)}")
         text, token_ids = self._read_prompt(prompt)
         self._check_prompt(token_ids)
         self._check_params(params)
         max_num_tokens = self._max_num_tokens(len(token_ids), params)
-        group = SequenceGroup(request_id, token_ids, params, arrival=ordinal, prompt=text)
-        seed = self._seed(params, ordinal)
-        first = group.sequences[0]
-        return Request(
-            group=group,
-            seed=seed,
+        eos_token_ids = frozenset() if params.ignore_eos else self.limits.eos_token_ids
+        stop_ids = eos_token_ids.union(params.stop_token_ids)
+        group = SequenceGroup(
+            request_id,
+            token_ids,
+            params,
+            arrival=ordinal,
+            prompt=text,
+            seed=self._seed(params, ordinal),
             max_num_tokens=max_num_tokens,
-            eos_token_ids=frozenset() if params.ignore_eos else self.limits.eos_token_ids,
-            bad_words_token_ids=self._bad_words(params.bad_words),
-            outputs={first.seq_id: SequenceOutput(self._detokenizer(token_ids, params))},
-            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            eos_token_ids=eos_token_ids,
             prediction_token_ids=self._prediction(params),
+            sampling=SamplingMetadata(params, self._bad_words(params.bad_words), stop_ids),
+        )
+        return group, self._output(group)
+
+    def _output(self, group: SequenceGroup) -> GroupOutput:
+        params = group.params
+        output = SequenceOutput(self._detokenizer(group.prompt_token_ids, params))
+        if params.stop_strings:
+            output.search = StopSearch(StopStrings(params.stop_strings))
+        return GroupOutput(
+            {group.sequences[0].seq_id: output},
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
             special_stops=self._special_stops(params),
         )
 

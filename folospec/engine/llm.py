@@ -11,10 +11,9 @@ from tqdm import tqdm
 
 from folospec.config import EngineConfig, SpeculativeConfig
 from folospec.engine.chat import Message, conversations_of
-from folospec.engine.inbox import Snapshots
+from folospec.engine.inbox import Increment, Snapshots
 from folospec.engine.input_processor import Prompt
 from folospec.engine.llm_engine import LLMEngine
-from folospec.engine.output_processor import Increment
 from folospec.errors import RequestError
 from folospec.option_names import CHAT_NAMES, GENERATE_NAMES, STREAM_NAMES, takes_names
 from folospec.outputs import RequestOutput

@@ -15,23 +15,22 @@ import torch
 
 from folospec.config import EngineConfig
 from folospec.core.kv_cache_manager import KVCacheManager
-from folospec.core.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
-from folospec.core.sequence import Sequence
+from folospec.core.scheduler import Scheduler, SchedulerOutput
+from folospec.core.sequence import SequenceGroup
+from folospec.core.sequence_step import SequenceStep
 from folospec.core.stats import EngineStats
-from folospec.engine.asking import Candidate
 from folospec.engine.chat import Message, render
 from folospec.engine.commit import Committer
 from folospec.engine.engine_state import EngineState
 from folospec.engine.exclusive import Exclusive, HeldInterrupt, exclusive
-from folospec.engine.inbox import Inbox, Increments, Snapshots
+from folospec.engine.inbox import Inbox, Increment, Increments, Snapshots
 from folospec.engine.input_processor import InputProcessor, Limits, Prompt
 from folospec.engine.loading import load_parts
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.open_requests import OpenRequests
-from folospec.engine.output_processor import Increment
+from folospec.engine.output_processor import OutputProcessor
 from folospec.engine.prefill_pace import PrefillPace
 from folospec.engine.product_timing import choose_products
-from folospec.engine.request import Request
 from folospec.engine.run_ahead import RunAhead
 from folospec.engine.speculation import Speculation
 from folospec.engine.stats_report import stats_report
@@ -41,7 +40,6 @@ from folospec.engine.trace import StepTrace, check_path
 from folospec.engine.tracer import StepRecorder, Tracer
 from folospec.outputs import RequestOutput
 from folospec.sampling_params import SamplingParams
-from folospec.spec.proposal import Proposal
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +86,8 @@ class LLMEngine:
             num_slots=parts.num_blocks * config.block_size,
             eos_token_ids=parts.eos_token_ids,
         )
-        self.logprobs = LogprobsTaker(parts.tokenizer)
+        self.outputs = OutputProcessor()
+        self.logprobs = LogprobsTaker(self.outputs, parts.tokenizer)
         self.engine_stats = EngineStats(prefix_cache=self.manager.stats)
         self.speculation = Speculation(
             config.speculative,
@@ -107,6 +106,7 @@ class LLMEngine:
             self.inputs,
             self.scheduler,
             self.speculation,
+            self.outputs,
             self.state,
             parts.default_sampling_params,
         )
@@ -116,24 +116,28 @@ class LLMEngine:
             self.speculation,
             parts.target.kv,
             self.engine_stats,
+            self.outputs,
             self.logprobs,
             self.open.fail,
         )
-        request_of = self.open.request_of
-        self.run_ahead = RunAhead(config, parts.target, self.speculation.needs, request_of)
+        self.run_ahead = RunAhead(config, parts.target, self.speculation.needs)
         self.target_pass = TargetPass(
             config,
             parts.target,
             self.speculation,
             self.run_ahead,
             self.logprobs,
-            request_of,
             self.open.fail,
         )
         self.prefill_pace = PrefillPace(config.max_prefill_slowdown)
         self._warm_up()
         self.tracer = Tracer(
-            config, self.manager, self.engine_stats, self.speculation, parts.tokenizer
+            config,
+            self.manager,
+            self.engine_stats,
+            self.speculation,
+            self.outputs,
+            parts.tokenizer,
         )
         self._by_hand = Snapshots()
         """Of the requests from `add_request`; `step` empties it."""
@@ -221,7 +225,7 @@ class LLMEngine:
         self.state.is_closed = True
 
     @property
-    def requests(self) -> dict[str, Request]:
+    def requests(self) -> dict[str, SequenceGroup]:
         """The unfinished requests by id, to look at."""
         return self.open.requests
 
@@ -265,28 +269,32 @@ class LLMEngine:
         begin, planner_begin = time.perf_counter(), self.speculation.clock()
         if self.parts.device.type == "cuda":  # kernels are launched where the thread is
             torch.cuda.set_device(self.parts.device)
-        self.speculation.plan(self.scheduler.running, self.open.request_of)
+        candidates = self.scheduler.candidates
+        draft_counts = self.speculation.plan(self.scheduler.running, candidates)
         # A trace shows every pass.
         goes_ahead = self.run_ahead.is_on and self.speculation.is_idle and recorder is None
+        if goes_ahead:
+            draft_counts = self.run_ahead.plan(candidates)
         with self.state.calling_drafters():
-            schedule = self._schedule(goes_ahead)
-            assert schedule.scheduled, "there are requests, and the oldest can always run"
-            proposals = self._propose(schedule.scheduled)
-        judgements, result = self.target_pass.run(schedule.scheduled, proposals, goes_ahead)
+            schedule = self._schedule(draft_counts)
+            steps = list(schedule.steps)
+            assert steps, "there are requests, and the oldest can always run"
+            self._propose(steps)
+        result = self.target_pass.run(steps, goes_ahead)
         if recorder is not None:
-            recorder.add_forward(schedule, judgements)
-        shown = self.target_pass.judge(judgements, result)
-        touched, observed = self.committer.commit(judgements, shown)
+            recorder.add_forward(schedule, steps)
+        shown = self.target_pass.verify(steps, result)
+        touched = self.committer.commit(steps, shown)
         if recorder is not None:
-            recorder.add_commit(observed)
+            recorder.add_commit(steps)
         self.engine_stats.num_steps += 1
         failed = self.open.deliver(touched)
         # Last, when every request is in order: in strict mode a drafter's failure ends the step.
         with self.state.calling_drafters():
             self.open.forget_drafts(failed)
-            self.speculation.observe(observed, result)
+            self.speculation.observe(steps, result)
         num_passes = self.target_pass.num_passes
-        self.prefill_pace.record(schedule.scheduled, (time.perf_counter() - begin) / num_passes)
+        self.prefill_pace.record(schedule.steps, (time.perf_counter() - begin) / num_passes)
         self.speculation.record_step((self.speculation.clock() - planner_begin) / num_passes)
 
     @property
@@ -326,32 +334,21 @@ class LLMEngine:
         holds."""
         return stats_report(self)
 
-    def _schedule(self, goes_ahead: bool) -> SchedulerOutput:
-        reserve = None if self.speculation.is_idle else self._num_draft_slots
-        if goes_ahead:
-            reserve = self.run_ahead.num_slots
-        output = self.scheduler.schedule(reserve, self.prefill_pace.limit)
+    def _schedule(self, draft_counts: dict[str, int]) -> SchedulerOutput:
+        output = self.scheduler.schedule(draft_counts, self.prefill_pace.limit)
         if output.copies:
             for runner in self.parts.runners.values():
                 assert runner.kv is not None
                 runner.kv.copy_blocks(output.copies)
         for seq in output.preempted:
             self.engine_stats.num_preemptions += 1
-            self.open.request_of(seq).group.metrics.num_preemptions += 1
+            assert seq.group is not None
+            seq.group.metrics.num_preemptions += 1
         self.speculation.drop(output.preempted, finished=False)
         return output
 
-    def _num_draft_slots(self, seq: Sequence) -> int:
-        return self.speculation.num_draft_slots(self.open.request_of(seq), seq)
-
-    def _propose(self, scheduled: list[ScheduledSequence]) -> dict[str, Proposal]:
+    def _propose(self, steps: list[SequenceStep]) -> None:
         begin, is_idle = time.perf_counter(), self.speculation.is_idle
-        candidates = [
-            Candidate(self.open.request_of(item.seq), item.seq, item.num_draft_slots)
-            for item in ([] if is_idle else scheduled)
-            if item.num_draft_slots > 0
-        ]
-        proposals = self.speculation.propose(candidates, scheduled)
-        self.speculation.count_undrafted(scheduled, proposals, self.open.request_of)
-        add_time(self.engine_stats, "draft_time", begin, [c.seq for c in candidates])
-        return proposals
+        self.speculation.propose(steps)
+        drafting = [step for step in steps if step.num_draft_slots > 0 and not is_idle]
+        add_time(self.engine_stats, "draft_time", begin, drafting)

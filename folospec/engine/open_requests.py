@@ -8,12 +8,11 @@ from collections import deque
 from typing import Any
 
 from folospec.core.scheduler import Scheduler
-from folospec.core.sequence import Sequence
+from folospec.core.sequence import SequenceGroup
 from folospec.engine.engine_state import EngineState, describe
 from folospec.engine.inbox import Inbox
 from folospec.engine.input_processor import InputProcessor, Prompt
-from folospec.engine.output_processor import make_output
-from folospec.engine.request import Request
+from folospec.engine.output_processor import OutputProcessor
 from folospec.engine.speculation import Speculation
 from folospec.outputs import RequestOutput
 from folospec.sampling.constraints import NoTokenError
@@ -30,19 +29,20 @@ class OpenRequests:
         inputs: InputProcessor,
         scheduler: Scheduler,
         speculation: Speculation,
+        outputs: OutputProcessor,
         state: EngineState,
         default_params: SamplingParams,
     ) -> None:
         self.inputs, self.scheduler = inputs, scheduler
-        self.speculation, self.state = speculation, state
+        self.speculation, self.outputs, self.state = speculation, outputs, state
         self.default_params = default_params
-        self.requests: dict[str, Request] = {}
+        self.requests: dict[str, SequenceGroup] = {}
         self.num_admitted = 0
         self.discarded: deque[Inbox[Any]] = deque()
         """Inboxes whose owner is gone. A thread that is inside the engine already may add one: the
         garbage collector closes streams anywhere."""
         self._inboxes: dict[str, Inbox[Any]] = {}
-        self._failed: list[Request] = []
+        self._failed: list[SequenceGroup] = []
 
     def admit(
         self,
@@ -71,14 +71,15 @@ class OpenRequests:
                     raise
                 raise ValueError(f"prompts[{place}]: {error}") from error
         now = time.monotonic()
-        for request in checked:
-            one_id = request.group.request_id
-            request.group.metrics.arrival_time = now
-            self.scheduler.add(request.group)
-            self.requests[one_id], self._inboxes[one_id] = request, inbox
+        for group, output in checked:
+            one_id = group.request_id
+            group.metrics.arrival_time = now
+            self.scheduler.add(group)
+            self.outputs.add(group, output)
+            self.requests[one_id], self._inboxes[one_id] = group, inbox
             inbox.unfinished[one_id] = None
         self.num_admitted += len(checked)
-        return [request.group.request_id for request in checked]
+        return [group.request_id for group, _ in checked]
 
     def _free_id(self, ordinal: int) -> str:
         request_id = f"request-{ordinal}"
@@ -86,55 +87,49 @@ class OpenRequests:
             request_id += "'"
         return request_id
 
-    def request_of(self, seq: Sequence) -> Request:
-        """The request that a running sequence belongs to."""
-        assert seq.group is not None
-        return self.requests[seq.group.request_id]
-
-    def _inbox_of(self, request: Request) -> Inbox[Any]:
-        return self._inboxes[request.group.request_id]
+    def _inbox_of(self, group: SequenceGroup) -> Inbox[Any]:
+        return self._inboxes[group.request_id]
 
     def abort(self, request_id: str, caller: Inbox[Any]) -> RequestOutput | None:
         """End a request and return what it has, None if there is no such request. The owner of the
         request finds it in its inbox, unless that is the caller's."""
-        request = self.requests.get(request_id)
-        if request is None:
+        group = self.requests.get(request_id)
+        if group is None:
             return None
-        inbox = self._inbox_of(request)
-        output = self._end(request)
+        inbox = self._inbox_of(group)
+        output = self._end(group)
         if inbox is not caller:
             inbox.put(output)
-        self.forget_drafts([request])
+        self.forget_drafts([group])
         return output
 
     def end_discarded(self) -> None:
         """End the requests of the discarded inboxes; nobody wants their outputs."""
         while self.discarded:
             inbox = self.discarded.popleft()
-            requests = [self.requests[request_id] for request_id in inbox.unfinished]
-            for request in requests:
-                self._end(request)
-            self.forget_drafts(requests)
+            groups = [self.requests[request_id] for request_id in inbox.unfinished]
+            for group in groups:
+                self._end(group)
+            self.forget_drafts(groups)
 
-    def forget_drafts(self, ended: list[Request]) -> None:
+    def forget_drafts(self, ended: list[SequenceGroup]) -> None:
         """Let drafters forget the sequences of requests that ended early. In strict mode it raises
         what they raise."""
-        sequences = [seq for request in ended for seq in request.group.sequences]
+        sequences = [seq for group in ended for seq in group.sequences]
         if sequences and self.state.broken_by is None:
             self.speculation.drop(sequences, finished=True)
 
-    def fail(self, request: Request, error: Exception) -> None:
+    def fail(self, group: SequenceGroup, error: Exception) -> None:
         """Let a request end with an error when the step's outputs are delivered."""
-        if request.error is not None:
+        if group.error is not None:
             return
         reason = describe(error)
         shown = None if isinstance(error, NoTokenError) else error
-        request_id = request.group.request_id
-        logger.error("request %s ends with an error: %s", request_id, reason, exc_info=shown)
-        request.fail(reason)
-        self._failed.append(request)
+        logger.error("request %s ends with an error: %s", group.request_id, reason, exc_info=shown)
+        self.outputs.fail(group, reason)
+        self._failed.append(group)
 
-    def deliver(self, touched: list[Request]) -> list[Request]:
+    def deliver(self, touched: list[SequenceGroup]) -> list[SequenceGroup]:
         """Put outputs into the inboxes, forget what is finished, and end what failed.
 
         Args:
@@ -143,43 +138,50 @@ class OpenRequests:
         Returns:
             the requests that failed; `forget_drafts` is due for them.
         """
-        for request in touched:
-            inbox, is_finished = self._inbox_of(request), request.group.is_finished
+        for group in touched:
+            inbox, is_finished = self._inbox_of(group), group.is_finished
             if is_finished or inbox.every_step:
                 try:
-                    inbox.receive(request)
+                    inbox.receive(group, self.outputs)
                 except Exception as error:
-                    self.fail(request, error)
+                    self.fail(group, error)
                     continue
             if is_finished:
-                self._forget(request)
+                self._forget(group)
+                self.outputs.forget(group)
         failed, self._failed = self._failed, []
-        for request in failed:
-            self._inbox_of(request).put(self._end(request))
+        for group in failed:
+            self._inbox_of(group).put(self._end(group))
         return failed
 
-    def _end(self, request: Request) -> RequestOutput:
+    def _end(self, group: SequenceGroup) -> RequestOutput:
         """Stop a request, free its blocks, and return what it has."""
-        self._forget(request)
-        for seq in request.group.sequences:
-            if not seq.status.is_finished and request.error is None:
-                request.outputs[seq.seq_id].finish_reason = "abort"
+        self._forget(group)
+        for seq in group.sequences:
+            if not seq.status.is_finished and group.error is None:
+                self.outputs.of(seq).finish_reason = "abort"
         try:
-            self.scheduler.abort(request.group.request_id)
+            self.scheduler.abort(group.request_id)
         except Exception:
             if self.state.broken_by is None:
                 raise
             logger.exception("the broken engine cannot free the blocks of a request")
-        request.group.metrics.finished_time = time.monotonic()
+        group.metrics.finished_time = time.monotonic()
         try:
-            output = make_output(request)
-        except Exception as error:
-            request.fail(describe(error))
-            output = make_output(request)
+            output = self._last_output(group)
+        finally:
+            self.outputs.forget(group)
         output.finished = True
         return output
 
-    def _forget(self, request: Request) -> None:
-        request_id = request.group.request_id
-        del self.requests[request_id]
-        self._inboxes.pop(request_id).unfinished.pop(request_id)
+    def _last_output(self, group: SequenceGroup) -> RequestOutput:
+        """The output of a request that has ended; with an error where its text cannot be read."""
+        try:
+            return self.outputs.make_output(group)
+        except Exception as error:
+            self.outputs.fail(group, describe(error))
+            return self.outputs.make_output(group)
+
+    def _forget(self, group: SequenceGroup) -> None:
+        del self.requests[group.request_id]
+        self._inboxes.pop(group.request_id).unfinished.pop(group.request_id)

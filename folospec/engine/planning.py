@@ -12,18 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from folospec.core.sequence import Sequence
+from folospec.core.sequence import Sequence, SequenceGroup
+from folospec.core.sequence_step import SequenceStep
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.plan_terms import Offer, PlanRow, Source
 from folospec.spec.planner import Planner
 from folospec.spec.proposal import Proposal
 from folospec.spec.step_cost import DEFAULT_CURVE, CostCurve, StepShape
-
-if TYPE_CHECKING:
-    from folospec.core.scheduler import ScheduledSequence
-    from folospec.engine.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +32,6 @@ class Costs:
 
 
 UNKNOWN_COSTS = Costs()
-
-
-@dataclass(slots=True)
-class Found:
-    """The proposal for a sequence, and where the nodes of each drafter that had a part in it are:
-    name -> its node -> node of the proposal."""
-
-    proposal: Proposal
-    own_nodes: dict[str, dict[int, int]]
-    offer: Offer | None = None
 
 
 class Planning:
@@ -63,7 +49,7 @@ class Planning:
         drafters: list[DrafterHandle],
         *,
         merge: bool,
-        allowed: Callable[[Request], list[DrafterHandle]],
+        allowed: Callable[[SequenceGroup], list[DrafterHandle]],
         shares_noise: bool,
         costs: Costs,
         clock: Callable[[], float],
@@ -95,7 +81,7 @@ class Planning:
 
     # Plan -----------------------------------------------------------------------------------------
 
-    def begin(self, running: Seq[Sequence], request_of: Callable[[Sequence], Request]) -> None:
+    def begin(self, running: Seq[Sequence]) -> None:
         """Plan the step before it is scheduled."""
         seq_ids = [seq.seq_id for seq in running]
         self._rests = self.planner.resting(seq_ids)
@@ -112,16 +98,18 @@ class Planning:
                 continue
             num_ready += 1
             context += seq.num_tokens
-            row = self._plan_row(seq, request_of(seq))
+            row = self._plan_row(seq)
             if row is not None:
                 rows.append(row)
         # What is computed of prompts has to be computed anyhow: it is no reason to draft more.
         self._shape = StepShape(max(1, num_ready), max(1, num_ready), context)
         self._asked = self.planner.plan(seq_ids, rows, self._shape)
 
-    def _plan_row(self, seq: Sequence, request: Request) -> PlanRow | None:
-        room, wanted = request.room(seq), request.params.num_speculative_tokens
-        allowed = self._allowed(request)
+    def _plan_row(self, seq: Sequence) -> PlanRow | None:
+        group = seq.group
+        assert group is not None
+        room, wanted = group.room(seq), group.params.num_speculative_tokens
+        allowed = self._allowed(group)
         if room <= 1 or wanted == 0 or not allowed:
             return None
         lags: dict[str, int] = {}
@@ -147,13 +135,13 @@ class Planning:
         """Whether nobody is asked in this step."""
         return not self._asked
 
-    def note_schedule(self, scheduled: Seq[ScheduledSequence]) -> None:
+    def note_schedule(self, steps: Seq[SequenceStep]) -> None:
         """Take in what is really scheduled."""
-        if self._rests and len(scheduled) == self._shape.num_sequences:
+        if self._rests and len(steps) == self._shape.num_sequences:
             self._has_prompts = False
             return  # as in the last step, but for a token more of context
-        ready = [item.start for item in scheduled if item.num_tokens == 1 and item.samples]
-        self._has_prompts = len(ready) < len(scheduled)
+        ready = [step.start for step in steps if step.num_tokens == 1 and step.samples]
+        self._has_prompts = len(ready) < len(steps)
         self._shape = StepShape(max(1, len(ready)), max(1, len(ready)), sum(ready))
 
     def asks(self, seq_id: str, drafter: DrafterHandle) -> bool:
@@ -229,55 +217,45 @@ class Planning:
             return 0.0
         return self.planner.min_path_probability(name)
 
-    def take(self, seq_id: str, name: str, answer: Found | None, found: dict[str, Found]) -> None:
-        """Take an answer in, and note it in `found` unless what is there brings more."""
-        if answer is None:
+    def take(self, step: SequenceStep, name: str, proposal: Proposal | None) -> None:
+        """Take an answer in, and note it in `step` unless what is there brings more."""
+        seq_id = step.seq.seq_id
+        if proposal is None:
             self.planner.offer(name, seq_id, (), (), None)
             return
-        proposal = answer.proposal
         tree, stated = proposal.tree, proposal.confidence
         follows_draws = False
         if proposal.draft_probs is not None and not self._shares_noise:
             # A ratio rule judges drawn tokens: neither what the drafter says of them nor what
             # hangs behind them may decide.
-            stated, follows_draws = None, not self._has_static_tree(answer)
-        answer.offer = self.planner.offer(
+            stated, follows_draws = None, not self._has_static_tree(proposal)
+        offer = self.planner.offer(
             *(name, seq_id, tree.parents, tree.depths, stated, proposal.candidate),
             follows_draws=follows_draws,
         )
-        before = found.get(seq_id)
-        if before is None or self.planner.better(before.offer, answer.offer) is answer.offer:
-            found[seq_id] = answer
-            self._offers[seq_id] = answer.offer
+        if self.planner.better(self._offers.get(seq_id), offer) is offer:
+            step.proposal, self._offers[seq_id] = proposal, offer
 
-    def _has_static_tree(self, answer: Found) -> bool:
+    def _has_static_tree(self, proposal: Proposal) -> bool:
         """Whether all who had a part in the proposal promise that its shape is not drawn."""
-        return all(d.has_static_tree for d in self._drafters if d.name in answer.own_nodes)
+        return all(d.has_static_tree for d in self._drafters if d.name in proposal.own_nodes)
 
-    def prune(self, found: dict[str, Found]) -> dict[str, Found]:
-        """Keep of every proposal what the target is to judge; who keeps nothing is left out."""
-        offers = [one.offer for one in found.values() if one.offer is not None]
-        if not offers:
-            return found
-        self.planner.prune(offers, self._shape, self._drafting)
-        kept = {}
-        for seq_id, one in found.items():
-            assert one.offer is not None
-            nodes = one.offer.kept
-            if not nodes:
-                self._pruned.add(seq_id)
+    def prune(self, steps: Seq[SequenceStep]) -> None:
+        """Keep of every proposal what the target is to verify, if anything."""
+        if not self._offers:
+            return
+        self.planner.prune(list(self._offers.values()), self._shape, self._drafting)
+        for step in steps:
+            offer = self._offers.get(step.seq.seq_id)
+            if offer is None:
                 continue
-            if len(nodes) < len(one.proposal):
-                place = {node: index for index, node in enumerate(nodes)}
-                one.proposal = one.proposal.prune(nodes)
-                one.own_nodes = {
-                    name: {own: place[node] for own, node in own_nodes.items() if node in place}
-                    for name, own_nodes in one.own_nodes.items()
-                }
-            kept[seq_id] = one
-            self._num_nodes += len(nodes)
-        self._offers = {seq_id: one.offer for seq_id, one in kept.items() if one.offer is not None}
-        return kept
+            if not offer.kept:
+                del self._offers[offer.seq_id]
+                self._pruned.add(offer.seq_id)
+                step.proposal = None
+            elif len(offer.kept) < len(step.proposal):
+                step.proposal = step.proposal.prune(offer.kept)
+            self._num_nodes += len(offer.kept)
 
     # Learn ----------------------------------------------------------------------------------------
 

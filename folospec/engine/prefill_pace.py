@@ -18,7 +18,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-from folospec.core.scheduler import ScheduledSequence
+from folospec.core.sequence_step import SequenceStep
 
 _FIRST, _LEAST = 16, 4
 """Tokens of the first such step, and of any."""
@@ -50,15 +50,15 @@ class PrefillPace:
             return None
         return self._limit if self._num_mixed < _REFRESH else 0
 
-    def record(self, scheduled: Sequence[ScheduledSequence], seconds: float) -> None:
+    def record(self, steps: Sequence[SequenceStep], seconds: float) -> None:
         """Learn from a step that took so long."""
         if self._slowdown is None:
             return
-        chunks = [item.num_tokens for item in scheduled if item.num_tokens > 1]
+        chunks = [step.num_tokens for step in steps if step.num_tokens > 1]
         if not chunks:
             self._usual.append(seconds)
             self._num_mixed = 0
-        elif self._usual and len(chunks) < len(scheduled):
+        elif self._usual and len(chunks) < len(steps):
             self._num_mixed += 1
             self._adjust(sum(chunks), seconds)
 

@@ -11,18 +11,15 @@ steps for which the planner wants no drafts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 from folospec.config import EngineConfig
-from folospec.core.scheduler import ScheduledSequence
 from folospec.core.sequence import Sequence
-from folospec.core.token_tree import TokenTree
-from folospec.engine.judgement import Judgement
-from folospec.engine.request import Request
+from folospec.core.sequence_step import SequenceStep
+from folospec.core.token_tree import TokenTree, Verdict
 from folospec.kernels.native_sampling import pack_law
 from folospec.spec.draft_runner import ChainLaw, ForwardResult
 from folospec.spec.drafters.base import DrafterNeeds
-from folospec.spec.verify import Verdict
 from folospec.worker.model_runner import ModelRunner
 
 DEFAULT = 8
@@ -33,7 +30,6 @@ class RunAhead:
 
     Args:
         needs: what the drafters want of every pass.
-        request_of: the request of a sequence.
 
     Raises:
         ValueError: it is asked for where it cannot be.
@@ -44,9 +40,8 @@ class RunAhead:
         config: EngineConfig,
         target: ModelRunner,
         needs: DrafterNeeds,
-        request_of: Callable[[Sequence], Request],
     ) -> None:
-        self.target, self._request = target, request_of
+        self.target = target
         wanted, speculative = config.run_ahead, config.speculative
         obstacle = None
         if target.graphs is None:
@@ -79,30 +74,29 @@ class RunAhead:
         if self.is_on:
             self.target.warm_up_run_ahead(max_num_seqs, self.lengths)
 
-    def num_slots(self, seq: Sequence) -> int:
-        """How many slots to reserve behind the last token."""
-        request = self._request(seq)
-        if request.is_constrained or request.needs_logprobs:
-            return 0
-        return max(0, min(self.length, request.room(seq)) - 1)
+    def plan(self, candidates: Iterable[Sequence]) -> dict[str, int]:
+        """How many slots to reserve behind the last token of each sequence, by seq_id."""
+        return {seq.seq_id: self._num_slots(seq) for seq in candidates}
 
-    def applies(self, scheduled: list[ScheduledSequence], judgements: list[Judgement]) -> bool:
+    def _num_slots(self, seq: Sequence) -> int:
+        group = seq.group
+        assert group is not None
+        if group.sampling.is_constrained or group.needs_logprobs:
+            return 0
+        return max(0, min(self.length, group.room(seq)) - 1)
+
+    def applies(self, steps: list[SequenceStep]) -> bool:
         """Whether nothing but logits and noise decides, for sequences that all decode."""
-        return any(item.num_draft_slots > 0 for item in scheduled) and all(
-            item.samples
-            and item.num_tokens == judgement.num_draws == 1
-            and not judgement.request.is_constrained
-            for item, judgement in zip(scheduled, judgements, strict=True)
+        return any(step.num_draft_slots > 0 for step in steps) and all(
+            step.samples
+            and step.num_tokens == step.num_draws == 1
+            and not step.group.sampling.is_constrained
+            for step in steps
         )
 
-    def go(
-        self,
-        scheduled: list[ScheduledSequence],
-        judgements: list[Judgement],
-        result: ForwardResult,
-    ) -> int:
-        """Draw what follows the pass, and fill in the verdicts; a sequence without any possible
-        token is left to be judged.
+    def go(self, steps: list[SequenceStep], result: ForwardResult) -> int:
+        """Draw what follows the pass, and fill in trees and verdicts; a sequence without any
+        possible token is left to be verified.
 
         Args:
             result: of the pass over the last token of every sequence.
@@ -110,29 +104,29 @@ class RunAhead:
         Returns:
             Passes that were made for it.
         """
-        most = max(1 + item.num_draft_slots for item in scheduled)
+        most = max(1 + step.num_draft_slots for step in steps)
         length = next(length for length in [*self.lengths, 1] if length <= most)
         laws = [
             ChainLaw(
-                pack_law(j.request.seed, j.seq.sample_index, j.request.filters),
-                j.seq.num_tokens,
+                pack_law(step.group.seed, step.seq.sample_index, step.group.sampling.filters),
+                step.seq.num_tokens,
                 1.0,
-                min(length, 1 + item.num_draft_slots),
+                min(length, 1 + step.num_draft_slots),
             )
-            for item, j in zip(scheduled, judgements, strict=True)
+            for step in steps
         ]
         drawn = self.target.draw_chains(
             result.logits,
-            [j.seq.num_tokens for j in judgements],
-            [j.seq.block_table for j in judgements],
+            [step.seq.num_tokens for step in steps],
+            [step.seq.block_table for step in steps],
             laws,
             as_target=True,
         )
         if drawn is None:
             return 0
-        for judgement, token_ids in zip(judgements, drawn.token_ids, strict=True):
+        for step, token_ids in zip(steps, drawn.token_ids, strict=True):
             if token_ids:
-                judgement.run_ahead = TokenTree.chain(token_ids[:-1])
+                step.tree = TokenTree.chain(token_ids[:-1])
                 path = list(range(len(token_ids) - 1))
-                judgement.verdicts = [Verdict(path, token_ids[-1])]
+                step.verdicts = [Verdict(path, token_ids[-1])]
         return length - 1

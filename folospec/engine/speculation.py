@@ -4,21 +4,21 @@ its KV."""
 from __future__ import annotations
 
 import time
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from folospec.config import SpeculativeConfig
 from folospec.core.kv_cache_manager import KVCacheManager
-from folospec.core.scheduler import ScheduledSequence
-from folospec.core.sequence import Sequence
+from folospec.core.sequence import Sequence, SequenceGroup
+from folospec.core.sequence_step import SequenceStep
 from folospec.core.stats import EngineStats
-from folospec.engine.asking import Asking, Candidate
-from folospec.engine.planning import UNKNOWN_COSTS, Costs, Found, Planning
-from folospec.engine.request import Request
-from folospec.engine.telling import Observed, Telling
+from folospec.engine.asking import Asking
+from folospec.engine.planning import UNKNOWN_COSTS, Costs, Planning
+from folospec.engine.telling import Telling
 from folospec.spec.draft_runner import ForwardResult
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.merge import merge_proposals
@@ -82,8 +82,6 @@ class Speculation:
         self.needs = self._telling.needs
         self.kv: dict[str, KVCache] = {}
         """The drafters' KV tensors by owner, set when the pool is made."""
-        self._own_nodes: dict[tuple[str, str], Mapping[int, int]] = {}
-        """Of this step: (drafter, seq_id) -> where the drafter's nodes are in the proposal."""
 
     @property
     def limit(self) -> int:
@@ -91,12 +89,22 @@ class Speculation:
         limits = [drafter.num_speculative_tokens for drafter in self.drafters]
         return sum(limits) if self.merge else max(limits, default=0)
 
-    def plan(
-        self, running: typing.Sequence[Sequence], request_of: Callable[[Sequence], Request]
-    ) -> None:
-        """Plan a step before it is scheduled."""
+    def plan(self, running: Seq[Sequence], candidates: Seq[Sequence]) -> dict[str, int]:
+        """Plan a step before it is scheduled.
+
+        Args:
+            running: the sequences that the planner plans for.
+            candidates: all that may be in the step.
+
+        Returns:
+            By seq_id, how many slots a sequence wants behind its last token, scratch included, if
+            it decodes in this step; one that is not there wants none.
+        """
         if self.planning is not None:
-            self.planning.begin(running, request_of)
+            self.planning.begin(running)
+        if self.is_idle:
+            return {}
+        return {seq.seq_id: self._num_draft_slots(seq) for seq in candidates}
 
     @property
     def is_idle(self) -> bool:
@@ -105,113 +113,103 @@ class Speculation:
             return self.planning.is_idle
         return not self.drafters
 
-    def num_draft_slots(self, request: Request, seq: Sequence) -> int:
-        """How many slots to reserve behind the root, scratch included; the last token of the output
-        is never drafted, it is the bonus."""
+    def _num_draft_slots(self, seq: Sequence) -> int:
+        """How many slots to reserve behind the root; the last token of the output is never drafted,
+        it is the bonus."""
         if self.planning is not None and not self.planning.is_planned(seq.seq_id):
             return 0
-        drafters = self._asked(request, seq)
-        length = self.planner.num_draft_tokens(request.params.num_speculative_tokens)
-        if not drafters or length == 0 or request.room(seq) <= 1:
+        group = seq.group
+        assert group is not None
+        drafters = self._asked(group, seq)
+        length = self.planner.num_draft_tokens(group.params.num_speculative_tokens)
+        if not drafters or length == 0 or group.room(seq) <= 1:
             return 0
         if self.merge:
             return length + max(drafter.max_scratch_slots for drafter in drafters)
         return max(min(length, d.num_speculative_tokens) + d.max_scratch_slots for d in drafters)
 
-    def _asked(self, request: Request, seq: Sequence) -> list[DrafterHandle]:
+    def _asked(self, group: SequenceGroup, seq: Sequence) -> list[DrafterHandle]:
         """The drafters that may be asked for a sequence in this step."""
-        drafters, planning = self._allowed(request), self.planning
+        drafters, planning = self._allowed(group), self.planning
         if planning is not None and drafters:
             drafters = [drafter for drafter in drafters if planning.asks(seq.seq_id, drafter)]
         return drafters
 
-    def _allowed(self, request: Request) -> list[DrafterHandle]:
-        names = request.params.drafters
+    def _allowed(self, group: SequenceGroup) -> list[DrafterHandle]:
+        names = group.params.drafters
         return [d for d in self.drafters if names is None or d.name in names]
 
-    def propose(
-        self, candidates: list[Candidate], scheduled: typing.Sequence[ScheduledSequence]
-    ) -> dict[str, Proposal]:
-        """Return a proposal for each sequence, by seq_id, that a drafter has something to say
-        about.
-
-        Args:
-            candidates: those that have slots for one.
-            scheduled: all that is in the step.
-        """
+    def propose(self, steps: Seq[SequenceStep]) -> None:
+        """Set the proposal, and with it the tree, of each step that a drafter has something to say
+        about; and note for the others why they have none."""
+        asked = [step for step in steps if step.num_draft_slots > 0] if not self.is_idle else []
         if self.planning is None:
-            found = self._propose_fixed(candidates)
+            self._propose_fixed(asked)
         else:
-            self.planning.note_schedule(scheduled)
-            found = self._propose_planned(self.planning, candidates) if candidates else {}
-        self._own_nodes = {}
-        for seq_id, one in found.items():
-            self._own_nodes |= {(name, seq_id): nodes for name, nodes in one.own_nodes.items()}
-        return {seq_id: one.proposal for seq_id, one in found.items()}
+            self.planning.note_schedule(steps)
+            if asked:
+                self._propose_planned(self.planning, asked)
+        for step in asked:
+            if step.proposal is not None:
+                step.tree = step.proposal.tree
+        self._count_undrafted(steps)
 
-    def _propose_fixed(self, candidates: list[Candidate]) -> dict[str, Found]:
-        answers: dict[str, list[Proposal]] = {c.seq.seq_id: [] for c in candidates}
+    def _propose_fixed(self, steps: Seq[SequenceStep]) -> None:
+        answers: dict[str, list[Proposal]] = {step.seq.seq_id: [] for step in steps}
         for drafter in self.drafters:
             asked = [
-                c
-                for c in candidates
-                if drafter in self._allowed(c.request) and (self.merge or not answers[c.seq.seq_id])
+                step
+                for step in steps
+                if drafter in self._allowed(step.group)
+                and (self.merge or not answers[step.seq.seq_id])
             ]
             for seq_id, proposal in self.asking.ask(drafter, asked).items():
                 answers[seq_id].append(proposal)
-        return {
-            c.seq.seq_id: self._merged(c, answers[c.seq.seq_id])
-            for c in candidates
-            if answers[c.seq.seq_id]
-        }
+        for step in steps:
+            step.proposal = self._merged(step, answers[step.seq.seq_id])
 
-    def _propose_planned(self, planning: Planning, candidates: list[Candidate]) -> dict[str, Found]:
+    def _propose_planned(self, planning: Planning, steps: Seq[SequenceStep]) -> None:
         """Ask whom the plan says, and keep what pays."""
-        found: dict[str, Found] = {}
-        answers: dict[str, list[Proposal]] = {c.seq.seq_id: [] for c in candidates}
+        answers: dict[str, list[Proposal]] = {step.seq.seq_id: [] for step in steps}
         for drafter in self.drafters:
             still = planning.still_asked(drafter, answers)
             asked = [
-                c
-                for c in candidates
-                if c.seq.seq_id in still and drafter in self._allowed(c.request)
+                step
+                for step in steps
+                if step.seq.seq_id in still and drafter in self._allowed(step.group)
             ]
             for seq_id, proposal in self.asking.ask(drafter, asked).items():
                 answers[seq_id].append(proposal)
             if self.merge:
                 continue
-            for candidate in asked:
-                seq_id = candidate.seq.seq_id
-                new = [p for p in answers[seq_id] if p.drafter == drafter.name]
-                answer = self._merged(candidate, new) if new else None
-                planning.take(seq_id, drafter.name, answer, found)
+            for step in asked:
+                new = [p for p in answers[step.seq.seq_id] if p.drafter == drafter.name]
+                planning.take(step, drafter.name, self._merged(step, new))
             planning.note_taken()
         if self.merge:
             name = planning.source_of(self.drafters[0])
-            for candidate in candidates:
-                several = answers[candidate.seq.seq_id]
-                answer = self._merged(candidate, several) if several else None
-                planning.take(candidate.seq.seq_id, name, answer, found)
+            for step in steps:
+                planning.take(step, name, self._merged(step, answers[step.seq.seq_id]))
             planning.note_taken()
-        return planning.prune(found)
+        planning.prune(steps)
 
-    def _merged(self, candidate: Candidate, proposals: list[Proposal]) -> Found:
+    def _merged(self, step: SequenceStep, proposals: list[Proposal]) -> Proposal | None:
         """One tree of the proposals, no deeper than the output can become."""
-        max_depth = self.asking.max_depth(candidate)
+        if not proposals:
+            return None
+        max_depth = self.asking.max_depth(step)
         if len(proposals) == 1 and max(proposals[0].tree.depths) <= max_depth:
-            merged = proposals[0]
-            sources = [{node: node for node in range(len(merged))}]
-        else:
-            merged, sources = merge_proposals(
-                proposals,
-                max_nodes=candidate.num_draft_slots,
-                max_draft_tokens=self.asking.max_draft_tokens(candidate),
-                max_depth=max_depth,
-                unite=self.rule.shares_noise,
-                vocab_size=self.vocab_size,
-            )
+            return proposals[0]
+        merged, sources = merge_proposals(
+            proposals,
+            max_nodes=step.num_draft_slots,
+            max_draft_tokens=self.asking.max_draft_tokens(step),
+            max_depth=max_depth,
+            unite=self.rule.shares_noise,
+            vocab_size=self.vocab_size,
+        )
         names = [proposal.drafter for proposal in proposals]
-        return Found(merged, dict(zip(names, sources, strict=True)))
+        return replace(merged, own_nodes=dict(zip(names, sources, strict=True)))
 
     def commit_kv(
         self, seq: Sequence, proposal: Proposal, path: list[int], root: int, moves: PendingMoves
@@ -230,17 +228,18 @@ class Speculation:
                 moves.add(self.kv[owner], sources, targets)
             self.manager.mark_draft(seq, owner, root + 1 + len(sources))
 
-    def count(self, observed: list[Observed]) -> None:
+    def count(self, steps: Seq[SequenceStep]) -> None:
         """Count verified proposals, and tell the planner of them."""
-        for seen in observed:
-            if seen.proposal is not None and seen.verdict is not None:
-                num_drafted, metrics = seen.proposal.num_draft_tokens, seen.request.group.metrics
+        for step in steps:
+            proposal, verdict = step.proposal, step.verdict
+            if proposal is not None and verdict is not None:
+                num_drafted, metrics = proposal.num_draft_tokens, step.group.metrics
                 # An output may end within the accepted path; what is behind its end is not counted.
-                num_accepted = min(seen.verdict.num_accepted, len(seen.new_token_ids))
+                num_accepted = min(verdict.num_accepted, len(step.new_token_ids))
                 if num_drafted > 0:
                     self.stats.record_draft(metrics, num_drafted, num_accepted)
                 if self.planning is not None:
-                    self.planning.learn(seen.seq.seq_id, seen.verdict.path)
+                    self.planning.learn(step.seq.seq_id, verdict.path)
 
     def record_step(self, seconds: float) -> None:
         """Tell the planner how long the step took, all of it."""
@@ -256,47 +255,41 @@ class Speculation:
         """What the planner believes; None where nothing is planned."""
         return self.planning.planner.stats() if self.planning is not None else None
 
-    def count_undrafted(
-        self,
-        scheduled: typing.Sequence[ScheduledSequence],
-        proposals: dict[str, Proposal],
-        request_of: Callable[[Sequence], Request],
-    ) -> None:
+    def _count_undrafted(self, steps: Seq[SequenceStep]) -> None:
         """Note for every sequence that could have had a draft and has none why it is so."""
         self.reasons = {}
         planned = self.planning.reasons if self.planning is not None else {}
-        for item in scheduled if self.drafters else ():
-            seq = item.seq
-            seq_id = seq.seq_id
-            if item.num_tokens > 1 or seq_id in proposals or not item.samples:
+        for step in steps if self.drafters else ():
+            if step.num_tokens > 1 or step.proposal is not None or not step.samples:
                 continue
-            request = request_of(seq)
-            reason = planned.get(seq_id) if request.room(seq) > 1 else "no_room"
-            reason = self.reasons[seq_id] = reason or self._reason(request, item)
-            self.stats.record_undrafted(request.group.metrics, reason)
+            seq, group = step.seq, step.group
+            reason = planned.get(seq.seq_id) if group.room(seq) > 1 else "no_room"
+            reason = self.reasons[seq.seq_id] = reason or self._reason(step)
+            self.stats.record_undrafted(group.metrics, reason)
 
-    def _reason(self, request: Request, item: ScheduledSequence) -> str:
-        seq_id, planning = item.seq.seq_id, self.planning
-        if request.params.num_speculative_tokens == 0 or not self._allowed(request):
+    def _reason(self, step: SequenceStep) -> str:
+        seq_id, group, planning = step.seq.seq_id, step.group, self.planning
+        if group.params.num_speculative_tokens == 0 or not self._allowed(group):
             return "not_wanted"
         if planning is not None and not planning.is_planned(seq_id):
             return "unplanned"
-        if item.num_draft_slots == 0:
+        if step.num_draft_slots == 0:
             return "no_slots"
         if planning is not None and planning.was_pruned(seq_id):
             return "unlikely"
         return "nothing_to_say"
 
-    def observe(self, observed: list[Observed], result: ForwardResult) -> None:
+    def observe(self, steps: Seq[SequenceStep], result: ForwardResult) -> None:
         """Tell the drafters what became of the step, then to forget what is finished."""
         if not self.drafters:
             return
         try:
-            self._telling.tell(observed, result, self._own_nodes)
+            self._telling.tell(steps, result)
         finally:
-            for seen in observed:
-                if seen.siblings or seen.seq.status.is_finished:
-                    self.drop([s for s in seen.family if s.status.is_finished], finished=True)
+            for step in steps:
+                if step.siblings or step.seq.status.is_finished:
+                    family = (step.seq, *step.siblings)
+                    self.drop([seq for seq in family if seq.status.is_finished], finished=True)
 
     def drop(self, sequences: Iterable[Sequence], *, finished: bool) -> None:
         """Forget the drafters' state of preempted sequences, and of finished ones their draft

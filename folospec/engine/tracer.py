@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from folospec.core.kv_cache_manager import KVCacheManager
     from folospec.core.scheduler import SchedulerOutput
     from folospec.core.sequence import Sequence
+    from folospec.core.sequence_step import SequenceStep
     from folospec.core.stats import EngineStats
-    from folospec.engine.judgement import Judgement
+    from folospec.core.token_tree import Verdict
+    from folospec.engine.output_processor import GroupOutput, OutputProcessor
     from folospec.engine.speculation import Speculation
-    from folospec.engine.telling import Observed
     from folospec.spec.proposal import Proposal
-    from folospec.spec.verify import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,10 @@ class Tracer:
         manager: KVCacheManager,
         stats: EngineStats,
         speculation: Speculation,
+        outputs: OutputProcessor,
         tokenizer: Any,
     ) -> None:
+        self._outputs = outputs
         self.on_step: Callable[[StepTrace], None] | None = None
         self.header = _header(config, manager, speculation)
         self._manager, self._stats, self._speculation = manager, stats, speculation
@@ -77,7 +79,12 @@ class Tracer:
         if self.on_step is None and self._file is None:
             return None
         return StepRecorder(
-            self._manager, self._stats, self._speculation, self._text, self._tries_in_order
+            self._manager,
+            self._stats,
+            self._speculation,
+            self._outputs,
+            self._text,
+            self._tries_in_order,
         )
 
     def finish(self, recorder: StepRecorder) -> None:
@@ -108,10 +115,11 @@ class StepRecorder:
         manager: KVCacheManager,
         stats: EngineStats,
         speculation: Speculation,
+        outputs: OutputProcessor,
         text: Text,
         tries_in_order: bool,
     ) -> None:
-        self._speculation = speculation
+        self._speculation, self._outputs = speculation, outputs
         self._manager, self._stats = manager, stats
         self._text, self._tries_in_order = text, tries_in_order
         self._before = _counts(stats)
@@ -120,20 +128,21 @@ class StepRecorder:
         self.is_complete = False
         """Whether the step came as far as its commit."""
 
-    def add_forward(self, schedule: SchedulerOutput, judgements: list[Judgement]) -> None:
-        """To be called when the target has run, and nothing is judged yet."""
+    def add_forward(self, schedule: SchedulerOutput, steps: list[SequenceStep]) -> None:
+        """To be called when the target has run, and nothing is verified yet."""
         self._ran_at, self._ran = time.perf_counter(), _counts(self._stats)
-        self._schedule, self._judgements = schedule, list(judgements)
+        self._schedule, self._steps = schedule, list(steps)
+        self._group_outputs = [self._outputs.of_group(step.group) for step in steps]
         self._reasons = dict(self._speculation.reasons)
-        self._num_blocks = {j.seq.seq_id: len(j.seq.block_table) for j in judgements}
+        self._num_blocks = {s.seq.seq_id: len(s.seq.block_table) for s in steps}
         total, free = self._manager.num_blocks, self._manager.num_free_blocks
         self._blocks = BlockCounts(total, held=total - free, free=free)
 
-    def add_commit(self, observed: list[Observed]) -> None:
+    def add_commit(self, steps: list[SequenceStep]) -> None:
         """To be called when the step's tokens are committed. A request that has failed is not among
-        `observed`."""
+        `steps`."""
         self._committed_at = time.perf_counter()
-        self._observed = {seen.seq.seq_id: seen for seen in observed}
+        self._committed = {step.seq.seq_id for step in steps}
         self.is_complete = True
 
     def finish(self) -> StepTrace:
@@ -161,39 +170,41 @@ class StepRecorder:
             preempted=[seq.seq_id for seq in self._schedule.preempted],
             copies=[[copy.src, copy.dst] for copy in self._schedule.copies],
             num_moved_rows=after.num_moved_rows - self._before.num_moved_rows,
-            sequences=[trace for j in self._judgements for trace in self._sequences(j)],
+            sequences=[
+                trace
+                for step, outputs in zip(self._steps, self._group_outputs, strict=True)
+                for trace in self._sequences(step, outputs)
+            ],
         )
 
-    def _sequences(self, judgement: Judgement) -> Iterator[SequenceTrace]:
+    def _sequences(self, step: SequenceStep, outputs: GroupOutput) -> Iterator[SequenceTrace]:
         """A sequence that ran, and the siblings that were forked from it at the end of the step."""
-        seen = self._observed.get(judgement.seq.seq_id)
-        if seen is None:
-            yield self._sequence(judgement, judgement.seq, None, [])
+        if step.seq.seq_id not in self._committed:
+            yield self._sequence(step, step.seq, outputs, None, [])
             return
-        yield self._sequence(judgement, judgement.seq, seen.verdict, seen.new_token_ids)
-        for i, sibling in enumerate(seen.siblings, start=1):
-            assert judgement.verdicts is not None
-            verdict = judgement.verdicts[i]
-            yield self._sequence(judgement, sibling, verdict, sibling.output_token_ids)
+        yield self._sequence(step, step.seq, outputs, step.verdict, step.new_token_ids)
+        for sibling, verdict in zip(step.siblings, (step.verdicts or [])[1:], strict=True):
+            yield self._sequence(step, sibling, outputs, verdict, sibling.output_token_ids)
 
     def _sequence(
         self,
-        judgement: Judgement,
+        step: SequenceStep,
         seq: Sequence,
+        outputs: GroupOutput,
         verdict: Verdict | None,
         new_token_ids: list[int],
     ) -> SequenceTrace:
-        proposal = judgement.proposal
+        proposal = step.proposal
         path = [int(node) for node in verdict.path] if verdict is not None else []
         next_id = verdict.next_token_id if verdict is not None else NO_TOKEN
-        root = judgement.start + judgement.num_tokens - 1 if judgement.rows else None
-        output = judgement.request.outputs[seq.seq_id]
+        root = step.start + step.num_tokens - 1 if step.logits_indices else None
+        output = outputs.sequences[seq.seq_id]
         return SequenceTrace(
-            request_id=judgement.request.group.request_id,
+            request_id=step.group.request_id,
             seq_id=seq.seq_id,
-            forked_from=judgement.seq.seq_id if seq is not judgement.seq else None,
-            start=judgement.start,
-            num_tokens=judgement.num_tokens,
+            forked_from=step.seq.seq_id if seq is not step.seq else None,
+            start=step.start,
+            num_tokens=step.num_tokens,
             num_prompt_tokens=seq.num_prompt_tokens,
             root=self._token(seq.token_ids[root]) if root is not None else None,
             root_position=root,
@@ -203,7 +214,7 @@ class StepRecorder:
             next_token=self._token(next_id) if next_id != NO_TOKEN else None,
             next_kind=_next_kind(proposal, path) if next_id != NO_TOKEN else None,
             new_tokens=[self._token(token_id) for token_id in new_token_ids],
-            num_blocks=self._num_blocks[judgement.seq.seq_id],
+            num_blocks=self._num_blocks[step.seq.seq_id],
             num_blocks_kept=len(seq.block_table),
             draft_progress=dict(seq.draft_progress),
             finish_reason=output.finish_reason,

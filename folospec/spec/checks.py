@@ -74,6 +74,7 @@ class ProposalChecks:
             candidate=_take_candidate(answer.candidate, size),
             draft_slots=_take_draft_slots(answer.draft_slots, size, limits),
             drafter=limits.drafter,
+            own_nodes={limits.drafter: {node: node for node in range(size)}},
         )
         if proposal.num_draft_tokens > limits.max_draft_tokens:
             raise ValueError(

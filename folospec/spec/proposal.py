@@ -46,6 +46,9 @@ class Proposal:
     slot index (node i's own row is at i + 1); None for a node it has not run."""
     drafter: str = ""
     """Name of the drafter, for metrics and traces; the engine fills it in."""
+    own_nodes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """By the name of each drafter that had a part in a merged proposal: node of its own proposal ->
+    node of this one. The engine fills it in."""
 
     def __post_init__(self) -> None:
         num_nodes = len(self.tree)
@@ -110,7 +113,15 @@ class Proposal:
             candidate=_pick(self.candidate, rows),
             draft_slots={o: [s[row] for row in rows] for o, s in self.draft_slots.items()},
             drafter=self.drafter,
+            own_nodes=self._own_nodes_in(rows),
         )
+
+    def _own_nodes_in(self, rows: list[int]) -> dict[str, dict[int, int]]:
+        place = {node: index for index, node in enumerate(rows)}
+        return {
+            name: {own: place[node] for own, node in nodes.items() if node in place}
+            for name, nodes in self.own_nodes.items()
+        }
 
 
 def _per_node(name: str, values: Iterable, num_nodes: int) -> tuple:

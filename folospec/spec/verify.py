@@ -25,29 +25,10 @@ from typing import Any, Protocol
 
 import torch
 
-from folospec.core.token_tree import ROOT, TokenTree
+from folospec.core.token_tree import ROOT, TokenTree, Verdict
 from folospec.sampling import noise
 from folospec.sampling.sampler import draw_target
 from folospec.spec.proposal import Proposal
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a step emits for one sequence: the tokens of the path, then `next_token_id`."""
-
-    path: list[int]
-    """Accepted nodes, from the root's child downwards; empty if no draft token was accepted."""
-    next_token_id: int
-    """The token after the path: it has no KV yet and is the next root."""
-
-    @property
-    def num_accepted(self) -> int:
-        """Accepted draft tokens, the next token excluded."""
-        return len(self.path)
-
-    def token_ids(self, tree: TokenTree) -> list[int]:
-        """The tokens emitted, in order: `num_accepted + 1` of them."""
-        return [*(tree.token_ids[node] for node in self.path), self.next_token_id]
 
 
 class Coins(Protocol):

@@ -118,7 +118,7 @@ def test_control_a_rule_that_emits_other_tokens_ends_with_status_1(tmp_path, mon
         verdict = really(tree, target_token_ids, candidate)
         return verify.Verdict(verdict.path, 7) if len(tree) else verdict
 
-    monkeypatch.setattr("folospec.engine.judgement.verify_coupled", careless)
+    monkeypatch.setattr("folospec.spec.verify_rows.verify_coupled", careless)
     status, (row, *_) = run(tmp_path, "--drafters", "ngram", "--tasks", "completion")
     assert status == 1
     assert not row["tokens_equal_to_plain"]

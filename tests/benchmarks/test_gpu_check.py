@@ -353,17 +353,17 @@ class TestBitsAndRules:
     def test_a_wrong_verdict_is_noticed(
         self, scratch: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        original = TargetPass.judge
+        original = TargetPass.verify
 
-        def wrong(self: Any, judgements: Any, result: Any) -> Any:
-            shown = original(self, judgements, result)
-            for judgement in judgements:
-                if judgement.verdicts:
-                    verdict = judgement.verdicts[0]
-                    judgement.verdicts = [Verdict(verdict.path, verdict.next_token_id ^ 1)]
+        def wrong(self: Any, steps: Any, result: Any) -> Any:
+            shown = original(self, steps, result)
+            for step in steps:
+                if step.verdicts:
+                    verdict = step.verdicts[0]
+                    step.verdicts = [Verdict(verdict.path, verdict.next_token_id ^ 1)]
             return shown
 
-        monkeypatch.setattr(TargetPass, "judge", wrong)
+        monkeypatch.setattr(TargetPass, "verify", wrong)
         [row] = gpu_rules.check(context_of(scratch), "block")
         assert row["differing_verdicts"] == row["num_verdicts"] > 0
         assert not row["passed"]

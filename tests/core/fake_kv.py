@@ -8,12 +8,12 @@ from collections.abc import Sequence as Seq
 from folospec.core import (
     BlockCopy,
     KVCacheManager,
-    ScheduledSequence,
     Scheduler,
     SchedulerOutput,
     Sequence,
     SequenceGroup,
     SequenceStatus,
+    SequenceStep,
 )
 from folospec.sampling_params import SamplingParams
 
@@ -98,30 +98,31 @@ class FakeRunner:
         assert self.manager.num_free_blocks == self.manager.num_blocks
 
     def step(self) -> SchedulerOutput:
-        output = self.scheduler.schedule(self._draft_length)
+        queued = (*self.scheduler.running, *self.scheduler.waiting)
+        output = self.scheduler.schedule({seq.seq_id: self._draft_count(seq) for seq in queued})
         self.scheduler.check_integrity()
-        assert output.scheduled, "a step must do something"
+        assert output.steps, "a step must do something"
         assert output.num_tokens <= self.scheduler.max_num_batched_tokens
         self.num_preempted += len(output.preempted)
         self.num_copies += len(output.copies)
         if self.makes_copies:
             self.kv.copy(output.copies)
-        for item in output.scheduled:
-            self._compute(item)
+        for step in output.steps:
+            self._compute(step)
             self.scheduler.check_integrity()
         return output
 
-    def _draft_length(self, seq: Sequence) -> int:
+    def _draft_count(self, seq: Sequence) -> int:
         room = seq.group.params.max_tokens - seq.num_output_tokens - 1
         return min(self.num_drafts, room)
 
-    def _compute(self, item: ScheduledSequence) -> None:
-        seq, group = item.seq, item.seq.group
+    def _compute(self, step: SequenceStep) -> None:
+        seq, group = step.seq, step.seq.group
         self.kv.check_all(seq)
-        drafts = self._draft(seq, item.num_draft_slots)
-        computed = item.start + item.num_tokens
-        self.kv.write(TARGET, seq, item.start, [*seq.token_ids[:computed], *drafts])
-        if not item.samples:
+        drafts = self._draft(seq, step.num_draft_slots)
+        computed = step.start + step.num_tokens
+        self.kv.write(TARGET, seq, step.start, [*seq.token_ids[:computed], *drafts])
+        if not step.samples:
             self.manager.commit(seq, computed)
             return
         siblings: list[Sequence] = []

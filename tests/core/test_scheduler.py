@@ -7,7 +7,6 @@ from folospec.core import (
     BlockCopy,
     KVCacheManager,
     Scheduler,
-    Sequence,
     SequenceGroup,
     SequenceStatus,
 )
@@ -17,10 +16,6 @@ from folospec.sampling_params import SamplingParams
 def request(number: int, num_tokens: int, **params: object) -> SequenceGroup:
     prompt = list(range(num_tokens))
     return SequenceGroup(f"r{number}", prompt, SamplingParams(**params), arrival=number)  # type: ignore[arg-type]
-
-
-def no_drafts(seq: Sequence) -> int:
-    return 0
 
 
 def make_scheduler(
@@ -40,14 +35,15 @@ def advance(
     scheduler: Scheduler, num_drafts: int = 0, num_long_tokens: int | None = None
 ) -> list[tuple[str, int, int, int]]:
     """One step whose every draft is rejected; what ran: (seq_id, start, tokens, draft slots)."""
-    output = scheduler.schedule(lambda seq: num_drafts, num_long_tokens)
-    for item in output.scheduled:
-        if item.samples:
-            item.seq.add_token_id(7)
-        scheduler.manager.commit(item.seq, item.start + item.num_tokens)
-        scheduler.manager.rollback(item.seq)
+    queued = (*scheduler.running, *scheduler.waiting)
+    output = scheduler.schedule({seq.seq_id: num_drafts for seq in queued}, num_long_tokens)
+    for step in output.steps:
+        if step.samples:
+            step.seq.add_token_id(7)
+        scheduler.manager.commit(step.seq, step.start + step.num_tokens)
+        scheduler.manager.rollback(step.seq)
     scheduler.check_integrity()
-    return [(i.seq.seq_id, i.start, i.num_tokens, i.num_draft_slots) for i in output.scheduled]
+    return [(s.seq.seq_id, s.start, s.num_tokens, s.num_draft_slots) for s in output.steps]
 
 
 # Whole runs -----------------------------------------------------------------------------------
@@ -156,11 +152,11 @@ def test_without_chunked_prefill_a_recompute_past_the_budget_is_still_possible()
 def test_only_the_last_chunk_samples() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=4)
     scheduler.add(request(0, 6))
-    (item,) = scheduler.schedule(no_drafts).scheduled
-    assert not item.samples
-    scheduler.manager.commit(item.seq, 4)
-    (item,) = scheduler.schedule(no_drafts).scheduled
-    assert item.samples
+    (step,) = scheduler.schedule().steps
+    assert not step.samples
+    scheduler.manager.commit(step.seq, 4)
+    (step,) = scheduler.schedule().steps
+    assert step.samples
 
 
 def test_drafts_count_against_the_budget() -> None:
@@ -208,9 +204,9 @@ def test_the_youngest_is_preempted_and_waits_in_front() -> None:
         scheduler.add(request(number, 7))
     advance(scheduler)
     advance(scheduler)
-    output = scheduler.schedule(no_drafts)  # both need a third block
+    output = scheduler.schedule()  # both need a third block
     assert [seq.seq_id for seq in output.preempted] == ["r1-0"]
-    assert [item.seq.seq_id for item in output.scheduled] == ["r0-0"]
+    assert [step.seq.seq_id for step in output.steps] == ["r0-0"]
     assert [seq.seq_id for seq in scheduler.waiting] == ["r1-0", "r2-0"]
     preempted = scheduler.waiting[0]
     assert preempted.status is SequenceStatus.PREEMPTED
@@ -224,8 +220,8 @@ def test_the_youngest_sequence_preempts_itself_rather_than_an_older_one() -> Non
     scheduler.add(request(0, 7))
     scheduler.add(request(1, 8))
     advance(scheduler)
-    output = scheduler.schedule(no_drafts)
-    assert [item.seq.seq_id for item in output.scheduled] == ["r0-0"]
+    output = scheduler.schedule()
+    assert [step.seq.seq_id for step in output.steps] == ["r0-0"]
     assert [seq.seq_id for seq in output.preempted] == ["r1-0"]
 
 
@@ -235,9 +231,9 @@ def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
     scheduler.add(request(1, 8))
     scheduler.add(request(2, 1))
     advance(scheduler)
-    output = scheduler.schedule(no_drafts)
+    output = scheduler.schedule()
     assert [seq.seq_id for seq in output.preempted] == ["r2-0", "r1-0"]
-    assert [item.seq.seq_id for item in output.scheduled] == ["r0-0"]
+    assert [step.seq.seq_id for step in output.steps] == ["r0-0"]
     assert [seq.seq_id for seq in scheduler.waiting] == ["r1-0", "r2-0"]
 
 
@@ -245,13 +241,13 @@ def test_a_preempted_sibling_leaves_the_shared_prompt_to_the_others() -> None:
     scheduler = make_scheduler(num_blocks=8, block_size=4)
     group = request(0, 6, n=2)
     scheduler.add(group)
-    (item,) = scheduler.schedule(no_drafts).scheduled
-    scheduler.manager.commit(item.seq, 6)
+    (step,) = scheduler.schedule().steps
+    scheduler.manager.commit(step.seq, 6)
     (sibling,) = group.fork_siblings()
     scheduler.add_fork(sibling)
-    table = list(item.seq.block_table)
+    table = list(step.seq.block_table)
     scheduler._preempt(sibling)
-    assert item.seq.block_table == table
+    assert step.seq.block_table == table
     scheduler.check_integrity()
 
 
@@ -282,10 +278,10 @@ def test_future_siblings_have_their_seats_kept(params: dict[str, int]) -> None:
     scheduler.add(group)
     scheduler.add(request(1, 2))
     scheduler.add(request(2, 2))
-    output = scheduler.schedule(no_drafts)
-    assert [item.seq.seq_id for item in output.scheduled] == ["r0-0", "r1-0"]
-    for item in output.scheduled:
-        scheduler.manager.commit(item.seq, 2)
+    output = scheduler.schedule()
+    assert [step.seq.seq_id for step in output.steps] == ["r0-0", "r1-0"]
+    for step in output.steps:
+        scheduler.manager.commit(step.seq, 2)
     siblings = group.fork_siblings()
     for sibling in siblings:
         scheduler.add_fork(sibling)
@@ -297,15 +293,15 @@ def test_siblings_share_the_prompt_and_part_at_the_first_write() -> None:
     scheduler = make_scheduler()
     group = request(0, 6, n=3)
     scheduler.add(group)
-    (item,) = scheduler.schedule(no_drafts).scheduled
-    scheduler.manager.commit(item.seq, 6)
+    (step,) = scheduler.schedule().steps
+    scheduler.manager.commit(step.seq, 6)
     for sibling in group.fork_siblings():
         scheduler.add_fork(sibling)
     assert scheduler.manager.num_free_blocks == 14
     for token_id, seq in enumerate(group.sequences):
         seq.add_token_id(token_id)
-    shared = item.seq.block_table[1]
-    output = scheduler.schedule(no_drafts)
+    shared = step.seq.block_table[1]
+    output = scheduler.schedule()
     assert [copy.src for copy in output.copies] == [shared, shared]
     assert output.copies[0] == BlockCopy(shared, group.sequences[0].block_table[1])
     assert group.sequences[2].block_table[1] == shared  # the last one left needs no copy

@@ -77,5 +77,5 @@ def test_a_prompt_that_may_not_be_split_is_not_limited() -> None:
 
 def test_what_a_limit_leaves_is_for_drafts() -> None:
     scheduler = scheduler_with(LONG)
-    output = scheduler.schedule(lambda seq: 4, 30)
-    assert [item.num_draft_slots for item in output.scheduled] == [4, 4, 0]
+    output = scheduler.schedule({seq.seq_id: 4 for seq in scheduler.running}, 30)
+    assert [step.num_draft_slots for step in output.steps] == [4, 4, 0]

@@ -17,9 +17,9 @@ scheduler = Scheduler(
     manager, max_num_seqs=2, max_num_batched_tokens=16, enable_chunked_prefill=True
 )
 scheduler.add(SequenceGroup("r", [1, 2, 3], SamplingParams(), arrival=0))
-(item,) = scheduler.schedule(lambda seq: 2).scheduled
-manager.commit(item.seq, 3)
-scheduler.finish(item.seq, SequenceStatus.FINISHED_STOPPED)
+(step,) = scheduler.schedule({{"r-0": 2}}).steps
+manager.commit(step.seq, 3)
+scheduler.finish(step.seq, SequenceStatus.FINISHED_STOPPED)
 scheduler.check_integrity()
 assert TokenTree.chain([1, 2]).ancestor_mask().shape == (3, 3)
 import {blocked}

@@ -13,9 +13,8 @@ import pytest
 from harness import assert_speculated
 
 from folospec import LLM, RequestOutput, SamplingParams
-from folospec.engine import judgement
 from folospec.models.loader import load_tokenizer
-from folospec.spec import drafters
+from folospec.spec import drafters, verify_rows
 from folospec.spec.drafters.base import known_drafters
 
 CODE = """class Stack:
@@ -206,6 +205,6 @@ def test_a_method_whose_drafts_are_believed_unseen_is_noticed(
 ) -> None:
     """Control of the tests above."""
 
-    monkeypatch.setattr(judgement, "verify_coupled", harness.trusting)
+    monkeypatch.setattr(verify_rows, "verify_coupled", harness.trusting)
     for method in ("ngram", "token_recycling", "draft_model", "layer_skip"):
         assert run(METHODS[method])[0] != plain

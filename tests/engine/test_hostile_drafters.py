@@ -23,7 +23,6 @@ from native_builds import require_native
 
 from folospec import SamplingParams
 from folospec.engine import asking, loading
-from folospec.engine import request as engine_request
 
 ASKED = PROMPTS[:4]
 NUM_BLOCKS = 64
@@ -202,7 +201,7 @@ def test_a_list_that_could_be_changed_is_noticed(
 def test_parameters_that_could_be_changed_are_noticed(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_request, "_copy_of", lambda params: params)
+    monkeypatch.setattr(SamplingParams, "detached", lambda params: params)
     bench = Bench(models.target, "float64")
     found, _ = bench.run("a bias of its own")
     assert found.tokens != bench.plain.tokens

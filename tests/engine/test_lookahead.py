@@ -17,8 +17,9 @@ from transformers import LlamaForCausalLM
 
 from folospec import SamplingParams
 from folospec.attention.metadata import SuffixMask
-from folospec.engine import commit, judgement
+from folospec.engine import commit
 from folospec.engine.speculation import Speculation
+from folospec.spec import verify_rows
 from folospec.spec.drafters.lookahead import LookaheadDrafter
 from folospec.worker import input_batch
 
@@ -106,8 +107,8 @@ def test_a_verifier_that_judges_the_window_is_noticed(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = watch_verdicts(monkeypatch, check=False)
-    real = judgement.verify_coupled
-    monkeypatch.setattr(judgement, "verify_coupled", lambda tree, said, _: real(tree, said))
+    real = verify_rows.verify_coupled
+    monkeypatch.setattr(verify_rows, "verify_coupled", lambda tree, said, _: real(tree, said))
     run(make_llm(models.target, SETTINGS), params=GREEDY)
     assert counts["accepted scratch"] > 0
 

@@ -10,7 +10,8 @@ import pytest
 from harness import assert_speculated, make_llm, run
 
 from folospec import SamplingParams
-from folospec.engine import commit, judgement
+from folospec.engine import commit
+from folospec.spec import verify_rows
 from folospec.spec.drafters import ngram
 from folospec.spec.drafters.nasd import NasdDrafter
 from folospec.spec.drafters.token_recycling import TokenRecyclingDrafter
@@ -126,7 +127,7 @@ def test_accepting_a_draft_unseen_is_noticed(
 ) -> None:
     """Control of the tests above."""
 
-    monkeypatch.setattr(judgement, "verify_coupled", harness.trusting)
+    monkeypatch.setattr(verify_rows, "verify_coupled", harness.trusting)
     result = run(make_llm(models.target, SETTINGS[name]), PROMPTS, few_tokens())
     assert result.tokens != repetitive.tokens
 

@@ -14,7 +14,8 @@ from harness import assert_speculated, make_llm, run
 
 from folospec import SamplingParams
 from folospec.attention.metadata import SuffixMask
-from folospec.engine import commit, judge, judgement
+from folospec.engine import commit
+from folospec.spec import verify_batch, verify_rows
 from folospec.worker import input_batch
 
 pytestmark = pytest.mark.usefixtures("oracle")
@@ -178,7 +179,7 @@ class TestControls:
     def test_accepting_a_draft_unseen_is_noticed(
         self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(judgement, "verify_coupled", harness.trusting)
+        monkeypatch.setattr(verify_rows, "verify_coupled", harness.trusting)
         llm = make_llm(models.target, speculative("far", models))
         assert run(llm).tokens != plain.tokens
 
@@ -194,15 +195,15 @@ class TestControls:
     def test_noise_that_is_keyed_by_the_row_is_noticed(
         self, models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = judge._judge_by_draw
+        real = verify_batch._verify_by_draw
 
-        def by_row(judgements: Any, log_probs: Any, rule: Any) -> None:
+        def by_row(steps: Any, log_probs: Any, rule: Any) -> None:
             keys = iter(range(10**6))
             with monkeypatch.context() as patch:
-                patch.setattr(judge.noise, "key", lambda *_: next(keys))
-                real(judgements, log_probs, rule)
+                patch.setattr(verify_batch.noise, "key", lambda *_: next(keys))
+                real(steps, log_probs, rule)
 
-        monkeypatch.setattr(judge, "_judge_by_draw", by_row)
+        monkeypatch.setattr(verify_batch, "_verify_by_draw", by_row)
         llm = make_llm(models.target, speculative("near", models))
         assert run(llm).tokens != plain.tokens
 

@@ -18,12 +18,13 @@ from harness import assert_speculated
 from native_builds import require_native
 
 from folospec import LLM, SamplingParams
-from folospec.engine import commit, judge, target_pass
+from folospec.engine import commit, target_pass
 from folospec.models.loader import load_tokenizer
 from folospec.sampling import noise
 from folospec.sampling.constraints import SamplingRow
 from folospec.sampling.pipeline import process
 from folospec.sampling.sampler import draw_target
+from folospec.spec.verify_batch import verify_batch
 
 PROMPTS = [
     "def insort(a, x, lo=0, hi=None):\n    ",
@@ -57,18 +58,18 @@ def record(
 ) -> Recorded:
     recorded = Recorded()
 
-    def recording(judgements: list[Any], logits: torch.Tensor, *args: Any, **options: Any) -> Any:
-        log_probs = judge.judge(judgements, logits, *args, **options)
-        for j in judgements:
-            if not j.verdicts:
+    def recording(steps: list[Any], logits: torch.Tensor, *args: Any, **options: Any) -> Any:
+        log_probs = verify_batch(steps, logits, *args, **options)
+        for step in steps:
+            if not step.verdicts:
                 continue
-            for depth, node in enumerate([-1, *j.verdicts[0].path]):
-                key = (j.seq.seq_id, j.seq.num_output_tokens + depth)
-                recorded.rows[key] = logits[j.rows.start + 1 + node].clone()
+            for depth, node in enumerate([-1, *step.verdicts[0].path]):
+                key = (step.seq.seq_id, step.seq.num_output_tokens + depth)
+                recorded.rows[key] = logits[step.logits_indices.start + 1 + node].clone()
         return log_probs
 
     with monkeypatch.context() as patch:
-        patch.setattr(target_pass, "judge", recording)
+        patch.setattr(target_pass, "verify_batch", recording)
         llm = LLM(
             "folospec-demo",
             speculative,

@@ -27,13 +27,13 @@ def test_where_no_draft_can_pay_no_slot_is_reserved(
     row: float, is_asked: bool, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    original = Speculation.num_draft_slots
+    original = Speculation._num_draft_slots
 
-    def counted(self: Speculation, request: Any, seq: Any) -> int:
+    def counted(self: Speculation, seq: Any) -> int:
         calls.append(seq.seq_id)
-        return original(self, request, seq)
+        return original(self, seq)
 
-    monkeypatch.setattr(Speculation, "num_draft_slots", counted)
+    monkeypatch.setattr(Speculation, "_num_draft_slots", counted)
     llm = lookup(models, row)
     result = run(llm, params=PARAMS)
     assert result.tokens == run(make_llm(models.target), params=PARAMS).tokens

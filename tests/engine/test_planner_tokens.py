@@ -11,8 +11,9 @@ from fixed_costs import fix_costs, planner_of
 from harness import assert_speculated, make_llm, run
 
 from folospec import SamplingParams, SpeculativeConfig
-from folospec.engine import commit, judgement, llm_engine, planning
+from folospec.engine import commit, llm_engine, planning
 from folospec.engine.trace import StepTrace
+from folospec.spec import verify_rows
 from folospec.spec.plan_terms import REASONS
 
 
@@ -66,7 +67,7 @@ def test_auto_tokens_equal_plain_tokens_with_measured_costs(count: int, models: 
 def test_control_a_verifier_that_believes_drafts_is_noticed(
     models: Any, plain: harness.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judgement, "verify_coupled", harness.trusting)
+    monkeypatch.setattr(verify_rows, "verify_coupled", harness.trusting)
     llm = fix_costs(make_llm(models.target, auto(models)))
     assert run(llm).tokens != plain.tokens
 
@@ -288,5 +289,5 @@ def test_a_step_whose_drafter_failed_leaves_no_unpaid_drafts(
         with pytest.raises(RuntimeError, match="observe"):
             run_to_end()
     assert plan._learning.calls
-    engine.speculation.plan(engine.scheduler.running, engine.open.request_of)
+    engine.speculation.plan(engine.scheduler.running, engine.scheduler.candidates)
     assert not plan._learning.calls

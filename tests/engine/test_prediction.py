@@ -11,7 +11,7 @@ import pytest
 from harness import VOCAB_SIZE, assert_speculated, make_llm, run
 
 from folospec import SamplingParams
-from folospec.engine import judgement
+from folospec.spec import verify_rows
 from folospec.spec.alignment import Alignment
 
 PREDICTION = {"method": "prediction", "num_speculative_tokens": 8}
@@ -106,7 +106,7 @@ def test_accepting_a_prediction_unseen_is_noticed(
 ) -> None:
     """Control of the tests above."""
 
-    monkeypatch.setattr(judgement, "verify_coupled", harness.trusting)
+    monkeypatch.setattr(verify_rows, "verify_coupled", harness.trusting)
     result = run(make_llm(models.target, PREDICTION), params=expecting(plain))
     assert result.tokens != plain.tokens
 

@@ -8,9 +8,9 @@ import pytest
 from harness import Run, assert_speculated, make_llm, run, trusting
 
 from folospec import LLM, EngineConfig
-from folospec.engine import judgement
 from folospec.kernels import native
 from folospec.models.decoder import Decoder
+from folospec.spec import verify_rows
 
 DRAFTERS: dict[str, Any] = {
     "draft_model": {"method": "draft_model", "num_speculative_tokens": 3},
@@ -46,7 +46,7 @@ def test_speculative_output_is_plain_output(drafter: str, models: Any, plain: Ru
 def test_a_wrong_rule_is_noticed(models: Any, plain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: None)  # it has rules of its own
     assert run(make(models, "draft_model")).tokens == plain.tokens
-    monkeypatch.setattr(judgement, "verify_coupled", trusting)
+    monkeypatch.setattr(verify_rows, "verify_coupled", trusting)
     assert run(make(models, "draft_model")).tokens != plain.tokens
 
 

@@ -186,7 +186,7 @@ def test_a_strict_failure_to_learn_loses_no_finish(
     engine.add_request([5, 6, 7], sampled(max_tokens=9, seed=1))
     futures = {"request-1-0": [1] * 9, "request-0-0": [1] * 9}
     monkeypatch.setattr(Forgetless, "futures", futures)
-    short_group, long_group = (engine.requests[i].group for i in (short, "request-1"))
+    short_group, long_group = (engine.requests[i] for i in (short, "request-1"))
     for _ in range(20):
         if engine.has_unfinished_requests:
             with suppress(RuntimeError):

@@ -38,11 +38,11 @@ def proposals(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, str, Proposal]
     seen: list[tuple[Any, str, Proposal]] = []
     real = Speculation.count
 
-    def watching(self: Any, observed: Any) -> None:
-        for one in observed:
-            if one.proposal is not None:
-                seen.append((one.request.params, one.proposal.drafter, one.proposal))
-        real(self, observed)
+    def watching(self: Any, steps: Any) -> None:
+        for step in steps:
+            if step.proposal is not None:
+                seen.append((step.group.params, step.proposal.drafter, step.proposal))
+        real(self, steps)
 
     monkeypatch.setattr(Speculation, "count", watching)
     return seen

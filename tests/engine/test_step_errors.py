@@ -14,11 +14,10 @@ import torch
 from harness import Run, as_prompts, make_llm
 
 from folospec import LLM, EngineBrokenError, RequestError, SamplingParams
-from folospec.core.sequence import Sequence
-from folospec.engine import commit, inbox, target_pass
-from folospec.engine import judge as judging
+from folospec.core.sequence import Sequence, SequenceGroup
+from folospec.engine import target_pass
 from folospec.engine.logprobs import LogprobsTaker
-from folospec.engine.request import Request
+from folospec.spec.verify_batch import verify_batch
 
 PROMPTS = harness.PROMPTS[:4]
 CULPRIT = "request-1"
@@ -67,8 +66,8 @@ class Fault:
         self.function, self.error, self.calls = function, error, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        seen = next(a for a in args if isinstance(a, (Request, Sequence)))
-        group = seen.group
+        seen = next(a for a in args if isinstance(a, (SequenceGroup, Sequence)))
+        group = seen if isinstance(seen, SequenceGroup) else seen.group
         assert group is not None
         if group.request_id == CULPRIT:
             self.calls += 1
@@ -84,10 +83,12 @@ def wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException)
 
 
 STAGES_OF_A_REQUEST: dict[str, Callable[[pytest.MonkeyPatch, LLM, BaseException], Fault]] = {
-    "detokenize and stop": lambda patch, llm, error: wrap(patch, commit, "append_token", error),
+    "detokenize and stop": lambda patch, llm, error: wrap(
+        patch, llm.engine.outputs, "append_token", error
+    ),
     "logprobs": lambda patch, llm, error: wrap(patch, llm.engine.logprobs, "take_output", error),
     "commit": lambda patch, llm, error: wrap(patch, llm.engine.manager, "rollback", error),
-    "output": lambda patch, llm, error: wrap(patch, inbox, "make_output", error),
+    "output": lambda patch, llm, error: wrap(patch, llm.engine.outputs, "make_output", error),
 }
 
 
@@ -142,12 +143,12 @@ def test_a_request_that_cannot_be_verified_ends_alone(
     """The rows of a step are verified in one call, so the culprit is looked for."""
     expected = generate(make(models, logprobs_mode=mode))
 
-    def wrong(judgements: list[Any], *args: Any, **kwargs: Any) -> Any:
-        if any(j.request.group.request_id == CULPRIT for j in judgements):
+    def wrong(steps: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if any(step.group.request_id == CULPRIT for step in steps):
             raise ArithmeticError("no such row")
-        return judging.judge(judgements, *args, **kwargs)
+        return verify_batch(steps, *args, **kwargs)
 
-    monkeypatch.setattr(target_pass, "judge", wrong)
+    monkeypatch.setattr(target_pass, "verify_batch", wrong)
     llm = make(models, logprobs_mode=mode)
     outputs = generate(llm)
     assert [o.error for o in outputs] == [None, "ArithmeticError: no such row", None, None]
@@ -177,7 +178,7 @@ STAGES_OF_THE_ENGINE: dict[str, Callable[[LLM], tuple[Any, str]]] = {
     "schedule": lambda llm: (llm.engine.scheduler, "schedule"),
     "propose": lambda llm: (llm.engine.speculation, "propose"),
     "forward": lambda llm: (llm.engine.parts.target, "forward"),
-    "verify": lambda llm: (llm.engine.target_pass, "judge"),
+    "verify": lambda llm: (llm.engine.target_pass, "verify"),
     "move KV": lambda llm: (llm.engine.committer._moves, "make"),
     "count": lambda llm: (llm.engine.speculation, "count"),
     "deliver": lambda llm: (llm.engine.open, "deliver"),

@@ -12,8 +12,8 @@ from tokenizers_for_text import all_kinds, byte_level
 from folospec import SamplingParams
 from folospec.core.sequence import SequenceGroup
 from folospec.engine.detokenizer import Detokenizer
-from folospec.engine.output_processor import Stream, append_token, make_output
-from folospec.engine.request import Request, SequenceOutput
+from folospec.engine.inbox import Stream
+from folospec.engine.output_processor import GroupOutput, OutputProcessor, SequenceOutput
 from folospec.engine.stop_strings import StopSearch, StopStrings
 
 KINDS = {
@@ -23,26 +23,45 @@ KINDS = {
 }
 
 
-def make_request(tokenizer: Any, prompt: list[int], max_tokens: int, **params: Any) -> Request:
-    special_stops = params.pop("special_stops", {})
-    group = SequenceGroup("r", prompt, SamplingParams(max_tokens=max_tokens, **params), arrival=0)
-    skips = group.params.skip_special_tokens
-    detokenizer = Detokenizer(tokenizer, prompt, skips) if tokenizer is not None else None
-    return Request(
-        group=group,
-        seed=0,
-        max_num_tokens=len(prompt) + max_tokens,
-        eos_token_ids=frozenset(),
-        bad_words_token_ids=[],
-        outputs={group.sequences[0].seq_id: SequenceOutput(detokenizer)},
-        special_stops=special_stops,
-    )
+class OneRequest:
+    """A request of one sequence, in an output processor of its own."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: list[int],
+        max_tokens: int,
+        special_stops: dict[int, str] | None = None,
+        **params: Any,
+    ) -> None:
+        wanted = SamplingParams(max_tokens=max_tokens, **params)
+        self.group = SequenceGroup(
+            "r", prompt, wanted, arrival=0, max_num_tokens=len(prompt) + max_tokens
+        )
+        detokenizer = None
+        if tokenizer is not None:
+            detokenizer = Detokenizer(tokenizer, prompt, wanted.skip_special_tokens)
+        self.output = SequenceOutput(detokenizer)
+        if wanted.stop_strings:
+            self.output.search = StopSearch(StopStrings(wanted.stop_strings))
+        self.outputs = OutputProcessor()
+        own = GroupOutput({"r-0": self.output}, special_stops=special_stops or {})
+        self.outputs.add(self.group, own)
+
+    def append(self, token_id: int) -> bool:
+        return self.outputs.append_token(self.group.sequences[0], token_id)
+
+    def completion(self) -> Any:
+        return self.outputs.make_output(self.group).outputs[0]
+
+    def stream_to(self, stream: Stream) -> None:
+        stream.take(self.outputs.completions(self.group))
 
 
-def feed(request: Request, token_ids: list[int], after_token: Any = lambda: None) -> int:
+def feed(request: OneRequest, token_ids: list[int], after_token: Any = lambda: None) -> int:
     """Add tokens until the output ends; return how many."""
     for count, token_id in enumerate(token_ids, start=1):
-        ended = append_token(request, request.group.sequences[0], token_id)
+        ended = request.append(token_id)
         after_token()
         if ended:
             return count
@@ -97,13 +116,15 @@ def test_an_output_ends_at_the_token_that_completes_a_stop(kind: str) -> None:
         stops = random_stops(rng, tokenizer, prompt, output)
         min_tokens = rng.choice([0, 0, 8])
         expected = expected_stop(tokenizer, prompt, output, stops, min_tokens)
-        request = make_request(tokenizer, prompt, len(output), stop=stops, min_tokens=min_tokens)
+        request = OneRequest(tokenizer, prompt, len(output), stop=stops, min_tokens=min_tokens)
         stream, often = Stream(), rng.choice([0.2, 1.0])
         count = feed(
-            request, output, lambda s=stream, r=request, o=often: rng.random() < o and s.take(r)
+            request,
+            output,
+            lambda s=stream, r=request, o=often: rng.random() < o and r.stream_to(s),
         )
-        stream.take(request)
-        completion = make_output(request).outputs[0]
+        request.stream_to(stream)
+        completion = request.completion()
         assert (count, completion.text, completion.stop_reason) == expected, (output, stops)
         assert "".join(increment.text for increment in stream.arrived) == completion.text
         streamed = [t for increment in stream.arrived for t in increment.token_ids]
@@ -117,9 +138,9 @@ def test_the_increments_of_a_stream_add_up_to_the_text(kind: str) -> None:
     tokenizer, rng = KINDS[kind], random.Random(kind)
     for _ in range(40):
         output = random_ids(rng, tokenizer, 30)
-        request, stream = make_request(tokenizer, output[:1], len(output)), Stream()
-        feed(request, output, lambda s=stream, r=request: s.take(r))
-        text = make_output(request).outputs[0].text
+        request, stream = OneRequest(tokenizer, output[:1], len(output)), Stream()
+        feed(request, output, lambda s=stream, r=request: r.stream_to(s))
+        text = request.completion().text
         assert "".join(increment.text for increment in stream.arrived) == text
         assert stream.arrived[-1].finish_reason == "length"
 
@@ -127,27 +148,27 @@ def test_the_increments_of_a_stream_add_up_to_the_text(kind: str) -> None:
 def test_the_text_of_an_ended_output_is_that_of_the_tokenizer() -> None:
     tokenizer = byte_level()
     output = [tokenizer.convert_tokens_to_ids("a"), 0xE9 - 0x21]
-    request = make_request(tokenizer, output[:1], len(output))
+    request = OneRequest(tokenizer, output[:1], len(output))
     feed(request, output)
-    assert make_output(request).outputs[0].text == tokenizer.decode(output) == "a\ufffd"
+    assert request.completion().text == tokenizer.decode(output) == "a\ufffd"
 
 
 def test_the_beginning_of_a_stop_string_is_held_until_it_cannot_be_one() -> None:
     tokenizer = byte_level()
-    request = make_request(tokenizer, [5], 9, stop=["abc", "bd"])
-    output, shown = request.outputs["r-0"], []
+    request = OneRequest(tokenizer, [5], 9, stop=["abc", "bd"])
+    output, shown = request.output, []
     for char in "xabab!":
-        append_token(request, request.group.sequences[0], tokenizer.convert_tokens_to_ids(char))
+        request.append(tokenizer.convert_tokens_to_ids(char))
         shown.append(output.new_text(0))
     assert shown == ["x", "x", "x", "xab", "xab", "xabab!"]
 
 
 def test_a_stop_that_came_too_early_is_not_held() -> None:
     tokenizer = byte_level()
-    request = make_request(tokenizer, [5], 9, stop=["ab"], min_tokens=5)
+    request = OneRequest(tokenizer, [5], 9, stop=["ab"], min_tokens=5)
     for char in "ab":
-        append_token(request, request.group.sequences[0], tokenizer.convert_tokens_to_ids(char))
-    assert request.outputs["r-0"].new_text(0) == "ab"
+        request.append(tokenizer.convert_tokens_to_ids(char))
+    assert request.output.new_text(0) == "ab"
 
 
 def test_of_several_stops_the_first_then_the_shortest_counts() -> None:
@@ -159,9 +180,9 @@ def test_of_several_stops_the_first_then_the_shortest_counts() -> None:
         (["> 雪", "d> "], "<adde", "d> "),
         (["雪", " 雪"], "<added>", " 雪"),
     ):
-        request = make_request(tokenizer, [5], 9, stop=stops)
-        assert append_token(request, request.group.sequences[0], token_id)
-        completion = make_output(request).outputs[0]
+        request = OneRequest(tokenizer, [5], 9, stop=stops)
+        assert request.append(token_id)
+        completion = request.completion()
         assert (completion.text, completion.stop_reason) == (text, stop)
 
 
@@ -198,7 +219,7 @@ END = byte_level().convert_tokens_to_ids("<|end|>")
 )
 def test_a_stop_that_is_a_special_token_ends_the_output(include: bool, text: str) -> None:
     tokenizer = byte_level()
-    request = make_request(
+    request = OneRequest(
         tokenizer,
         [5],
         9,
@@ -207,13 +228,13 @@ def test_a_stop_that_is_a_special_token_ends_the_output(include: bool, text: str
         special_stops={END: "<|end|>"},
     )
     assert feed(request, [*tokenizer.convert_tokens_to_ids(["a", "Ã"]), END]) == 3
-    completion = make_output(request).outputs[0]
+    completion = request.completion()
     assert (completion.text, completion.stop_reason) == (text, "<|end|>")
     assert (completion.finish_reason, completion.token_ids[-1]) == ("stop", END)
 
 
 def test_a_special_token_stops_no_sooner_than_min_tokens() -> None:
-    request = make_request(
+    request = OneRequest(
         byte_level(), [5], 9, stop=["<|end|>"], min_tokens=2, special_stops={END: "<|end|>"}
     )
     assert feed(request, [END, END]) == 2

@@ -13,7 +13,7 @@ from harness import VOCAB_SIZE, assert_speculated, make_llm, run
 from suffix_forms import FORMS, using
 
 from folospec import SamplingParams
-from folospec.engine import judgement
+from folospec.spec import verify_rows
 from folospec.spec.drafters.suffix import SuffixDrafter
 
 SUFFIX = {"method": "suffix", "num_speculative_tokens": 8}
@@ -101,7 +101,7 @@ def test_accepting_a_suffix_unseen_is_noticed(
 ) -> None:
     """Control of the tests above."""
 
-    monkeypatch.setattr(judgement, "verify_coupled", harness.trusting)
+    monkeypatch.setattr(verify_rows, "verify_coupled", harness.trusting)
     assert run(make_llm(models.target, SUFFIX)).tokens != plain.tokens
 
 

@@ -13,9 +13,8 @@ from tokenizers_for_text import all_kinds, byte_fallback, byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from folospec import LLM, SamplingParams
-from folospec.engine import inbox, open_requests
 from folospec.engine.detokenizer import Detokenizer
-from folospec.engine.output_processor import make_output
+from folospec.engine.output_processor import OutputProcessor
 from folospec.engine.token_decoder import TokenDecoder
 
 KINDS = all_kinds()
@@ -127,8 +126,13 @@ def test_a_stream_makes_no_snapshot_of_what_it_has_sent(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    for module in (inbox, open_requests):
-        monkeypatch.setattr(module, "make_output", lambda r: made.append(r) or make_output(r))
+    make_output = OutputProcessor.make_output
+
+    def counted(outputs: Any, group: Any) -> Any:
+        made.append(group)
+        return make_output(outputs, group)
+
+    monkeypatch.setattr(OutputProcessor, "make_output", counted)
     params = SamplingParams(max_tokens=30, seed=1)
     increments = [*llm.engine.stream([5, 6], params)]
     assert sum(len(increment.token_ids) for increment in increments) == 30

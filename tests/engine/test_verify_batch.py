@@ -10,8 +10,8 @@ import torch
 from harness import OracleTreeDrafter, assert_speculated, futures_of, make_llm, mixed_params, run
 
 from folospec import SamplingParams
-from folospec.engine import judge
 from folospec.kernels import native_sampling
+from folospec.spec import verify_batch
 
 NEG_INF = float("-inf")
 
@@ -26,14 +26,14 @@ def run_both(monkeypatch: pytest.MonkeyPatch, model: str, **settings: Any) -> tu
     """The same run drawn natively and by torch, and how many steps were drawn natively."""
     params = settings.pop("params", None)
     calls = []
-    take_walks = judge.take_walks
+    take_walks = verify_batch.take_walks
 
     def counted(*args: Any) -> None:
         calls.append(1)
         take_walks(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(judge, "take_walks", counted)
+        patch.setattr(verify_batch, "take_walks", counted)
         native = run(make_llm(model, dtype="float32", **settings), params=params)
     num_native = len(calls)
     with monkeypatch.context() as patch:

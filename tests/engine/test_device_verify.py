@@ -20,10 +20,9 @@ from harness import (  # noqa: E402
 )
 
 from folospec import SamplingParams  # noqa: E402
-from folospec.engine import judge  # noqa: E402
 from folospec.kernels import native_sampling  # noqa: E402
 from folospec.kernels.gpu.sampling import DeviceSampling  # noqa: E402
-from folospec.spec import drawing  # noqa: E402
+from folospec.spec import drawing, verify_batch  # noqa: E402
 
 NEG_INF = float("-inf")
 pytestmark = [
@@ -65,7 +64,7 @@ def run_on_device(
         patch.setattr(native_sampling, "load", lambda: None)
         patch.setattr(drawing, "load", lambda: None)
         counted(DeviceSampling, "walk", "walk")
-        counted(judge, "_judge_on_device", "law")
+        counted(verify_batch, "_verify_on_device", "law")
         counted(DeviceSampling, "draw", "draw")
         return run(make_llm(model, dtype="float32", **settings), **asked), calls
 

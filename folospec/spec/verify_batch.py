@@ -22,13 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from folospec.engine.judgement import (
-    Judgement,
-    constrained,
-    pack_walks,
-    sampling_rows,
-    take_walks,
-)
+from folospec.core.sequence_step import SequenceStep
+from folospec.core.token_tree import Verdict
 from folospec.kernels.gpu.sampling_arrays import Trials, read_trials, read_walks
 from folospec.kernels.native_sampling import NativeSampling, pack_law
 from folospec.kernels.sampling import kernels_for, on_device
@@ -40,58 +35,66 @@ from folospec.spec.verify import (
     ACCEPTANCE,
     AcceptanceRule,
     KeyedCoins,
-    Verdict,
     check_verdict,
     require_chain,
+)
+from folospec.spec.verify_rows import (
+    candidate_token_ids,
+    constrained,
+    pack_walks,
+    sampled_positions,
+    sampled_rows,
+    sampling_rows,
+    take_walks,
+    verify_drawn,
 )
 
 if TYPE_CHECKING:
     from folospec.kernels.gpu.sampling import DeviceSampling
 
 
-def judge(
-    judgements: list[Judgement], logits: Tensor, acceptance: str, *, wants_law: bool = True
+def verify_batch(
+    steps: list[SequenceStep], logits: Tensor, acceptance: str, *, wants_law: bool = True
 ) -> Tensor | None:
-    """Fill in the verdict of every judgement that has rows.
+    """Fill in the verdicts of every sequence that has rows of logits.
 
     Args:
-        judgements: the sequences of the step.
-        logits: float [num_rows, vocab_size]; `Judgement.rows` are its indices, and it may have
-            others.
+        logits: float [num_rows, vocab_size]; `SequenceStep.logits_indices` are its indices, and it
+            may have others.
         acceptance: the rule that judges proposals.
         wants_law: whether the caller has a use for what is returned.
 
     Returns:
         The log-probabilities that were sampled from, [num_rows, vocab_size]; rows that nobody
-        judged are as in `logits`. None if tokens were drawn without them.
+        sampled are as in `logits`. None if tokens were drawn without them.
 
     Raises:
-        NoTokenError: the options of a request leave no token; its `row` counts the judged rows.
+        NoTokenError: the options of a request leave no token; its `row` counts the sampled rows.
     """
-    judgements = [judgement for judgement in judgements if judgement.rows]
-    if not judgements:
+    steps = [step for step in steps if step.logits_indices]
+    if not steps:
         return logits
     rule = ACCEPTANCE[acceptance]
     coupled = rule.shares_noise
     kernels = kernels_for(logits) if coupled and not wants_law else on_device(logits)
     if kernels is None or not rule.has_kernels:
-        return _judge_by_law(judgements, logits, acceptance)
+        return _verify_by_law(steps, logits, acceptance)
     if isinstance(kernels, NativeSampling) or (coupled and not wants_law):
         # Draw the target's tokens and walk the trees in one call.
-        logits = constrained(judgements, logits)
-        take_walks(judgements, kernels.walk(logits, pack_walks(judgements)))
+        logits = constrained(steps, logits)
+        take_walks(steps, kernels.walk(logits, pack_walks(steps)))
         return None
-    return _judge_on_device(kernels, judgements, logits, acceptance)
+    return _verify_on_device(kernels, steps, logits, acceptance)
 
 
-def _judge_on_device(
-    kernels: DeviceSampling, judgements: list[Judgement], logits: Tensor, acceptance: str
+def _verify_on_device(
+    kernels: DeviceSampling, steps: list[SequenceStep], logits: Tensor, acceptance: str
 ) -> Tensor:
-    """`_judge_by_law` by Triton's kernels: all is launched, and then one copy tells the outcome."""
-    allowed = constrained(judgements, logits)
-    indices = [row for judgement in judgements for row in judgement.judged_rows]
-    laws = [pack_law(0, 0, judgement.request.filters) for judgement in judgements]
-    law_of = [law for law, j in enumerate(judgements) for _ in j.judged_rows]
+    """`_verify_by_law` by Triton's kernels: all is launched, then one copy tells the outcome."""
+    allowed = constrained(steps, logits)
+    indices = [row for step in steps for row in sampled_rows(step)]
+    laws = [pack_law(0, 0, step.group.sampling.filters) for step in steps]
+    law_of = [law for law, step in enumerate(steps) for _ in sampled_rows(step)]
     is_whole = indices == list(range(len(logits)))
     chosen = allowed if is_whole else allowed[indices]
     log_probs, peaks = kernels.start_log_probs(chosen, laws, law_of)
@@ -99,8 +102,8 @@ def _judge_on_device(
         log_probs = logits.index_copy(0, torch.tensor(indices, device=logits.device), log_probs)
 
     coupled = ACCEPTANCE[acceptance].shares_noise
-    drawn = [j for j in judgements if j.proposal is None or coupled]
-    tested = [j for j in judgements if j.proposal is not None and not coupled]
+    drawn = [step for step in steps if step.proposal is None or coupled]
+    tested = [step for step in steps if step.proposal is not None and not coupled]
     walks = pack_walks(drawn)
     results = [peaks.view(torch.int32).long(), kernels.start_walks(allowed, walks)]
     trials = _pack_trials(tested, acceptance)
@@ -109,45 +112,44 @@ def _judge_on_device(
     lengths = [len(result) for result in results]
     peaks, walked, *outcome = torch.cat(results).cpu().split(lengths)
 
-    _require_roots(judgements, peaks.int().view(torch.float32).tolist())
+    _require_roots(steps, peaks.int().view(torch.float32).tolist())
     take_walks(drawn, read_walks(walked, walks))
     if tested:
-        for judgement, judged in zip(tested, read_trials(outcome[0], trials), strict=True):
-            judgement.verdicts = [Verdict(judged.path, judged.token_id)]
+        for step, judged in zip(tested, read_trials(outcome[0], trials), strict=True):
+            step.verdicts = [Verdict(judged.path, judged.token_id)]
     return log_probs
 
 
-def _pack_trials(judgements: list[Judgement], acceptance: str) -> Trials:
-    """What a ratio rule judges, as one call does it."""
+def _pack_trials(steps: list[SequenceStep], acceptance: str) -> Trials:
+    """What a ratio rule verifies, as one call does it."""
     trials = Trials()
-    for judgement in judgements:
-        assert judgement.proposal is not None
+    for step in steps:
         if not ACCEPTANCE[acceptance].takes_trees:
-            require_chain(judgement.tree)
-        seq = judgement.seq
+            require_chain(step.tree)
+        seq = step.seq
         trials.add(
-            (judgement.request.seed, seq.sample_index, seq.num_tokens - 1),
-            judgement.rows.start,
-            judgement.judged_token_ids,
-            judgement.tree.parents,
-            judgement.proposal.draft_probs,
+            (step.group.seed, seq.sample_index, seq.num_tokens - 1),
+            step.logits_indices.start,
+            candidate_token_ids(step),
+            step.tree.parents,
+            step.proposal.draft_probs,
         )
     return trials
 
 
-def _require_roots(judgements: list[Judgement], peaks: list[float]) -> None:
-    """Raise NoTokenError if nothing can follow a root; `peaks` are those of the judged rows."""
+def _require_roots(steps: list[SequenceStep], peaks: list[float]) -> None:
+    """Raise NoTokenError if nothing can follow a root; `peaks` are those of the sampled rows."""
     place = 0
-    for judgement in judgements:
+    for step in steps:
         if not math.isfinite(peaks[place]):
-            root = judgement.request.sampling_row(judgement.seq)
+            root = step.group.sampling.row(step.seq)
             raise no_token_error(place, root, peaks[place])
-        place += len(judgement.judged_rows)
+        place += len(sampled_rows(step))
 
 
-def _judge_by_law(judgements: list[Judgement], logits: Tensor, acceptance: str) -> Tensor:
-    indices = [row for judgement in judgements for row in judgement.judged_rows]
-    asked = [row for judgement in judgements for row in sampling_rows(judgement)]
+def _verify_by_law(steps: list[SequenceStep], logits: Tensor, acceptance: str) -> Tensor:
+    indices = [row for step in steps for row in sampled_rows(step)]
+    asked = [row for step in steps for row in sampling_rows(step)]
     if len(indices) == len(logits):
         log_probs = process(logits, asked)
     else:
@@ -155,35 +157,35 @@ def _judge_by_law(judgements: list[Judgement], logits: Tensor, acceptance: str) 
         log_probs[indices] = process(logits[indices], asked)
     rule = ACCEPTANCE[acceptance]
     coupled = rule.shares_noise
-    _judge_by_draw([j for j in judgements if j.proposal is None or coupled], log_probs, rule)
-    for judgement in judgements:
-        if judgement.proposal is not None and not coupled:
-            request, seq, rows = judgement.request, judgement.seq, judgement.rows
-            coins = KeyedCoins(request.seed, seq.sample_index, seq.num_tokens - 1)
+    _verify_by_draw([s for s in steps if s.proposal is None or coupled], log_probs, rule)
+    for step in steps:
+        if step.proposal is not None and not coupled:
+            seq, rows = step.seq, step.logits_indices
+            coins = KeyedCoins(step.group.seed, seq.sample_index, seq.num_tokens - 1)
             target_probs = log_probs[rows.start : rows.stop].exp()
-            judgement.verdicts = [rule.verify(judgement.proposal, target_probs, coins)]
+            step.verdicts = [rule.verify(step.proposal, target_probs, coins)]
     if not rule.has_kernels:
-        for judgement in judgements:
-            for verdict in judgement.verdicts or ():
-                check_verdict(acceptance, verdict, judgement.tree, log_probs.shape[1])
+        for step in steps:
+            for verdict in step.verdicts or ():
+                check_verdict(acceptance, verdict, step.tree, log_probs.shape[1])
     return log_probs
 
 
-def _judge_by_draw(judgements: list[Judgement], log_probs: Tensor, rule: AcceptanceRule) -> None:
+def _verify_by_draw(steps: list[SequenceStep], log_probs: Tensor, rule: AcceptanceRule) -> None:
     """Draw the target's token at every row with its keyed noise, and walk the trees."""
     rows: list[int] = []
     keys: list[int] = []
-    for judgement in judgements:
-        seq, seed = judgement.seq, judgement.request.seed
-        for draw in range(judgement.num_draws):
-            rows.extend(judgement.judged_rows)
+    for step in steps:
+        seq, seed = step.seq, step.group.seed
+        for draw in range(step.num_draws):
+            rows.extend(sampled_rows(step))
             keys.extend(
                 noise.key(seed, seq.sample_index + draw, position, Purpose.TARGET)
-                for position in judgement.judged_positions
+                for position in sampled_positions(step)
             )
     if not rows:
         return
     chosen = log_probs if rows == list(range(len(log_probs))) else log_probs[rows]
     drawn = iter(draw_target(chosen, noise.key_tensor(keys, log_probs.device)).tolist())
-    for judgement in judgements:
-        judgement.walk(drawn, rule)
+    for step in steps:
+        verify_drawn(step, drawn, rule)
