@@ -21,7 +21,7 @@ from gpu_ties import Parting, Referee
 
 from folospec import LLM, SamplingParams
 from folospec.core.sequence_step import SequenceStep
-from folospec.engine.target_pass import TargetPass
+from folospec.engine.verifier import Verifier
 from folospec.models.loader import load_tokenizer
 from folospec.spec.verify_batch import verify_batch
 
@@ -46,14 +46,14 @@ class Shadow:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        original = TargetPass.verify
+        original = Verifier.verify
 
-        def verified(this: TargetPass, steps: list[SequenceStep], result: Any) -> Any:
+        def verified(this: Verifier, steps: list[SequenceStep], result: Any) -> Any:
             shown = original(this, steps, result)
             self._verify([step for step in steps if step.verdicts], result.logits)
             return shown
 
-        with mock.patch.object(TargetPass, "verify", verified):
+        with mock.patch.object(Verifier, "verify", verified):
             yield
 
     def row(self) -> Row:

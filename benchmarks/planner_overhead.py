@@ -74,11 +74,11 @@ def clocked(llm: LLM) -> SelfClock:
     calls = [
         (engine.scheduler, "schedule"),
         (engine, "_propose"),
-        (engine.target_pass, "run"),
+        (engine.worker, "execute"),
         (runner, "forward"),
         (runner.model, "forward"),
         (runner.model, "logits"),
-        (engine.target_pass, "verify"),
+        (engine.verifier, "verify"),
         (engine.committer, "commit"),
         (engine.open, "deliver"),
         (speculation, "plan"),

@@ -34,7 +34,7 @@ class StepClock:
             (runner, "forward", "metadata"),
             (runner.model, "forward", "model"),
             (runner.model, "logits", "model"),
-            (engine.target_pass, "verify", "sample"),
+            (engine.verifier, "verify", "sample"),
             (engine.committer, "commit", "commit"),
             (engine.open, "deliver", "output"),
         ):

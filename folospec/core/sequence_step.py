@@ -1,10 +1,12 @@
 """One sequence's part of one step: the record that travels through the stages.
 
-schedule   seq, start, num_tokens, num_draft_slots
-propose    proposal, and its tree
-execute    first_row, logits_indices
-verify     verdicts: the accepted path and the next token
-commit     accepted_path, new_token_ids, siblings
+    schedule   seq, start, num_tokens, num_draft_slots
+    propose    proposal, and its tree
+    execute    first_row, logits_indices, prompt_logits_indices
+    verify     verdicts: the accepted path and the next token
+    commit     accepted_path, new_token_ids, siblings
+
+Each stage fills its fields and reads those of the stages before.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ class SequenceStep:
     """Of its rows among the packed rows of the step."""
     logits_indices: range = range(0)
     """Its rows of logits, root first; none if the last token is not among the step's tokens."""
+    wants_all_logits: bool = False
+    """Logits are wanted of every committed token too, for the logprobs of a prompt."""
+    prompt_logits_indices: range = range(0)
+    """Then the rows of logits of the step's tokens."""
     num_draws: int = 1
     """Tokens that are drawn from the root's row: more than one where siblings are forked."""
     verdicts: list[Verdict] | None = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from folospec.outputs import RequestMetrics, SpeculationCounts
+
+if TYPE_CHECKING:
+    from folospec.core.sequence_step import SequenceStep
 
 
 @dataclass(slots=True)
@@ -43,6 +47,20 @@ class EngineStats(SpeculationCounts):
             "prefix_cache_queries": self.prefix_cache.queries,
             "prefix_cache_hits": self.prefix_cache.hits,
         }
+
+    def add_time(self, part: str, seconds: float, steps: Iterable[SequenceStep]) -> None:
+        """Add to the time of a part of the step, such as "draft_time", for the engine and for each
+        request that takes part."""
+        groups = {id(step.group): step.group for step in steps}
+        for counts in (self, *(group.metrics for group in groups.values())):
+            setattr(counts, part, getattr(counts, part) + seconds)
+
+    def record_pass(self, steps: Iterable[SequenceStep], num_passes: int) -> None:
+        """Count the target's passes of a step, for the engine and for each of its sequences."""
+        self.num_target_passes += num_passes
+        for step in steps:
+            step.group.metrics.num_target_passes += num_passes
+            self.num_scheduled_tokens += step.num_tokens + len(step.tree)
 
     def record_draft(
         self, metrics: RequestMetrics, num_draft_tokens: int, num_accepted: int

@@ -16,7 +16,8 @@ from folospec.engine.logprobs import LogprobsTaker
 from folospec.engine.output_processor import OutputProcessor
 from folospec.engine.speculation import Speculation
 from folospec.sampling.sampler import NO_TOKEN
-from folospec.worker.kv_cache import KVCache, PendingMoves
+from folospec.worker.kv_cache import KVMoves
+from folospec.worker.worker import TARGET, Worker
 
 _STATUS = {"stop": SequenceStatus.FINISHED_STOPPED, "length": SequenceStatus.FINISHED_LENGTH}
 
@@ -38,7 +39,7 @@ class Committer:
         self,
         scheduler: Scheduler,
         speculation: Speculation,
-        target_kv: KVCache,
+        worker: Worker,
         stats: EngineStats,
         outputs: OutputProcessor,
         logprobs: LogprobsTaker,
@@ -46,9 +47,8 @@ class Committer:
     ) -> None:
         self._fail, self._outputs = fail, outputs
         self.scheduler, self.manager = scheduler, scheduler.manager
-        self.speculation, self.target_kv = speculation, target_kv
+        self.speculation, self._worker = speculation, worker
         self.stats, self.logprobs = stats, logprobs
-        self._moves = PendingMoves()
 
     def commit(self, steps: list[SequenceStep], shown: Tensor) -> list[SequenceGroup]:
         """Commit a step; those whose request fails, or has failed, leave the list.
@@ -62,14 +62,15 @@ class Committer:
             the requests that got tokens.
         """
         emitted: list[Sequence] = []
+        moves = KVMoves()
         for step in steps:
             if step.group.error is not None:
                 continue  # A sibling has failed.
             try:
-                emitted += self._commit(step, shown)
+                emitted += self._commit(step, shown, moves)
             except Exception as error:
                 self._fail(step.group, error)
-        self._moves.make()
+        self._worker.apply(moves=moves)
         steps[:] = [step for step in steps if step.group.error is None]
         groups: dict[int, SequenceGroup] = {}
         for seq in emitted:
@@ -86,7 +87,7 @@ class Committer:
         self.speculation.count(steps)
         return list(groups.values())
 
-    def _commit(self, step: SequenceStep, shown: Tensor) -> list[Sequence]:
+    def _commit(self, step: SequenceStep, shown: Tensor, moves: KVMoves) -> list[Sequence]:
         """Commit one sequence's part; return the sequences that got tokens."""
         if not step.verdicts:
             self.manager.commit(step.seq, step.start + step.num_tokens)
@@ -96,8 +97,8 @@ class Committer:
         step.new_token_ids = self._emit(step, seq, verdict, shown)
         path = step.accepted_path = verdict.path[: len(step.new_token_ids)]
         if step.proposal is not None:
-            self._move_accepted(seq, path, root)
-            self.speculation.commit_kv(seq, step.proposal, path, root, self._moves)
+            self._move_accepted(seq, path, root, moves)
+            self.speculation.commit_kv(seq, step.proposal, path, root, moves)
         self._advance(seq, root + 1 + len(path))
         for sibling, sibling_verdict in zip(step.siblings, step.verdicts[1:], strict=True):
             self._emit(step, sibling, sibling_verdict, shown)
@@ -137,17 +138,17 @@ class Committer:
             self.logprobs.take_output(seq, shown[places[: len(new_ids)]], new_ids)
         return new_ids
 
-    def _move_accepted(self, seq: Sequence, path: list[int], root: int) -> None:
+    def _move_accepted(self, seq: Sequence, path: list[int], root: int, moves: KVMoves) -> None:
         """Bring the accepted nodes' KV to the slots after the root; a chain's is there already."""
-        moves = [(node + 1, depth) for depth, node in enumerate(path, start=1) if node + 1 != depth]
-        if not moves:
+        places = [(node + 1, depth) for depth, node in enumerate(path, 1) if node + 1 != depth]
+        if not places:
             return
-        self._moves.add(
-            self.target_kv,
-            [self.manager.slot(seq, root + source) for source, _ in moves],
-            [self.manager.slot(seq, root + target) for _, target in moves],
+        moves.add(
+            TARGET,
+            [self.manager.slot(seq, root + source) for source, _ in places],
+            [self.manager.slot(seq, root + target) for _, target in places],
         )
-        self.stats.num_moved_rows += len(moves)
+        self.stats.num_moved_rows += len(places)
 
     def _advance(self, seq: Sequence, num_computed_tokens: int) -> None:
         # The last token is run again if it is the root of the next step, whatever KV it has.

@@ -14,32 +14,23 @@ from typing import Any, TypeVar
 import torch
 
 from folospec.config import EngineConfig
-from folospec.core.kv_cache_manager import KVCacheManager
-from folospec.core.scheduler import Scheduler, SchedulerOutput
+from folospec.core.scheduler import SchedulerOutput
 from folospec.core.sequence import SequenceGroup
 from folospec.core.sequence_step import SequenceStep
-from folospec.core.stats import EngineStats
+from folospec.engine.builder import build, warm_up
 from folospec.engine.chat import Message, render
-from folospec.engine.commit import Committer
-from folospec.engine.engine_state import EngineState
 from folospec.engine.exclusive import Exclusive, HeldInterrupt, exclusive
 from folospec.engine.inbox import Inbox, Increment, Increments, Snapshots
-from folospec.engine.input_processor import InputProcessor, Limits, Prompt
+from folospec.engine.input_processor import Prompt
 from folospec.engine.loading import load_parts
-from folospec.engine.logprobs import LogprobsTaker
-from folospec.engine.open_requests import OpenRequests
-from folospec.engine.output_processor import OutputProcessor
 from folospec.engine.prefill_pace import PrefillPace
 from folospec.engine.product_timing import choose_products
-from folospec.engine.run_ahead import RunAhead
-from folospec.engine.speculation import Speculation
 from folospec.engine.stats_report import stats_report
-from folospec.engine.step_timing import measured_costs
-from folospec.engine.target_pass import TargetPass, add_time
 from folospec.engine.trace import StepTrace, check_path
 from folospec.engine.tracer import StepRecorder, Tracer
 from folospec.outputs import RequestOutput
 from folospec.sampling_params import SamplingParams
+from folospec.spec.draft_runner import ForwardResult
 
 logger = logging.getLogger(__name__)
 
@@ -70,67 +61,15 @@ class LLMEngine:
         self.parts = parts = load_parts(config)
         choose_products(config, parts)
         self.tokenizer = parts.tokenizer
-        self.manager = KVCacheManager(
-            parts.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
-        )
-        self.scheduler = Scheduler(
-            self.manager,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            enable_chunked_prefill=config.enable_chunked_prefill,
-        )
-        spec = parts.target.model.config
-        limits = Limits(
-            vocab_size=spec.vocab_size,
-            max_model_len=parts.max_model_len,
-            num_slots=parts.num_blocks * config.block_size,
-            eos_token_ids=parts.eos_token_ids,
-        )
-        self.outputs = OutputProcessor()
-        self.logprobs = LogprobsTaker(self.outputs, parts.tokenizer)
-        self.engine_stats = EngineStats(prefix_cache=self.manager.stats)
-        self.speculation = Speculation(
-            config.speculative,
-            parts.handles,
-            self.manager,
-            self.engine_stats,
-            vocab_size=spec.vocab_size,
-            device=parts.device,
-            strict=config.strict_drafters,
-            costs=measured_costs(config, parts),
-        )
-        self.speculation.kv = {o: r.kv for o, r in parts.runners.items() if r.kv is not None}
-        self.inputs = InputProcessor(config, limits, parts.tokenizer, self.speculation)
-        self.state = EngineState(strict_drafters=config.strict_drafters)
-        self.open = OpenRequests(
-            self.inputs,
-            self.scheduler,
-            self.speculation,
-            self.outputs,
-            self.state,
-            parts.default_sampling_params,
-        )
-        assert parts.target.kv is not None
-        self.committer = Committer(
-            self.scheduler,
-            self.speculation,
-            parts.target.kv,
-            self.engine_stats,
-            self.outputs,
-            self.logprobs,
-            self.open.fail,
-        )
-        self.run_ahead = RunAhead(config, parts.target, self.speculation.needs)
-        self.target_pass = TargetPass(
-            config,
-            parts.target,
-            self.speculation,
-            self.run_ahead,
-            self.logprobs,
-            self.open.fail,
-        )
+        built = build(config, parts)
+        self.manager, self.scheduler = built.manager, built.scheduler
+        self.speculation, self.run_ahead = built.speculation, built.run_ahead
+        self.worker, self.verifier, self.committer = built.worker, built.verifier, built.committer
+        self.inputs, self.open, self.state = built.inputs, built.open, built.state
+        self.outputs, self.logprobs = built.outputs, built.logprobs
+        self.engine_stats = built.stats
         self.prefill_pace = PrefillPace(config.max_prefill_slowdown)
-        self._warm_up()
+        warm_up(config, parts, built)
         self.tracer = Tracer(
             config,
             self.manager,
@@ -141,20 +80,6 @@ class LLMEngine:
         )
         self._by_hand = Snapshots()
         """Of the requests from `add_request`; `step` empties it."""
-
-    def _warm_up(self) -> None:
-        """Record the CUDA graphs that plain steps and steps with drafts will want."""
-        config, speculation = self.config, self.speculation
-        self.parts.target.warm_up(
-            max_num_seqs=config.max_num_seqs,
-            max_rows_each=1 + speculation.limit,
-            taps=speculation.needs.aux_hidden_state_layers,
-        )
-        self.run_ahead.warm_up(config.max_num_seqs)
-        for drafter in self.parts.drafters:
-            drafter.warm_up(config.max_num_seqs)
-        for runner in self.parts.all_runners:
-            runner.close_graphs()
 
     @exclusive
     def add_request(
@@ -280,10 +205,10 @@ class LLMEngine:
             steps = list(schedule.steps)
             assert steps, "there are requests, and the oldest can always run"
             self._propose(steps)
-        result = self.target_pass.run(steps, goes_ahead)
+        result = self._execute(steps, goes_ahead)
         if recorder is not None:
             recorder.add_forward(schedule, steps)
-        shown = self.target_pass.verify(steps, result)
+        shown = self.verifier.verify(steps, result)
         touched = self.committer.commit(steps, shown)
         if recorder is not None:
             recorder.add_commit(steps)
@@ -293,7 +218,7 @@ class LLMEngine:
         with self.state.calling_drafters():
             self.open.forget_drafts(failed)
             self.speculation.observe(steps, result)
-        num_passes = self.target_pass.num_passes
+        num_passes = result.num_passes
         self.prefill_pace.record(schedule.steps, (time.perf_counter() - begin) / num_passes)
         self.speculation.record_step((self.speculation.clock() - planner_begin) / num_passes)
 
@@ -336,10 +261,7 @@ class LLMEngine:
 
     def _schedule(self, draft_counts: dict[str, int]) -> SchedulerOutput:
         output = self.scheduler.schedule(draft_counts, self.prefill_pace.limit)
-        if output.copies:
-            for runner in self.parts.runners.values():
-                assert runner.kv is not None
-                runner.kv.copy_blocks(output.copies)
+        self.worker.apply(output.copies)
         for seq in output.preempted:
             self.engine_stats.num_preemptions += 1
             assert seq.group is not None
@@ -351,4 +273,16 @@ class LLMEngine:
         begin, is_idle = time.perf_counter(), self.speculation.is_idle
         self.speculation.propose(steps)
         drafting = [step for step in steps if step.num_draft_slots > 0 and not is_idle]
-        add_time(self.engine_stats, "draft_time", begin, drafting)
+        self.engine_stats.add_time("draft_time", time.perf_counter() - begin, drafting)
+
+    def _execute(self, steps: list[SequenceStep], goes_ahead: bool) -> ForwardResult:
+        """Run the target. A step whose request fails leaves the list."""
+        begin = time.perf_counter()
+        for step in steps:
+            step.wants_all_logits = self.logprobs.wants_prompt(step.group)
+        result = self.worker.execute(steps, goes_ahead=goes_ahead)
+        self.engine_stats.add_time("target_time", time.perf_counter() - begin, steps)
+        self.engine_stats.record_pass(steps, result.num_passes)
+        self.logprobs.take_prompts(steps, result.logits, self.open.fail)
+        steps[:] = [step for step in steps if step.group.error is None]
+        return result

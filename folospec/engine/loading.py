@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from folospec.config import AUTO, DrafterConfig, EngineConfig
+from folospec.config import AUTO, EngineConfig
+from folospec.engine.drafter_loading import chosen_drafters, make_drafters
 from folospec.models.generation_config import read_sampling_defaults
-from folospec.models.loader import BUNDLED_DRAFTS, load_model, load_tokenizer, resolve_model
+from folospec.models.loader import load_model, load_tokenizer, resolve_model
 from folospec.models.views import view_of
 from folospec.sampling_params import SamplingParams
-from folospec.spec.drafter_handle import DrafterHandle, hold
-from folospec.spec.drafters.base import Drafter, DrafterContext, check_drafter, make_drafter
+from folospec.spec.drafter_handle import DrafterHandle
+from folospec.spec.drafters.base import Drafter, check_drafter
 from folospec.spec.guarded_runner import GuardedRunner, RunnerAccess
 from folospec.spec.verify import check_acceptance
 from folospec.worker import capture
@@ -27,8 +26,6 @@ from folospec.worker.model_runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 _DEFAULT_KV_MEMORY = 1 << 30
-_AUTO_DRAFT_TOKENS = 8
-"""Most of a draft model under "auto"; how many of them pay is found while it runs."""
 
 
 @dataclass(slots=True)
@@ -80,7 +77,14 @@ def load_parts(config: EngineConfig) -> Parts:
         spec = config.speculative
         check_acceptance(spec.acceptance, allow_lossy=spec.allow_lossy, merge=spec.merge)
     loader = _Loader(config)
-    handles = _make_drafters(config, loader)
+    handles = make_drafters(
+        config,
+        loader.target.model.config,
+        loader.tokenizer,
+        loader.load_draft_model,
+        loader.self_draft_model,
+    )
+    loader.is_complete = True
     num_blocks = _num_blocks(config, loader, _num_logits(config, handles))
     for runner in loader.runners.values():
         runner.make_kv(num_blocks, config.block_size, loader.device)
@@ -194,49 +198,6 @@ class _Loader:
             row_at_a_time=deterministic and not model.deterministic,
             kv_dtype=kv_dtype,
         )
-
-
-def chosen_drafters(config: EngineConfig) -> tuple[DrafterConfig, ...]:
-    """The drafters that are asked for. "auto" is suffix, which any target can have, and a draft
-    model if one is named or comes with the target."""
-    if config.speculative is None:
-        return ()
-    drafters = config.speculative.drafters
-    if drafters[0].method != AUTO:
-        return drafters
-    wanted = drafters[0].num_speculative_tokens
-    model = drafters[0].model or BUNDLED_DRAFTS.get(config.model)
-    chosen = [DrafterConfig(method="suffix", num_speculative_tokens=wanted)]
-    if model is not None:
-        most = wanted or _AUTO_DRAFT_TOKENS
-        draft = DrafterConfig(method="draft_model", model=model, num_speculative_tokens=most)
-        chosen.append(draft)
-    return tuple(chosen)
-
-
-def _make_drafters(config: EngineConfig, loader: _Loader) -> list[DrafterHandle]:
-    """Build the drafters in their order; of several with one method the later ones are numbered."""
-    handles: list[DrafterHandle] = []
-    counts: Counter[str] = Counter()
-    speculative, tokenizer = config.speculative, loader.tokenizer
-    for stream, drafter in enumerate(chosen_drafters(config)):
-        counts[drafter.method] += 1
-        number, access = counts[drafter.method], RunnerAccess()
-        context = DrafterContext(
-            config=drafter,
-            name=drafter.method if number == 1 else f"{drafter.method}-{number}",
-            stream=stream,
-            acceptance=speculative.acceptance if speculative else "coupled",
-            target=loader.target.model.config,
-            encode=tokenizer and partial(tokenizer.encode, add_special_tokens=False, verbose=False),
-            default_draft_model=BUNDLED_DRAFTS.get(config.model),
-            load_draft_model=partial(loader.load_draft_model, access),
-            self_draft_model=partial(loader.self_draft_model, access),
-        )
-        made = make_drafter(context)
-        handles.append(hold(made, context.name, drafter, access, context.target.num_layers))
-    loader.is_complete = True
-    return handles
 
 
 def _use_graphs(loader: _Loader) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
 from folospec.core.sequence import Sequence, SequenceGroup
+from folospec.core.sequence_step import SequenceStep
 from folospec.engine.output_processor import OutputProcessor
 from folospec.engine.token_decoder import token_decoder
 from folospec.outputs import Logprob
@@ -38,6 +40,22 @@ class LogprobsTaker:
             return False
         taken = self._outputs.of_group(group).prompt_logprobs
         return taken is not None and len(taken) < len(group.prompt_token_ids)
+
+    def take_prompts(
+        self,
+        steps: Iterable[SequenceStep],
+        logits: Tensor,
+        fail: Callable[[SequenceGroup, Exception], None],
+    ) -> None:
+        """Add the logprobs of prompt tokens to the requests that want them; `fail` ends one where
+        that goes wrong."""
+        for step in steps:
+            if step.wants_all_logits:
+                rows = step.prompt_logits_indices
+                try:
+                    self.take_prompt(step.group, step.start, logits[rows.start : rows.stop])
+                except Exception as error:
+                    fail(step.group, error)
 
     def take_prompt(self, group: SequenceGroup, start: int, logits: Tensor) -> None:
         """Add the logprobs of prompt tokens; row r of `logits` is that of prompt token start + r,

@@ -15,10 +15,6 @@ from collections.abc import Iterable
 
 from folospec.config import EngineConfig
 from folospec.core.sequence import Sequence
-from folospec.core.sequence_step import SequenceStep
-from folospec.core.token_tree import TokenTree, Verdict
-from folospec.kernels.native_sampling import pack_law
-from folospec.spec.draft_runner import ChainLaw, ForwardResult
 from folospec.spec.drafters.base import DrafterNeeds
 from folospec.worker.model_runner import ModelRunner
 
@@ -26,7 +22,7 @@ DEFAULT = 8
 
 
 class RunAhead:
-    """Decides how far a step goes, and goes there.
+    """Decides how far a step goes; the worker goes there.
 
     Args:
         needs: what the drafters want of every pass.
@@ -84,49 +80,3 @@ class RunAhead:
         if group.sampling.is_constrained or group.needs_logprobs:
             return 0
         return max(0, min(self.length, group.room(seq)) - 1)
-
-    def applies(self, steps: list[SequenceStep]) -> bool:
-        """Whether nothing but logits and noise decides, for sequences that all decode."""
-        return any(step.num_draft_slots > 0 for step in steps) and all(
-            step.samples
-            and step.num_tokens == step.num_draws == 1
-            and not step.group.sampling.is_constrained
-            for step in steps
-        )
-
-    def go(self, steps: list[SequenceStep], result: ForwardResult) -> int:
-        """Draw what follows the pass, and fill in trees and verdicts; a sequence without any
-        possible token is left to be verified.
-
-        Args:
-            result: of the pass over the last token of every sequence.
-
-        Returns:
-            Passes that were made for it.
-        """
-        most = max(1 + step.num_draft_slots for step in steps)
-        length = next(length for length in [*self.lengths, 1] if length <= most)
-        laws = [
-            ChainLaw(
-                pack_law(step.group.seed, step.seq.sample_index, step.group.sampling.filters),
-                step.seq.num_tokens,
-                1.0,
-                min(length, 1 + step.num_draft_slots),
-            )
-            for step in steps
-        ]
-        drawn = self.target.draw_chains(
-            result.logits,
-            [step.seq.num_tokens for step in steps],
-            [step.seq.block_table for step in steps],
-            laws,
-            as_target=True,
-        )
-        if drawn is None:
-            return 0
-        for step, token_ids in zip(steps, drawn.token_ids, strict=True):
-            if token_ids:
-                step.tree = TokenTree.chain(token_ids[:-1])
-                path = list(range(len(token_ids) - 1))
-                step.verdicts = [Verdict(path, token_ids[-1])]
-        return length - 1

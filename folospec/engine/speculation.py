@@ -26,7 +26,7 @@ from folospec.spec.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
 from folospec.spec.read_only import ReadOnlyList
 from folospec.spec.verify import ACCEPTANCE
-from folospec.worker.kv_cache import KVCache, PendingMoves
+from folospec.worker.kv_cache import KVMoves
 
 
 class Speculation:
@@ -49,7 +49,8 @@ class Speculation:
         self.stats = stats
         self.vocab_size = vocab_size
         self.merge = config.merge if config else False
-        self.rule = ACCEPTANCE[config.acceptance if config else "coupled"]
+        self.acceptance = config.acceptance if config else "coupled"
+        self.rule = ACCEPTANCE[self.acceptance]
         self.planner = FixedPlanner(self.limit)
         # On a shared machine a step may wait for a core, which says nothing of what it costs. Where
         # the work is not this thread's alone, what others do while it sleeps counts all the same.
@@ -80,8 +81,6 @@ class Speculation:
         """Of this step: seq_id -> why it has no draft, a key of `spec.plan_terms.REASONS`."""
         self._telling = Telling(drafters, self.asking, strict=strict)
         self.needs = self._telling.needs
-        self.kv: dict[str, KVCache] = {}
-        """The drafters' KV tensors by owner, set when the pool is made."""
 
     @property
     def limit(self) -> int:
@@ -212,7 +211,7 @@ class Speculation:
         return replace(merged, own_nodes=dict(zip(names, sources, strict=True)))
 
     def commit_kv(
-        self, seq: Sequence, proposal: Proposal, path: list[int], root: int, moves: PendingMoves
+        self, seq: Sequence, proposal: Proposal, path: list[int], root: int, moves: KVMoves
     ) -> None:
         """Advance the drafters' progress over the accepted nodes, and add to `moves` what brings
         their draft KV beside their target KV."""
@@ -225,7 +224,7 @@ class Speculation:
                 sources.append(self.manager.slot(seq, root + offset))
                 targets.append(self.manager.slot(seq, root + depth))
             if sources != targets:
-                moves.add(self.kv[owner], sources, targets)
+                moves.add(owner, sources, targets)
             self.manager.mark_draft(seq, owner, root + 1 + len(sources))
 
     def count(self, steps: Seq[SequenceStep]) -> None:

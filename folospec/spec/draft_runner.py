@@ -49,6 +49,8 @@ class ForwardResult:
     logits: Tensor
     taps: dict[int, Tensor] = field(default_factory=dict)
     walked: Callable[[], list[Walk]] | None = None
+    num_passes: int = 1
+    """Passes that were made in a row: more than one where the target has decoded several tokens."""
 
 
 class ChainLaw(NamedTuple):

@@ -87,7 +87,7 @@ def verify_drawn(step: SequenceStep, drawn: Iterator[int], rule: AcceptanceRule)
         step.verdicts.append(verify(step.tree, tokens, candidate))
 
 
-def pack_walks(steps: list[SequenceStep]) -> Walks:
+def pack_walks(steps: Sequence[SequenceStep]) -> Walks:
     """What the steps ask for, as one call draws and verifies it."""
     walks = Walks()
     for step in steps:

@@ -80,24 +80,19 @@ class KVCache:
                 tensor[targets] = tensor[sources]
 
 
-class PendingMoves:
+class KVMoves:
     """What a step moves, collected over its sequences and made at once: their draft rows are in
     blocks of their own, so that no move reads what another one writes."""
 
     def __init__(self) -> None:
-        self._of: dict[int, tuple[KVCache, list[int], list[int]]] = {}
+        self.of_owner: dict[str, tuple[list[int], list[int]]] = {}
+        """By owner of KV: the slots that rows are in, and those that they go to."""
 
-    def add(self, kv: KVCache, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
-        """Move these rows of a cache, later."""
-        _, sources, targets = self._of.setdefault(id(kv), (kv, [], []))
+    def add(self, owner: str, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
+        """Move these rows of an owner's KV, later."""
+        sources, targets = self.of_owner.setdefault(owner, ([], []))
         sources.extend(source_slots)
         targets.extend(target_slots)
-
-    def make(self) -> None:
-        """Make all moves, and forget them."""
-        for kv, sources, targets in self._of.values():
-            kv.move_rows(sources, targets)
-        self._of.clear()
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

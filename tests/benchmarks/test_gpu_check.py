@@ -27,7 +27,7 @@ from gpu_plan import SECTIONS, planned
 from gpu_ties import Parting, Referee
 
 from folospec import SamplingParams
-from folospec.engine.target_pass import TargetPass
+from folospec.engine.verifier import Verifier
 from folospec.spec.verify import Verdict
 
 CASES = """
@@ -353,7 +353,7 @@ class TestBitsAndRules:
     def test_a_wrong_verdict_is_noticed(
         self, scratch: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        original = TargetPass.verify
+        original = Verifier.verify
 
         def wrong(self: Any, steps: Any, result: Any) -> Any:
             shown = original(self, steps, result)
@@ -363,7 +363,7 @@ class TestBitsAndRules:
                     step.verdicts = [Verdict(verdict.path, verdict.next_token_id ^ 1)]
             return shown
 
-        monkeypatch.setattr(TargetPass, "verify", wrong)
+        monkeypatch.setattr(Verifier, "verify", wrong)
         [row] = gpu_rules.check(context_of(scratch), "block")
         assert row["differing_verdicts"] == row["num_verdicts"] > 0
         assert not row["passed"]

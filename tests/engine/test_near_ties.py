@@ -18,7 +18,7 @@ from harness import assert_speculated
 from native_builds import require_native
 
 from folospec import LLM, SamplingParams
-from folospec.engine import commit, target_pass
+from folospec.engine import commit, verifier
 from folospec.models.loader import load_tokenizer
 from folospec.sampling import noise
 from folospec.sampling.constraints import SamplingRow
@@ -69,7 +69,7 @@ def record(
         return log_probs
 
     with monkeypatch.context() as patch:
-        patch.setattr(target_pass, "verify_batch", recording)
+        patch.setattr(verifier, "verify_batch", recording)
         llm = LLM(
             "folospec-demo",
             speculative,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 from harness import OracleTreeDrafter, assert_speculated, futures_of, make_llm, run
 
-from folospec.worker.kv_cache import KVCache, PendingMoves
+from folospec.worker.kv_cache import KVMoves
+from folospec.worker.worker import TARGET, Worker
 
 
 class Watch:
@@ -17,21 +17,22 @@ class Watch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_steps = 0
-        self._touched: list[set[tuple[int, int]]] = []
-        add, make = PendingMoves.add, PendingMoves.make
+        self._touched: list[set[tuple[str, int]]] = []
+        add, apply = KVMoves.add, Worker.apply
 
         def watched_add(
-            moves: PendingMoves, kv: KVCache, sources: Sequence[int], targets: Sequence[int]
+            moves: KVMoves, owner: str, sources: Sequence[int], targets: Sequence[int]
         ) -> None:
-            self._touched.append({(id(kv), slot) for slot in (*sources, *targets)})
-            add(moves, kv, sources, targets)
+            self._touched.append({(owner, slot) for slot in (*sources, *targets)})
+            add(moves, owner, sources, targets)
 
-        def watched_make(moves: PendingMoves) -> None:
-            self.check()
-            make(moves)
+        def watched_apply(worker: Worker, copies: Any = (), moves: KVMoves | None = None) -> None:
+            if moves is not None:
+                self.check()
+            apply(worker, copies, moves)
 
-        monkeypatch.setattr(PendingMoves, "add", watched_add)
-        monkeypatch.setattr(PendingMoves, "make", watched_make)
+        monkeypatch.setattr(KVMoves, "add", watched_add)
+        monkeypatch.setattr(Worker, "apply", watched_apply)
 
     def check(self) -> None:
         self.num_steps += len(self._touched) > 1
@@ -51,11 +52,9 @@ def test_sequences_never_touch_the_rows_of_each_other(
 
 
 def test_moves_that_touch_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    Watch(monkeypatch)
-    cpu = torch.device("cpu")
-    kv = KVCache([(1, 4)], num_blocks=4, block_size=4, dtype=torch.float32, device=cpu)
-    moves = PendingMoves()
-    moves.add(kv, [5], [2])
-    moves.add(kv, [7], [5])
+    watch = Watch(monkeypatch)
+    moves = KVMoves()
+    moves.add(TARGET, [5], [2])
+    moves.add(TARGET, [7], [5])
     with pytest.raises(AssertionError):
-        moves.make()
+        watch.check()

@@ -15,7 +15,7 @@ from harness import Run, as_prompts, make_llm
 
 from folospec import LLM, EngineBrokenError, RequestError, SamplingParams
 from folospec.core.sequence import Sequence, SequenceGroup
-from folospec.engine import target_pass
+from folospec.engine import verifier
 from folospec.engine.logprobs import LogprobsTaker
 from folospec.spec.verify_batch import verify_batch
 
@@ -148,7 +148,7 @@ def test_a_request_that_cannot_be_verified_ends_alone(
             raise ArithmeticError("no such row")
         return verify_batch(steps, *args, **kwargs)
 
-    monkeypatch.setattr(target_pass, "verify_batch", wrong)
+    monkeypatch.setattr(verifier, "verify_batch", wrong)
     llm = make(models, logprobs_mode=mode)
     outputs = generate(llm)
     assert [o.error for o in outputs] == [None, "ArithmeticError: no such row", None, None]
@@ -178,8 +178,8 @@ STAGES_OF_THE_ENGINE: dict[str, Callable[[LLM], tuple[Any, str]]] = {
     "schedule": lambda llm: (llm.engine.scheduler, "schedule"),
     "propose": lambda llm: (llm.engine.speculation, "propose"),
     "forward": lambda llm: (llm.engine.parts.target, "forward"),
-    "verify": lambda llm: (llm.engine.target_pass, "verify"),
-    "move KV": lambda llm: (llm.engine.committer._moves, "make"),
+    "verify": lambda llm: (llm.engine.verifier, "verify"),
+    "move KV": lambda llm: (llm.engine.worker, "apply"),
     "count": lambda llm: (llm.engine.speculation, "count"),
     "deliver": lambda llm: (llm.engine.open, "deliver"),
     "observe": lambda llm: (llm.engine.speculation, "observe"),
