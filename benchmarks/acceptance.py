@@ -43,8 +43,8 @@ from stepping import Run, make_llm, run_task
 from tasks import ALL_TASKS, TASKS, Task, make_task
 from tqdm import tqdm
 
-from folospec.engine.trace import StepTrace
 from folospec.models.loader import load_tokenizer
+from folospec.trace.records import StepTrace
 
 TEMPERATURES = (0.0, 0.8)
 BATCH = 8

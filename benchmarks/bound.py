@@ -33,8 +33,8 @@ from step_cost import ScriptedDrafter
 from tasks import ALL_TASKS, Task, make_task
 
 from folospec import LLM, SamplingParams
-from folospec.engine.trace import StepTrace
 from folospec.models.loader import load_tokenizer
+from folospec.trace.records import StepTrace
 
 CHAINS = "scripted"
 """The drafter that says whatever makes a step of so many rows."""

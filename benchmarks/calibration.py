@@ -34,8 +34,8 @@ from stepping import make_llm, run_task
 from tasks import make_task
 from tqdm import tqdm
 
-from folospec.engine.trace import StepTrace
 from folospec.models.loader import load_tokenizer
+from folospec.trace.records import StepTrace
 
 TEMPERATURES = (0.0, 0.8)
 BATCH = 8

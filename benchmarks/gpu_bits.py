@@ -24,8 +24,8 @@ from gpu_jobs import Context, Row, guarded
 from torch import Tensor
 
 from folospec import LLM
-from folospec.spec.draft_runner import ForwardResult, Rows
-from folospec.worker.graphs import StepGraphs
+from folospec.models.forward import ForwardResult, Rows
+from folospec.worker.cuda.graphs import StepGraphs
 
 VOCAB_SIZE = 4096
 BLOCK_SIZE = 16

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 from folospec.engine.llm_engine import LLMEngine
-from folospec.worker.graphs import StepGraphs
+from folospec.worker.cuda.graphs import StepGraphs
 
 Row = dict[str, Any]
 

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from folospec import SamplingParams
+from folospec.models.forward import Rows
 from folospec.models.loader import load_model
 from folospec.sampling import noise
 from folospec.sampling.constraints import SamplingRow
 from folospec.sampling.pipeline import process
 from folospec.sampling.sampler import perturb
-from folospec.spec.draft_runner import Rows
 from folospec.worker.model_runner import ModelRunner
 
 FINER = {"bfloat16": torch.float32, "float16": torch.float32, "float32": torch.float64}

@@ -9,7 +9,7 @@ from typing import Any
 from tasks import Task
 
 from folospec import LLM, RequestOutput
-from folospec.engine.trace import StepTrace
+from folospec.trace.records import StepTrace
 
 
 @dataclass(slots=True)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from folospec.kernels.native_sampling import pack_filters, pack_law
-from folospec.spec.draft_runner import ChainLaw, Rows
+from folospec.models.forward import Rows
+from folospec.spec.draft_runner import ChainLaw
 
 Pass = Callable[[Any, Any], Any]
 """A function of the runner and a `DraftRequest`."""

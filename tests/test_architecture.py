@@ -17,8 +17,9 @@ MAY_IMPORT = {  # room -> rooms, or modules of one, that it may import beside it
     "models": (*F0, "kernels", "attention"),
     "spec": (*F0, "kernels", *F2, "core.token_tree", "core.stats", "core.sequence_step"),
     "worker": (*F0, "core", "kernels", *F2, "spec"),
-    "engine": (*F0, "core", "kernels", *F2, "spec", "worker"),
-    **dict.fromkeys(("cli", "server", "distributed"), (*F0, "engine")),
+    "trace": (*F0, "core", "sampling", "spec"),
+    "engine": (*F0, "core", "kernels", *F2, "spec", "worker", "trace"),
+    **dict.fromkeys(("cli", "server", "distributed"), (*F0, "engine", "trace")),
     "__main__": ("cli",),
 }
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from folospec.cli.render import console
-from folospec.engine.trace import (
+from folospec.trace.records import (
     NodeTrace,
     SequenceTrace,
     StepTrace,

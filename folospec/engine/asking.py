@@ -16,7 +16,7 @@ from folospec.spec.checks import AnswerLimits, ProposalChecks, take_answers, tak
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.drafters.base import DraftRequest
 from folospec.spec.guarded_runner import SlotRange
-from folospec.spec.planner import FixedPlanner
+from folospec.spec.planner.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
 from folospec.spec.read_only import ReadOnlyList
 

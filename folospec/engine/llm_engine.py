@@ -26,11 +26,12 @@ from folospec.engine.loading import load_parts
 from folospec.engine.prefill_pace import PrefillPace
 from folospec.engine.product_timing import choose_products
 from folospec.engine.stats_report import stats_report
-from folospec.engine.trace import StepTrace, check_path
-from folospec.engine.tracer import StepRecorder, Tracer
+from folospec.engine.token_decoder import text_function
+from folospec.models.forward import ForwardResult
 from folospec.outputs import RequestOutput
 from folospec.sampling_params import SamplingParams
-from folospec.spec.draft_runner import ForwardResult
+from folospec.trace.records import StepTrace, check_path
+from folospec.trace.tracer import StepRecorder, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class LLMEngine:
             self.engine_stats,
             self.speculation,
             self.outputs,
-            parts.tokenizer,
+            text_function(parts.tokenizer),
         )
         self._by_hand = Snapshots()
         """Of the requests from `add_request`; `step` empties it."""

@@ -18,7 +18,7 @@ from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.drafters.base import Drafter, check_drafter
 from folospec.spec.guarded_runner import GuardedRunner, RunnerAccess
 from folospec.spec.verify import check_acceptance
-from folospec.worker import capture
+from folospec.worker.cuda import capture
 from folospec.worker.kv_cache import kv_bytes_per_block
 from folospec.worker.memory import graph_bytes, kv_budget
 from folospec.worker.model_runner import ModelRunner

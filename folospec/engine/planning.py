@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from folospec.core.sequence import Sequence, SequenceGroup
 from folospec.core.sequence_step import SequenceStep
 from folospec.spec.drafter_handle import DrafterHandle
-from folospec.spec.plan_terms import Offer, PlanRow, Source
-from folospec.spec.planner import Planner
+from folospec.spec.planner.plan_terms import Offer, PlanRow, Source
+from folospec.spec.planner.planner import Planner
+from folospec.spec.planner.step_cost import DEFAULT_CURVE, CostCurve, StepShape
 from folospec.spec.proposal import Proposal
-from folospec.spec.step_cost import DEFAULT_CURVE, CostCurve, StepShape
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """What is known of costs before the first step: the curve of the target's pass, and by drafter
-    the guess that `spec.step_cost.DraftCost` takes."""
+    the guess that `spec.planner.step_cost.DraftCost` takes."""
 
     curve: CostCurve = DEFAULT_CURVE
     guesses: Mapping[str, tuple[float, float, float, float, float]] = field(default_factory=dict)

@@ -25,8 +25,8 @@ from folospec.engine.step_timing import (
     write_points,
 )
 from folospec.models.decoder import Decoder
+from folospec.models.forward import Rows
 from folospec.models.views import view_of
-from folospec.spec.draft_runner import Rows
 from folospec.worker.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)

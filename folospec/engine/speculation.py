@@ -19,10 +19,10 @@ from folospec.core.stats import EngineStats
 from folospec.engine.asking import Asking
 from folospec.engine.planning import UNKNOWN_COSTS, Costs, Planning
 from folospec.engine.telling import Telling
-from folospec.spec.draft_runner import ForwardResult
+from folospec.models.forward import ForwardResult
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.merge import merge_proposals
-from folospec.spec.planner import FixedPlanner
+from folospec.spec.planner.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
 from folospec.spec.read_only import ReadOnlyList
 from folospec.spec.verify import ACCEPTANCE
@@ -78,7 +78,7 @@ class Speculation:
             strict=strict,
         )
         self.reasons: dict[str, str] = {}
-        """Of this step: seq_id -> why it has no draft, a key of `spec.plan_terms.REASONS`."""
+        """Of this step: seq_id -> why it has no draft, a key of `plan_terms.REASONS`."""
         self._telling = Telling(drafters, self.asking, strict=strict)
         self.needs = self._telling.needs
 

@@ -35,9 +35,10 @@ from folospec.kernels.build import BuildError, cache_folder
 from folospec.kernels.native_children import NO_NOISE
 from folospec.kernels.native_sampling import pack_filters, pack_law
 from folospec.models.base import Model
+from folospec.models.forward import Rows
 from folospec.models.loader import resolve_model
-from folospec.spec.draft_runner import ChainLaw, Rows
-from folospec.spec.step_cost import ASKING_SECONDS, CostCurve
+from folospec.spec.draft_runner import ChainLaw
+from folospec.spec.planner.step_cost import ASKING_SECONDS, CostCurve
 from folospec.worker.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)

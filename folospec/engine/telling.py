@@ -10,7 +10,7 @@ from torch import Tensor
 
 from folospec.core.sequence_step import SequenceStep
 from folospec.engine.asking import Asking
-from folospec.spec.draft_runner import ForwardResult
+from folospec.models.forward import ForwardResult
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.drafters.base import DrafterNeeds, StepResult
 

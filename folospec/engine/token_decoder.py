@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,11 @@ REPLACEMENT = "\ufffd"
 def token_decoder(tokenizer: Any) -> TokenDecoder:
     """Return the decoder of a transformers tokenizer; requests share it and what it caches."""
     return TokenDecoder(tokenizer)
+
+
+def text_function(tokenizer: Any) -> Callable[[int], str | None]:
+    """Token id -> its text as it stands inside a text; None where there is no tokenizer."""
+    return token_decoder(tokenizer).text_of if tokenizer is not None else lambda token_id: None
 
 
 class TokenDecoder:

@@ -10,8 +10,8 @@ from torch import Tensor
 from folospec.core.sequence import SequenceGroup
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.stats import EngineStats
+from folospec.models.forward import ForwardResult
 from folospec.sampling.constraints import NoTokenError
-from folospec.spec.draft_runner import ForwardResult
 from folospec.spec.verify_batch import verify_batch
 from folospec.spec.verify_rows import step_of_row, take_walks
 

@@ -1,5 +1,5 @@
 """The native form of drawing the children of draft nodes, for rows of logits on the CPU. See
-`cpu/children.h`; the torch form is `spec.children.draw_children`."""
+`cpu/children.h`; the torch form is `spec.trees.children.draw_children`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The native form of the suffix drafter's trees: no Python object for a node, and one call for all
 rows of a step. See `cpu/suffix.h`; the Python form, which says what is computed, is
-`spec.suffix_index.SuffixIndex`."""
+`spec.stores.suffix_index.SuffixIndex`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class SuffixStats(NamedTuple):
 
 
 class NativeSuffixIndex:
-    """`spec.suffix_index.SuffixIndex`, in the library's memory until this object goes.
+    """`spec.stores.suffix_index.SuffixIndex`, in the library's memory until this object goes.
 
     Args:
         library: with `cpu/suffix.h` in it.

@@ -21,15 +21,9 @@ from torch import Tensor
 
 from folospec.kernels.native_sampling import check_filters
 from folospec.models.base import ModelSpec, check_taps
+from folospec.models.forward import ForwardResult, Rows
 from folospec.spec.checks import take_ints, take_list
-from folospec.spec.draft_runner import (
-    ChainLaw,
-    Chains,
-    DraftRunner,
-    DrawnChains,
-    ForwardResult,
-    Rows,
-)
+from folospec.spec.draft_runner import ChainLaw, Chains, DraftRunner, DrawnChains
 from folospec.spec.drafters.base import check_count
 from folospec.spec.read_only import ReadOnlyList
 

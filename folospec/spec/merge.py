@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 
 from folospec.core.token_tree import ROOT, TokenTree
-from folospec.spec.acceptance_table import share_among_siblings
 from folospec.spec.proposal import Proposal
+from folospec.spec.stores.acceptance_table import share_among_siblings
 
 
 def merge_proposals(

@@ -24,7 +24,7 @@ from folospec.attention.metadata import (
     pack_tables,
     starts,
 )
-from folospec.spec.draft_runner import Rows
+from folospec.models.forward import Rows
 
 
 @dataclass(slots=True)

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 
 import torch
 
+from folospec.models.forward import Rows
 from folospec.sampling.constraints import SamplingRow
 from folospec.sampling.pipeline import process
 from folospec.sampling_params import SamplingParams
-from folospec.spec.draft_runner import Rows
-from folospec.worker.buckets import MAX_ROWS
+from folospec.worker.cuda.buckets import MAX_ROWS
 from folospec.worker.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)

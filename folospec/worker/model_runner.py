@@ -16,17 +16,11 @@ from folospec.attention.metadata import AttentionMetadata, IntArray, pack_tables
 from folospec.kernels.native_sampling import Walks
 from folospec.models.base import Model
 from folospec.models.decoder import Decoder
+from folospec.models.forward import ForwardResult, Rows
 from folospec.models.native_chains import ChainBatch, draw_chains
-from folospec.spec.draft_runner import (
-    ChainLaw,
-    Chains,
-    DrawnChains,
-    ForwardResult,
-    RowChains,
-    Rows,
-)
-from folospec.worker.chain_graphs import MAX_LENGTH, ChainGraphs
-from folospec.worker.graphs import Recorder, StepGraphs
+from folospec.spec.draft_runner import ChainLaw, Chains, DrawnChains, RowChains
+from folospec.worker.cuda.chain_graphs import MAX_LENGTH, ChainGraphs
+from folospec.worker.cuda.graphs import Recorder, StepGraphs
 from folospec.worker.input_batch import check_room, make_batch, make_single
 from folospec.worker.kv_cache import KVCache
 

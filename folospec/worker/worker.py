@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.token_tree import TokenTree, Verdict
 from folospec.kernels.native_sampling import pack_law
-from folospec.spec.draft_runner import ChainLaw, ForwardResult, Rows
+from folospec.models.forward import ForwardResult, Rows
+from folospec.spec.draft_runner import ChainLaw
 from folospec.spec.verify_rows import pack_walks
 from folospec.worker.kv_cache import KVMoves
 from folospec.worker.model_runner import ModelRunner

@@ -21,8 +21,8 @@ from gpu_models import VOCAB_SIZE, save_gpu_llama
 from graph_stand_in import StandIn
 
 from folospec.kernels.gpu import launch
-from folospec.worker import capture
-from folospec.worker.graphs import PassGraph
+from folospec.worker.cuda import capture
+from folospec.worker.cuda.graphs import PassGraph
 
 pytestmark = pytest.mark.skipif(not launch.is_interpreted(), reason="a card has graphs of its own")
 CONTEXT, STEPS = 10, 2

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from folospec.cli.steps import StepsView
-from folospec.engine.trace import (
+from folospec.trace.records import (
     BlockCounts,
     NodeTrace,
     ProposalTrace,
@@ -235,7 +235,7 @@ def test_ctrl_c_leaves_whole_steps(folospec, options, tmp_path, ctrl_c_at_step):
 
 def test_without_the_options_nothing_is_traced(folospec, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delattr("folospec.engine.tracer.StepRecorder")
+    monkeypatch.delattr("folospec.trace.tracer.StepRecorder")
     result = folospec("generate", PROMPT, *options)
     assert (result.exit_code, list(tmp_path.iterdir())) == (0, [])
     assert "step 1" not in result.stdout

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from folospec import LLM
-from folospec.spec.planner import Planner
-from folospec.spec.step_cost import CostCurve, DraftCost, StepCost
+from folospec.spec.planner.planner import Planner
+from folospec.spec.planner.step_cost import CostCurve, DraftCost, StepCost
 
 
 class FixedStepCost(StepCost):

@@ -18,7 +18,7 @@ from hostile_passes import BEFORE_THE_ROOT, FAIR_PASSES, WRONG_PASSES
 
 from folospec import Drafter, Proposal, register_drafter
 from folospec.core.token_tree import TokenTree
-from folospec.spec.draft_runner import Rows
+from folospec.models.forward import Rows
 from folospec.spec.drafters.base import DrafterNeeds
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from folospec.models.forward import Rows
 from folospec.models.loader import load_model
-from folospec.spec.draft_runner import Rows
 from folospec.worker.model_runner import ModelRunner
 
 TOKENS = [5, 6, 7, 8, 5, 6, 7, 9, 30, 31, 2, 44]

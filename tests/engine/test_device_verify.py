@@ -22,7 +22,8 @@ from harness import (  # noqa: E402
 from folospec import SamplingParams  # noqa: E402
 from folospec.kernels import native_sampling  # noqa: E402
 from folospec.kernels.gpu.sampling import DeviceSampling  # noqa: E402
-from folospec.spec import drawing, verify_batch  # noqa: E402
+from folospec.spec import verify_batch  # noqa: E402
+from folospec.spec.trees import drawing
 
 NEG_INF = float("-inf")
 pytestmark = [

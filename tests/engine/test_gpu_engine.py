@@ -22,7 +22,7 @@ from folospec.engine.planning import Planning
 from folospec.engine.speculation import Speculation
 from folospec.kernels.gpu import launch, sampling_arrays
 from folospec.kernels.native_sampling import Walk
-from folospec.worker import capture
+from folospec.worker.cuda import capture
 from folospec.worker.model_runner import ModelRunner
 
 pytestmark = pytest.mark.skipif(
@@ -190,7 +190,7 @@ def test_noise_of_another_position_is_noticed_in_tokens_that_are_drawn_ahead(
     models: tuple[str, str], recorder: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = tokens_of(make(models[0], attention_backend="triton", enforce_eager=True), MIXED)
-    monkeypatch.setattr("folospec.worker.chain_graphs.POSITION", 3)  # nothing advances
+    monkeypatch.setattr("folospec.worker.cuda.chain_graphs.POSITION", 3)  # nothing advances
     llm = make(models[0], attention_backend="triton", run_ahead=4)
     assert tokens_of(llm, MIXED) != plain
 

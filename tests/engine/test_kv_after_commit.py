@@ -13,7 +13,7 @@ from folospec import LLM
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.engine import commit
 from folospec.engine.speculation import Speculation
-from folospec.spec.draft_runner import Rows
+from folospec.models.forward import Rows
 from folospec.worker.kv_cache import KVMoves
 from folospec.worker.model_runner import ModelRunner
 

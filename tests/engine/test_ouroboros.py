@@ -16,11 +16,11 @@ from folospec import SamplingParams
 from folospec.core.token_tree import TokenTree
 from folospec.engine import commit
 from folospec.engine.speculation import Speculation
-from folospec.spec.children import Children
 from folospec.spec.drafters.base import StepResult
 from folospec.spec.drafters.draft_model import DraftModelDrafter
 from folospec.spec.drafters.ouroboros import OuroborosDrafter, _Drafted
 from folospec.spec.proposal import Proposal
+from folospec.spec.trees.children import Children
 from folospec.spec.verify import Verdict
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)

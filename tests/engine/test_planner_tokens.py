@@ -12,9 +12,9 @@ from harness import assert_speculated, make_llm, run
 
 from folospec import SamplingParams, SpeculativeConfig
 from folospec.engine import commit, planning
-from folospec.engine.trace import StepTrace
 from folospec.spec import verify_rows
-from folospec.spec.plan_terms import REASONS
+from folospec.spec.planner.plan_terms import REASONS
+from folospec.trace.records import StepTrace
 
 
 def auto(models: Any, draft: str = "near", **settings: Any) -> dict[str, Any]:

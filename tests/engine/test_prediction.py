@@ -12,7 +12,7 @@ from harness import VOCAB_SIZE, assert_speculated, make_llm, run
 
 from folospec import SamplingParams
 from folospec.spec import verify_rows
-from folospec.spec.alignment import Alignment
+from folospec.spec.stores.alignment import Alignment
 
 PREDICTION = {"method": "prediction", "num_speculative_tokens": 8}
 

@@ -13,9 +13,9 @@ from hostile_drafters import spoil
 
 from folospec import Drafter, Proposal, SamplingParams, register_drafter
 from folospec.core.token_tree import TokenTree
-from folospec.engine.trace import StepTrace
 from folospec.spec import checks
 from folospec.spec.drafters.base import StepResult
+from folospec.trace.records import StepTrace
 
 DRAFT = (7, 30)
 

@@ -13,7 +13,7 @@ from harness import make_llm
 from folospec.engine import step_timing
 from folospec.engine.step_timing import in_buckets, read_points, write_points
 from folospec.kernels.build import BuildError
-from folospec.spec.step_cost import CostCurve
+from folospec.spec.planner.step_cost import CostCurve
 
 KEY = {"model": "m", "threads": 2}
 POINTS = {1: 0.001, 8: 0.002}

@@ -15,9 +15,9 @@ from harness import assert_speculated, make_llm, run
 from folospec import LLM, Proposal, SamplingParams
 from folospec.core.token_tree import TokenTree
 from folospec.engine import tracer
-from folospec.engine.trace import StepTrace, read_trace
-from folospec.engine.tracer import node_verdicts
 from folospec.spec.verify import Verdict
+from folospec.trace.records import StepTrace, read_trace
+from folospec.trace.tracer import node_verdicts
 
 pytestmark = pytest.mark.usefixtures("oracle")
 

@@ -16,7 +16,7 @@ from harness import make_llm, run
 
 from folospec import LLM
 from folospec.engine import trace as schema
-from folospec.engine.trace import StepTrace, TraceHeader, from_dict, read_trace
+from folospec.trace.records import StepTrace, TraceHeader, from_dict, read_trace
 
 pytestmark = pytest.mark.usefixtures("oracle")
 

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from folospec import SamplingParams
 from folospec.engine.input_processor import InputProcessor
 from folospec.sampling import noise
-from folospec.spec import children
+from folospec.spec.trees import children
 
 PROMPT = [1, 2, 3]
 NUM_TOKENS, NUM_SEQUENCES = 4, 2000

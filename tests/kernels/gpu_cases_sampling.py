@@ -28,7 +28,7 @@ from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import SamplingRow, pack_filters, process
 from folospec.sampling.sampler import draw_target
 from folospec.sampling_params import SamplingParams
-from folospec.spec.children import Place, draw_children
+from folospec.spec.trees.children import Place, draw_children
 
 NEG_INF = -math.inf
 PART = 16

@@ -17,7 +17,7 @@ from folospec.kernels.native_sampling import pack_filters, pack_law
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import SamplingRow, process
-from folospec.spec.children import Children, Place, draw_children
+from folospec.spec.trees.children import Children, Place, draw_children
 
 NUM_ROWS, SHARPNESS = 24, 1.7
 PARAMS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from native_builds import RULES, breakable, require_native
 
 from folospec.kernels import native, native_suffix
 from folospec.kernels.native_suffix import NativeSuffixIndex, SuffixAsk, SuffixDraft, SuffixRules
-from folospec.spec.suffix_index import SuffixIndex, make_index
+from folospec.spec.stores.suffix_index import SuffixIndex, make_index
 
 Text = list[int]
 SEEDS, NUM_STEPS = range(40), 100

@@ -15,9 +15,10 @@ from transformers import MistralConfig, MistralForCausalLM
 from folospec.attention.native_cpu import NativeAttention
 from folospec.kernels.native_children import NO_NOISE, NativeChildren, pack_wanted
 from folospec.kernels.native_sampling import pack_filters, pack_law
+from folospec.models.forward import Rows
 from folospec.models.loader import load_model
 from folospec.models.native_chains import ChainBatch, draw_chains
-from folospec.spec.draft_runner import ChainLaw, Rows
+from folospec.spec.draft_runner import ChainLaw
 from folospec.worker.model_runner import ModelRunner
 
 VOCAB_SIZE, BLOCK_SIZE = 41, 4

@@ -25,9 +25,9 @@ from folospec.kernels.torch_ops import linear
 from folospec.models import decoder
 from folospec.models.base import Model
 from folospec.models.decoder import Decoder
+from folospec.models.forward import Rows
 from folospec.models.loader import load_model
 from folospec.models.views import view_of
-from folospec.spec.draft_runner import Rows
 from folospec.worker.model_runner import ModelRunner
 
 SHAPE = {

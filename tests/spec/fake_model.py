@@ -16,9 +16,10 @@ import torch
 from folospec import SamplingParams
 from folospec.config import DrafterConfig
 from folospec.core.token_tree import ROOT
+from folospec.models.forward import ForwardResult
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
-from folospec.spec.draft_runner import ForwardResult, RowChains
+from folospec.spec.draft_runner import RowChains
 from folospec.spec.drafters.base import DrafterContext, DraftRequest
 from folospec.spec.drafters.model_drafter import DRAFTING_OPTIONS, ModelDrafter
 

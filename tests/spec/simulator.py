@@ -12,10 +12,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from folospec.spec.feedback import Feedback
-from folospec.spec.plan_terms import PlanRow, Source
-from folospec.spec.planner import Planner
-from folospec.spec.step_cost import CostCurve, StepShape
+from folospec.spec.planner.feedback import Feedback
+from folospec.spec.planner.plan_terms import PlanRow, Source
+from folospec.spec.planner.planner import Planner
+from folospec.spec.planner.step_cost import CostCurve, StepShape
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hostile_passes import BEFORE_THE_ROOT, FAIR_PASSES, WRONG_PASSES, rows
 
-from folospec.spec.draft_runner import Rows
+from folospec.models.forward import Rows
 from folospec.spec.guarded_runner import GuardedRunner, RunnerAccess, SlotRange
 from folospec.spec.read_only import ReadOnlyList
 

@@ -11,10 +11,10 @@ from enumeration import Toy, distance, output_law
 from lookup_rows import ask, chain_of, make, num_read_per_step, tell
 
 from folospec.core.token_tree import TokenTree
-from folospec.spec.acceptance_table import AcceptanceTable
 from folospec.spec.drafters import nasd
 from folospec.spec.drafters.nasd import EntropyGate
 from folospec.spec.proposal import Proposal
+from folospec.spec.stores.acceptance_table import AcceptanceTable
 from folospec.spec.verify import verify_block, verify_rejection
 
 

@@ -21,7 +21,7 @@ from suffix_forms import FORMS, using
 
 from folospec.core import token_tree
 from folospec.core.token_tree import ROOT, TokenTree
-from folospec.spec import suffix_tree
+from folospec.spec.stores import suffix_tree
 
 Text = list[int]
 FACTOR, OFFSET, MIN_PROB, MAX_DEPTH = 1.5, 1.0, 0.2, 6

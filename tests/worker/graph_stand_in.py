@@ -105,7 +105,7 @@ class Tape:
 
 
 class StandIn:
-    """A `worker.graphs.Recorder`; counts what it recorded and replayed."""
+    """A `worker.cuda.graphs.Recorder`; counts what it recorded and replayed."""
 
     def __init__(self):
         self.num_recorded = self.num_replayed = 0

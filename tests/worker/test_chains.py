@@ -15,8 +15,9 @@ from transformers import MistralConfig, MistralForCausalLM
 from folospec.attention import native_cpu
 from folospec.attention.base import known_backends
 from folospec.attention.metadata import AttentionMetadata, pack_tables
+from folospec.models.forward import Rows
 from folospec.models.loader import load_model
-from folospec.spec.draft_runner import RowChains, Rows
+from folospec.spec.draft_runner import RowChains
 from folospec.worker.model_runner import ModelRunner, PassChains
 
 VOCAB_SIZE, BLOCK_SIZE = 41, 4

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from folospec.attention.metadata import SuffixMask
 from folospec.core.token_tree import TokenTree
+from folospec.models.forward import Rows
 from folospec.models.loader import load_model
-from folospec.spec.draft_runner import Rows
 from folospec.worker import input_batch
 from folospec.worker.model_runner import ModelRunner
 

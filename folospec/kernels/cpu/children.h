@@ -6,7 +6,7 @@
 //     rough scores of all, sixteen at a time  -->  their k best, and what may be as good  -->  exact
 //
 // A row is done by one thread, from its own numbers alone. The torch form, and what it is good for, is
-// spec/children.py: its scores agree with these to a few units of float32, so that near ties may differ.
+// spec/trees/children.py: its scores agree with these to a few units of float32, so that near ties may differ.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The trees of the suffix drafter, and its drafts: the native form of spec/suffix_index.py, which says
+// The trees of the suffix drafter, and its drafts: the native form of spec/stores/suffix_index.py, which says
 // what is computed. Proposals are the same, bit for bit: ratios are float64, multiplied from the root
 // down and added in the order of the nodes, and what is equal goes by the order in which it came.
 //

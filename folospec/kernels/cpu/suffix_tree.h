@@ -1,5 +1,5 @@
 // A suffix tree of bounded depth with counts, for many texts. What it holds, and the rules by which it
-// grows and shrinks, are those of spec/suffix_tree.py; this is how it lies in memory.
+// grows and shrinks, are those of spec/stores/suffix_tree.py; this is how it lies in memory.
 //
 //     nodes   [ root | abc 3 | b 2 | free | ... ]    a pool; nodes name each other by their index
 //                first -> next -> next               children, in the order in which they came

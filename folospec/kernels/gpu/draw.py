@@ -8,7 +8,8 @@
 A score in float64 costs two logarithms. `scan` takes them in float32, which is off by less than
 MARGIN, and `draw` looks only at parts that can still win by that: usually one.
 
-The same kernels draw the child of a draft node and the confidence in it (see `spec.children`).
+The same kernels draw the child of a draft node and the confidence in it; see
+`spec.trees.children`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,6 @@ from typing import Any
 
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.option_names import OptionNames
-from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -45,8 +44,9 @@ from folospec.spec.drafters.base import (
     StepResult,
     check_count,
 )
-from folospec.spec.phrase_pool import PhrasePool, phrase_confidence, phrase_tree
 from folospec.spec.proposal import Proposal
+from folospec.spec.stores.acceptance_table import AcceptanceTable, tried_nodes
+from folospec.spec.stores.phrase_pool import PhrasePool, phrase_confidence, phrase_tree
 from folospec.spec.verify import ACCEPTANCE
 
 _NAMES = OptionNames(

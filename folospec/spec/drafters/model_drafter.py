@@ -20,14 +20,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from folospec.spec.acceptance_table import tried_nodes
-from folospec.spec.children import Children
-from folospec.spec.draft_runner import DraftRunner, Rows
+from folospec.models.forward import Rows
+from folospec.spec.draft_runner import DraftRunner
 from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRequest, StepResult
-from folospec.spec.drafting import DRAFTING_OPTIONS, RankAcceptance, Sharpness, read_drafting
-from folospec.spec.drawing import DraftLaw, Drawer, Spot, chain_law
-from folospec.spec.growth import Chain, Growth
 from folospec.spec.proposal import Proposal
+from folospec.spec.stores.acceptance_table import tried_nodes
+from folospec.spec.trees.children import Children
+from folospec.spec.trees.drafting import DRAFTING_OPTIONS, RankAcceptance, Sharpness, read_drafting
+from folospec.spec.trees.drawing import DraftLaw, Drawer, Spot, chain_law
+from folospec.spec.trees.growth import Chain, Growth
 
 __all__ = ["DRAFTING_OPTIONS", "ModelDrafter"]
 

@@ -8,9 +8,9 @@ top tokens).
                                    (e,)   -> f: 1
                        f
 
-The store (`spec.ngram_store`) counts the prompt, then every committed token once. Beside that, and
-for less, it notes the `filler_top_k` likeliest tokens after every row that the target verified,
-accepted or not. With `filler_top_k` = 1 that is the target's own guess, as in ANPD.
+The store (`spec.stores.ngram_store`) counts the prompt, then every committed token once. Beside
+that, and for less, it notes the `filler_top_k` likeliest tokens after every row that the target
+verified, accepted or not. With `filler_top_k` = 1 that is the target's own guess, as in ANPD.
 
 With `egag` the draft is as long as the counts are sure of it, see `EntropyGate`.
 """
@@ -23,7 +23,6 @@ from typing import Any
 
 from folospec.core.token_tree import TokenTree
 from folospec.sampling import noise
-from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -32,8 +31,9 @@ from folospec.spec.drafters.base import (
     StepResult,
     check_count,
 )
-from folospec.spec.ngram_store import Match, NgramStore
 from folospec.spec.proposal import Proposal
+from folospec.spec.stores.acceptance_table import AcceptanceTable, tried_nodes
+from folospec.spec.stores.ngram_store import Match, NgramStore
 
 _OPTIONS: dict[str, Any] = {
     "n": 4,

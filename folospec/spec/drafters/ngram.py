@@ -23,7 +23,6 @@ from typing import Any
 
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.option_names import OptionNames
-from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -32,6 +31,7 @@ from folospec.spec.drafters.base import (
     check_count,
 )
 from folospec.spec.proposal import Proposal
+from folospec.spec.stores.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
 from folospec.spec.verify import ACCEPTANCE
 
 _NAMES = OptionNames(

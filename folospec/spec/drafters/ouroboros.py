@@ -37,9 +37,7 @@ import torch
 from torch import Tensor
 
 from folospec.core.token_tree import TokenTree
-from folospec.spec.acceptance_table import AcceptanceTable, tried_nodes
-from folospec.spec.children import Children
-from folospec.spec.draft_runner import Rows
+from folospec.models.forward import Rows
 from folospec.spec.drafters.base import (
     DrafterContext,
     DrafterNeeds,
@@ -49,14 +47,16 @@ from folospec.spec.drafters.base import (
 )
 from folospec.spec.drafters.draft_model import find_draft_model
 from folospec.spec.drafters.model_drafter import DRAFTING_OPTIONS, ModelDrafter
-from folospec.spec.phrase_pool import (
+from folospec.spec.proposal import Proposal
+from folospec.spec.stores.acceptance_table import AcceptanceTable, tried_nodes
+from folospec.spec.stores.phrase_pool import (
     NOTHING,
     PhrasePool,
     phrase_confidence,
     phrase_tree,
     phrases_said,
 )
-from folospec.spec.proposal import Proposal
+from folospec.spec.trees.children import Children
 from folospec.spec.verify import ACCEPTANCE
 
 _OPTIONS: dict[str, Any] = {

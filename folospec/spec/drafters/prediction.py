@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from folospec.core.token_tree import TokenTree
-from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
-from folospec.spec.alignment import Alignment, Reading
-from folospec.spec.best_first import grow_best_first, read_tree_option
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -32,6 +29,9 @@ from folospec.spec.drafters.base import (
     check_count,
 )
 from folospec.spec.proposal import Proposal
+from folospec.spec.stores.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
+from folospec.spec.stores.alignment import Alignment, Reading
+from folospec.spec.trees.best_first import grow_best_first, read_tree_option
 
 _OPTIONS: dict[str, Any] = {
     "min_match": 3,

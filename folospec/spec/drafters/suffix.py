@@ -23,8 +23,6 @@ from typing import Any
 from folospec.core.token_tree import TokenTree
 from folospec.kernels.native_suffix import SuffixAsk, SuffixDraft, SuffixRules
 from folospec.option_names import OptionNames
-from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
-from folospec.spec.best_first import read_tree_option
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -33,8 +31,10 @@ from folospec.spec.drafters.base import (
     check_count,
 )
 from folospec.spec.proposal import Proposal
-from folospec.spec.suffix_index import make_index
-from folospec.spec.suffix_store import check_token_ids, load_texts, save_texts
+from folospec.spec.stores.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
+from folospec.spec.stores.suffix_index import make_index
+from folospec.spec.stores.suffix_store import check_token_ids, load_texts, save_texts
+from folospec.spec.trees.best_first import read_tree_option
 
 _OPTIONS: dict[str, Any] = {
     "max_tree_depth": 64,

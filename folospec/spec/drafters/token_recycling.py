@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from folospec.core.token_tree import ROOT, TokenTree
-from folospec.spec.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -36,7 +35,8 @@ from folospec.spec.drafters.base import (
     check_count,
 )
 from folospec.spec.proposal import Proposal
-from folospec.spec.tree_shapes import sequoia
+from folospec.spec.stores.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
+from folospec.spec.trees.tree_shapes import sequoia
 from folospec.spec.verify import ACCEPTANCE
 
 FIRST, FALL = 0.6, 0.4

@@ -1,0 +1,1 @@
+"""What drafting pays: acceptance, costs, and the plan of every step."""

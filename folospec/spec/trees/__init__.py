@@ -1,0 +1,1 @@
+"""The shapes of drafts, and how a drafter with a model fills them."""
