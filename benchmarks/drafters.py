@@ -8,9 +8,9 @@ from typing import Any
 from tasks import Task
 
 import folospec.spec.drafters  # noqa: F401 - registers those that come with folospec
-from folospec.config import SpeculativeConfig
 from folospec.models.loader import BUNDLED_DRAFTS
 from folospec.spec.drafters.base import check_drafter
+from folospec.speculative_config import SpeculativeConfig
 
 COPY_BUDGET = 16
 """Draft tokens of `ngram`, whose own default is short: a copied run may be long, and a draft costs

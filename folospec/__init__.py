@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from folospec.config import EngineConfig, SpeculativeConfig
+    from folospec.config import EngineConfig
     from folospec.core.sequence import Sequence, SequenceGroup
     from folospec.core.token_tree import TokenTree, Verdict
     from folospec.engine.llm import LLM
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from folospec.errors import EngineBrokenError, EngineClosedError, RequestError
     from folospec.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from folospec.sampling_params import SamplingParams
+    from folospec.spec.acceptance import AcceptanceRule, register_acceptance_rule
     from folospec.spec.drafters.base import (
         Drafter,
         DrafterContext,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         register_drafter,
     )
     from folospec.spec.proposal import Proposal
-    from folospec.spec.verify import AcceptanceRule, register_acceptance_rule
+    from folospec.speculative_config import SpeculativeConfig
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ _HOMES = {
     "LLM": "folospec.engine.llm",
     "LLMEngine": "folospec.engine.llm_engine",
     "EngineConfig": "folospec.config",
-    "SpeculativeConfig": "folospec.config",
+    "SpeculativeConfig": "folospec.speculative_config",
     "SamplingParams": "folospec.sampling_params",
     "EngineBrokenError": "folospec.errors",
     "EngineClosedError": "folospec.errors",
@@ -57,9 +58,9 @@ _HOMES = {
     "StepResult": "folospec.spec.drafters.base",
     "register_drafter": "folospec.spec.drafters.base",
     "Proposal": "folospec.spec.proposal",
-    "AcceptanceRule": "folospec.spec.verify",
+    "AcceptanceRule": "folospec.spec.acceptance",
     "Verdict": "folospec.core.token_tree",
-    "register_acceptance_rule": "folospec.spec.verify",
+    "register_acceptance_rule": "folospec.spec.acceptance",
 }
 
 __all__ = [

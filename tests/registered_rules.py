@@ -7,15 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from folospec.core.token_tree import ROOT, TokenTree
+from folospec.spec.acceptance import AcceptanceRule, register_acceptance_rule
 from folospec.spec.proposal import Proposal
-from folospec.spec.verify import (
-    AcceptanceRule,
-    Coins,
-    Verdict,
-    register_acceptance_rule,
-    verify_coupled,
-    verify_rejection,
-)
+from folospec.spec.verify import Coins, Verdict, verify_coupled, verify_rejection
 
 
 def verify_one(

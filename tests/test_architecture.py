@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "folospec"
-F0 = ("config", "sampling_params", "option_names", "outputs", "errors")
+F0 = (
+    *("config", "speculative_config", "sampling_params", "option_names", "option_checks"),
+    *("outputs", "errors"),
+)
 F2 = ("attention", "models", "sampling")
 MAY_IMPORT = {  # room -> rooms, or modules of one, that it may import beside itself
     **dict.fromkeys((*F0, "core"), F0),

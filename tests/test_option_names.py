@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from folospec import LLM, EngineConfig, SamplingParams, SpeculativeConfig
-from folospec.config import DrafterConfig
 from folospec.option_names import (
     CHAT_NAMES,
     DRAFTER_NAMES,
@@ -21,6 +20,7 @@ from folospec.option_names import (
     OptionNames,
 )
 from folospec.spec.drafters.base import DrafterContext
+from folospec.speculative_config import DrafterConfig
 
 
 def parameters(function: Any) -> list[str]:

@@ -40,8 +40,8 @@ from folospec.cli.runner import (
     make_engine,
     submit,
 )
-from folospec.config import AUTO
 from folospec.sampling_params import SamplingParams
+from folospec.speculative_config import AUTO
 
 if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine

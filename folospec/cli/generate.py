@@ -26,8 +26,8 @@ from folospec.cli.batch_view import (
 from folospec.cli.render import console
 from folospec.cli.runner import Interrupt, bad_input, make_engine
 from folospec.cli.steps import StepsView
-from folospec.config import SpeculativeConfig
 from folospec.sampling_params import SamplingParams
+from folospec.speculative_config import SpeculativeConfig
 
 if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine
@@ -38,6 +38,19 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLING = {"temperature": 0.0, "max_tokens": 128}
 """Of fields that neither the command line nor the model's generation config sets."""
 """What the command takes where neither a line nor an option says anything."""
+
+
+_SAMPLING = ("n", "max_tokens", "temperature", "top_p", "top_k", "stop")
+_ENGINE = (
+    *("dtype", "kv_cache_dtype", "quantization", "device", "attention_backend", "block_size"),
+    *("max_num_seqs", "max_model_len", "deterministic", "generation_config"),
+    *("gpu_memory_utilization", "enforce_eager", "run_ahead", "trace"),
+)
+_ITS_OWN = (
+    *("input_format", "chat", "system", "output", "overwrite", "retry_failed", "json", "model"),
+    *("seed", "compare", "rounds", "show_steps"),
+)
+"""Parameters of the command line by where they go, under their own names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +77,31 @@ class GenerateOptions:
     compare: bool = False
     rounds: int | None = None
     show_steps: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> GenerateOptions:
+        """From what the command line has, by the names of its parameters.
+
+        Raises:
+            ValueError: the file of a prediction cannot be read, or drafting is asked for in a way
+                that there is not.
+        """
+        sampling = {name: given[name] for name in _SAMPLING if given[name] is not None}
+        if given["prediction"] is not None:
+            sampling["prediction"] = read_prediction(given["prediction"])
+        drafting = read_speculative(
+            given["speculative"],
+            num_speculative_tokens=given["num_speculative_tokens"],
+            acceptance=given["acceptance"],
+        )
+        return cls(
+            prompts=given["prompts"] or [],
+            files=given["file"] or [],
+            speculative=drafting,
+            sampling=sampling,
+            engine={name: given[name] for name in _ENGINE},
+            **{name: given[name] for name in _ITS_OWN},
+        )
 
     @property
     def settings(self) -> dict[str, Any]:

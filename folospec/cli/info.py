@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from folospec.cli.render import console, write
-from folospec.config import ACCEPTANCE_RULES, DTYPES
+from folospec.config import DTYPES
+from folospec.speculative_config import ACCEPTANCE_RULES
 
 if TYPE_CHECKING:
     from folospec.engine.capabilities import Capabilities

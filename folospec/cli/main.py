@@ -58,6 +58,7 @@ def main(
 
 @app.command(cls=_Command)
 def generate(
+    ctx: typer.Context,
     prompts: options.Prompts = None,
     file: options.Files = None,
     input_format: options.InputFormat = "auto",
@@ -108,60 +109,12 @@ def generate(
     --compare found other tokens. 2: wrong input. 130: Ctrl-C; what is done
     is kept.
     """
-    from folospec.cli import generate as command
+    from folospec.cli.generate import GenerateOptions, run_generate
 
     with ends_quietly():
         with bad_input():
-            sampling = dict(  # noqa: C408 - fields of SamplingParams
-                n=n,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                stop=stop,
-                prediction=None if prediction is None else command.read_prediction(prediction),
-            )
-            drafting = command.read_speculative(
-                speculative,
-                num_speculative_tokens=num_speculative_tokens,
-                acceptance=acceptance,
-            )
-        code = command.run_generate(
-            command.GenerateOptions(
-                prompts=prompts or [],
-                files=file or [],
-                input_format=input_format,
-                chat=chat,
-                system=system,
-                output=output,
-                overwrite=overwrite,
-                retry_failed=retry_failed,
-                json=json,
-                model=model,
-                speculative=drafting,
-                sampling={name: value for name, value in sampling.items() if value is not None},
-                seed=seed,
-                engine={
-                    "dtype": dtype,
-                    "kv_cache_dtype": kv_cache_dtype,
-                    "quantization": quantization,
-                    "device": device,
-                    "attention_backend": attention_backend,
-                    "block_size": block_size,
-                    "max_num_seqs": max_num_seqs,
-                    "max_model_len": max_model_len,
-                    "deterministic": deterministic,
-                    "generation_config": generation_config,
-                    "gpu_memory_utilization": gpu_memory_utilization,
-                    "enforce_eager": enforce_eager,
-                    "run_ahead": run_ahead,
-                    "trace": trace,
-                },
-                compare=compare,
-                rounds=rounds,
-                show_steps=show_steps,
-            )
-        )
+            wanted = GenerateOptions.of(ctx.params)
+        code = run_generate(wanted)
     raise typer.Exit(code)
 
 

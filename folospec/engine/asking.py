@@ -23,7 +23,7 @@ from folospec.spec.read_only import ReadOnlyList
 if TYPE_CHECKING:
     import torch
 
-    from folospec.spec.verify import AcceptanceRule
+    from folospec.spec.acceptance import AcceptanceRule
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from folospec.config import AUTO, DrafterConfig, EngineConfig
+from folospec.config import EngineConfig
 from folospec.models.base import ModelSpec
 from folospec.models.loader import BUNDLED_DRAFTS
 from folospec.spec.drafter_handle import DrafterHandle, hold
 from folospec.spec.drafters.base import DrafterContext, make_drafter
 from folospec.spec.guarded_runner import GuardedRunner, RunnerAccess
+from folospec.speculative_config import AUTO, DrafterConfig
 
 _AUTO_DRAFT_TOKENS = 8
 """Most of a draft model under "auto"; how many of them pay is found while it runs."""

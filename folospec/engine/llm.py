@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from folospec.config import EngineConfig, SpeculativeConfig
+from folospec.config import EngineConfig
 from folospec.engine.chat import Message, conversations_of
 from folospec.engine.inbox import Increment, Snapshots
 from folospec.engine.input_processor import Prompt
@@ -19,6 +19,7 @@ from folospec.option_names import CHAT_NAMES, GENERATE_NAMES, STREAM_NAMES, take
 from folospec.outputs import RequestOutput
 from folospec.sampling_params import SamplingParams, is_token_list, shown
 from folospec.spec.drafters.base import Drafter
+from folospec.speculative_config import SpeculativeConfig
 
 
 class LLM:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from folospec.config import SpeculativeConfig
 from folospec.core.kv_cache_manager import KVCacheManager
 from folospec.core.sequence import Sequence, SequenceGroup
 from folospec.core.sequence_step import SequenceStep
@@ -20,12 +19,13 @@ from folospec.engine.asking import Asking
 from folospec.engine.planning import UNKNOWN_COSTS, Costs, Planning
 from folospec.engine.telling import Telling
 from folospec.models.forward import ForwardResult
+from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.merge import merge_proposals
 from folospec.spec.planner.planner import FixedPlanner
 from folospec.spec.proposal import Proposal
 from folospec.spec.read_only import ReadOnlyList
-from folospec.spec.verify import ACCEPTANCE
+from folospec.speculative_config import SpeculativeConfig
 from folospec.worker.kv_cache import KVMoves
 
 

@@ -108,35 +108,35 @@ def load_model(
     if quantization is not None:
         from folospec.models.quantization import check_quantization
 
-        check_quantization(
-            quantization, what if served else f"{what} in transformers", loaded_dtype, device
-        )
+        shown = what if served else f"{what} in transformers"
+        check_quantization(quantization, shown, loaded_dtype, device)
 
     def attention_of(spec: ModelSpec) -> AttentionBackend:
         return attention_for(spec, attention, block_size, device, deterministic)
 
     if not served:
-        from folospec.models import transformers_backend
+        from folospec.models.transformers_backend import check_class, load_transformers_model
 
-        transformers_backend.check_class(hf_config, what, trust_remote_code)
-        return transformers_backend.load_transformers_model(
-            Checkpoint(folder),
-            hf_config,
-            architecture=what,
-            dtype=loaded_dtype,
-            device=device,
-            attention=attention_of,
-            block_size=block_size,
-            max_model_len=_resolve_length(name, hf_config, max_model_len),
-            trust_remote_code=trust_remote_code,
-        )
-    length = _resolve_length(name, hf_config, max_model_len)
-    model = _load_decoder(Checkpoint(folder), hf_config, loaded_dtype, length, attention_of, device)
-    if quantization is not None:
-        from folospec.models.quantization import quantize
+        check_class(hf_config, what, trust_remote_code)
+    checkpoint, length = Checkpoint(folder), _resolve_length(name, hf_config, max_model_len)
+    if served:
+        model = _load_decoder(checkpoint, hf_config, loaded_dtype, length, attention_of, device)
+        if quantization is not None:
+            from folospec.models.quantization import quantize
 
-        quantize(model, quantization)
-    return model
+            quantize(model, quantization)
+        return model
+    return load_transformers_model(
+        checkpoint,
+        hf_config,
+        architecture=what,
+        dtype=loaded_dtype,
+        device=device,
+        attention=attention_of,
+        block_size=block_size,
+        max_model_len=length,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def attention_for(

@@ -63,21 +63,10 @@ def draw_chains(
     Raises:
         ValueError: a length is below 1, a slot is not there, or something is of another size.
     """
-    count, most, block_size = len(batch.starts), max(batch.lengths), batch.block_size
-    given = (batch.laws, batch.positions, batch.scales, batch.lengths, batch.least)
-    if count < 1 or min(batch.lengths) < 1 or any(len(each) != count for each in given):
-        raise ValueError(
-            f"there must be a law, position, scale, least chance and length of at least 1 for each "
-            f"of {count} chains, got {[len(each) for each in given]} and lengths {batch.lengths}"
-        )
-    check_laws(batch.laws)
-    ends = [start + n - 1 for start, n in zip(batch.starts, batch.lengths, strict=True)]
-    room, num_slots = batch.block_table.shape[1] * block_size, kv[0].key.shape[0]
-    check_ids("starts", np.array(batch.starts), room + 1)
-    check_ids("ends of chains", np.array(ends), room + 1)
-    check_ids("block ids", batch.block_table, num_slots // block_size)
+    last = _check(batch, kv[0].key.shape[0])
+    count, most = len(batch.starts), max(batch.lengths)
     decoder.point_at(kv)
-    cos, sin = decoder.angles(np.array([max(1, *ends) - 1]))
+    cos, sin = decoder.angles(np.array([max(1, last) - 1]))
     width = decoder.decoder.head_size // 2
     starts, lengths = pack_ids("starts", batch.starts), pack_ids("lengths", batch.lengths)
     windows = pack_ids("windows", decoder.windows)
@@ -115,6 +104,25 @@ def draw_chains(
         [chances[span].tolist() for span in spans],
         num_passes,
     )
+
+
+def _check(batch: ChainBatch, num_slots: int) -> int:
+    """Check that every chain is described, and that its slots are there; return where the longest
+    ends."""
+    count = len(batch.starts)
+    given = (batch.laws, batch.positions, batch.scales, batch.lengths, batch.least)
+    if count < 1 or min(batch.lengths) < 1 or any(len(each) != count for each in given):
+        raise ValueError(
+            f"there must be a law, position, scale, least chance and length of at least 1 for each "
+            f"of {count} chains, got {[len(each) for each in given]} and lengths {batch.lengths}"
+        )
+    check_laws(batch.laws)
+    ends = [start + n - 1 for start, n in zip(batch.starts, batch.lengths, strict=True)]
+    room = batch.block_table.shape[1] * batch.block_size
+    check_ids("starts", np.array(batch.starts), room + 1)
+    check_ids("ends of chains", np.array(ends), room + 1)
+    check_ids("block ids", batch.block_table, num_slots // batch.block_size)
+    return max(ends)
 
 
 def _attention(decoder: NativeDecoder, kv: LayerKV, batch: ChainBatch) -> native.AttentionStep:

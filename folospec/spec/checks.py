@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from folospec.core.token_tree import TokenTree
+from folospec.spec.acceptance import AcceptanceRule
 from folospec.spec.proposal import Proposal
-from folospec.spec.verify import AcceptanceRule
 
 ROUNDING = 1e-6
 """How far a confidence may be out of [0, 1] by rounding; it is clipped."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from folospec.config import DrafterConfig
 from folospec.spec.drafters.base import Drafter, DrafterNeeds, check_count
 from folospec.spec.guarded_runner import RunnerAccess
+from folospec.speculative_config import DrafterConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)

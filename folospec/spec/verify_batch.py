@@ -31,13 +31,8 @@ from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import no_token_error, process
 from folospec.sampling.sampler import draw_target
-from folospec.spec.verify import (
-    ACCEPTANCE,
-    AcceptanceRule,
-    KeyedCoins,
-    check_verdict,
-    require_chain,
-)
+from folospec.spec.acceptance import ACCEPTANCE, AcceptanceRule, check_verdict
+from folospec.spec.verify import KeyedCoins, require_chain
 from folospec.spec.verify_rows import (
     candidate_token_ids,
     constrained,

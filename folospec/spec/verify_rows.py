@@ -15,7 +15,8 @@ from folospec.kernels.native_sampling import Walk, Walks, pack_law
 from folospec.sampling.constraints import NoTokenError, SamplingRow, constrain, is_constrained
 from folospec.sampling.pipeline import no_token_error
 from folospec.sampling.sampler import NO_TOKEN
-from folospec.spec.verify import AcceptanceRule, verify_coupled
+from folospec.spec.acceptance import AcceptanceRule
+from folospec.spec.verify import verify_coupled
 
 
 def candidates_of(step: SequenceStep) -> Sequence[bool] | None:

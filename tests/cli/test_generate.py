@@ -4,7 +4,7 @@ import pytest
 
 from folospec import LLM, SamplingParams
 from folospec.cli.generate import GenerateOptions, read_speculative
-from folospec.config import SpeculativeConfig
+from folospec.speculative_config import SpeculativeConfig
 
 PROMPT = "w1 w2 w3 w4 w5"
 

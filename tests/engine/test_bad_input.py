@@ -10,7 +10,7 @@ import torch
 from harness import make_llm, run, save_tiny_llama
 
 from folospec import LLM, SamplingParams, SpeculativeConfig
-from folospec.config import DrafterConfig
+from folospec.speculative_config import DrafterConfig
 
 BAD_PARAMS = [
     ({"n": 0}, "n must be"),

@@ -9,7 +9,8 @@ from harness import PROMPTS, Run, assert_speculated, make_llm, mixed_params, run
 from registered_rules import RULES
 
 from folospec import EngineBrokenError
-from folospec.spec.verify import AcceptanceRule, Verdict, register_acceptance_rule
+from folospec.spec.acceptance import AcceptanceRule, register_acceptance_rule
+from folospec.spec.verify import Verdict
 
 pytestmark = pytest.mark.usefixtures("oracle")
 

@@ -27,8 +27,9 @@ from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import SamplingRow, pack_filters, process
 from folospec.sampling.sampler import NO_TOKEN, draw_target
 from folospec.sampling_params import SamplingParams
+from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.proposal import Proposal
-from folospec.spec.verify import ACCEPTANCE, KeyedCoins, verify_coupled
+from folospec.spec.verify import KeyedCoins, verify_coupled
 
 TWINS = {0: [-1, -1, 1], 2: [-1, -1, 1, 0]}
 """How some trees begin, all with the tokens that are drawn: the second twin goes on, or both do,

@@ -14,7 +14,6 @@ from functools import lru_cache
 import torch
 
 from folospec import SamplingParams
-from folospec.config import DrafterConfig
 from folospec.core.token_tree import ROOT
 from folospec.models.forward import ForwardResult
 from folospec.sampling import noise
@@ -22,6 +21,7 @@ from folospec.sampling.noise import Purpose
 from folospec.spec.draft_runner import RowChains
 from folospec.spec.drafters.base import DrafterContext, DraftRequest
 from folospec.spec.drafters.model_drafter import DRAFTING_OPTIONS, ModelDrafter
+from folospec.speculative_config import DrafterConfig
 
 VOCAB_SIZE, BLOCK_SIZE = 9, 4
 

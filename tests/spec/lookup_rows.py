@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from folospec import SamplingParams
-from folospec.config import DrafterConfig
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -20,6 +19,7 @@ from folospec.spec.drafters.base import (
 )
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import Verdict
+from folospec.speculative_config import DrafterConfig
 
 
 def make(method: str, *, acceptance: str = "coupled", vocab_size: int = 61, **settings: Any) -> Any:

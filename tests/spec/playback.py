@@ -9,7 +9,6 @@ from typing import Any
 
 import folospec.spec.drafters  # noqa: F401 - registers them
 from folospec import SamplingParams
-from folospec.config import DrafterConfig
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -18,6 +17,7 @@ from folospec.spec.drafters.base import (
     make_drafter,
 )
 from folospec.spec.verify import Verdict, verify_coupled
+from folospec.speculative_config import DrafterConfig
 
 
 def drafter(

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from folospec.core.token_tree import TokenTree
+from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.checks import AnswerLimits, ProposalChecks, take_answers, take_progress
 from folospec.spec.proposal import Proposal
 from folospec.spec.read_only import ReadOnlyList
-from folospec.spec.verify import ACCEPTANCE
 
 VOCAB_SIZE = 6
 LIMITS = AnswerLimits("mine", "kv", num_tokens=9, max_draft_tokens=3, num_slots=4)

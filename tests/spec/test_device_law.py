@@ -12,8 +12,9 @@ from folospec.core.token_tree import TokenTree  # noqa: E402
 from folospec.kernels.gpu import ratio  # noqa: E402
 from folospec.kernels.gpu.sampling import DeviceSampling  # noqa: E402
 from folospec.kernels.gpu.sampling_arrays import Trials, read_trials  # noqa: E402
+from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.proposal import Proposal  # noqa: E402
-from folospec.spec.verify import ACCEPTANCE, KeyedCoins  # noqa: E402
+from folospec.spec.verify import KeyedCoins  # noqa: E402
 
 HAS_CARD = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CARD else "cpu")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from folospec.config import DrafterConfig
 from folospec.spec.drafters.base import DrafterContext
 from folospec.spec.drafters.layer_skip import LayerSkipDrafter
 from folospec.spec.drafters.quantized import QuantizedDrafter
+from folospec.speculative_config import DrafterConfig
 
 
 @dataclass

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from folospec import SamplingParams
-from folospec.config import DrafterConfig
 from folospec.core.token_tree import TokenTree
 from folospec.spec.drafters.base import DrafterContext, DraftRequest, StepResult
 from folospec.spec.drafters.lookahead import LookaheadDrafter, Window
 from folospec.spec.merge import merge_proposals
 from folospec.spec.proposal import Proposal
 from folospec.spec.verify import verify_coupled
+from folospec.speculative_config import DrafterConfig
 
 VOCAB_SIZE = 40
 PROMPT = [1, 2, 3, 4, 5]

@@ -3,17 +3,11 @@
 import pytest
 import torch
 
-from folospec.config import ACCEPTANCE_RULES
 from folospec.core.token_tree import TokenTree
+from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.proposal import Proposal
-from folospec.spec.verify import (
-    ACCEPTANCE,
-    KeyedCoins,
-    Verdict,
-    verify_block,
-    verify_coupled,
-    verify_rejection,
-)
+from folospec.spec.verify import KeyedCoins, Verdict, verify_block, verify_coupled, verify_rejection
+from folospec.speculative_config import ACCEPTANCE_RULES
 
 #   root -- 0: token 5 -- 1: token 6
 #      |          `------ 3: token 7

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from folospec.config import AUTO, DrafterConfig
 from folospec.option_names import OptionNames
+from folospec.speculative_config import AUTO, DrafterConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +129,7 @@ class DrafterContext:
     stream: int
     """Number of the drafter in this engine; part of the key of its own noise."""
     acceptance: str
-    """The rule that verifies proposals, a key of `spec.verify.ACCEPTANCE`."""
+    """The rule that verifies proposals, a key of `spec.acceptance.ACCEPTANCE`."""
     target: ModelSpec
     encode: Callable[[str], list[int]] | None
     """Text to token ids without special tokens; None without a tokenizer."""

@@ -36,6 +36,7 @@ from typing import Any
 
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.option_names import OptionNames
+from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -47,7 +48,6 @@ from folospec.spec.drafters.base import (
 from folospec.spec.proposal import Proposal
 from folospec.spec.stores.acceptance_table import AcceptanceTable, tried_nodes
 from folospec.spec.stores.phrase_pool import PhrasePool, phrase_confidence, phrase_tree
-from folospec.spec.verify import ACCEPTANCE
 
 _NAMES = OptionNames(
     owner="the lookahead drafter",

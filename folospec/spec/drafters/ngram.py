@@ -23,6 +23,7 @@ from typing import Any
 
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.option_names import OptionNames
+from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -32,7 +33,6 @@ from folospec.spec.drafters.base import (
 )
 from folospec.spec.proposal import Proposal
 from folospec.spec.stores.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
-from folospec.spec.verify import ACCEPTANCE
 
 _NAMES = OptionNames(
     owner="the ngram drafter",

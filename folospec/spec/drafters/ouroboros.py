@@ -38,6 +38,7 @@ from torch import Tensor
 
 from folospec.core.token_tree import TokenTree
 from folospec.models.forward import Rows
+from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.drafters.base import (
     DrafterContext,
     DrafterNeeds,
@@ -57,7 +58,6 @@ from folospec.spec.stores.phrase_pool import (
     phrases_said,
 )
 from folospec.spec.trees.children import Children
-from folospec.spec.verify import ACCEPTANCE
 
 _OPTIONS: dict[str, Any] = {
     "draft_length": 6,

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from folospec.core.token_tree import ROOT, TokenTree
+from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.drafters.base import (
     Drafter,
     DrafterContext,
@@ -37,7 +38,6 @@ from folospec.spec.drafters.base import (
 from folospec.spec.proposal import Proposal
 from folospec.spec.stores.acceptance_table import AcceptanceTable, share_among_siblings, tried_nodes
 from folospec.spec.trees.tree_shapes import sequoia
-from folospec.spec.verify import ACCEPTANCE
 
 FIRST, FALL = 0.6, 0.4
 """Chance of the first candidate, given its parent, and of each next one relative to it: with these

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from folospec.core.token_tree import ROOT
-from folospec.spec.verify import ACCEPTANCE
+from folospec.spec.acceptance import ACCEPTANCE
 
 State = TypeVar("State")
 

@@ -11,9 +11,9 @@ from operator import mul
 from typing import Any
 
 from folospec.core.token_tree import TokenTree
+from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.trees.children import CHILDREN
 from folospec.spec.trees.tree_shapes import check_rank_acceptance, expansion, sequoia
-from folospec.spec.verify import ACCEPTANCE
 
 DRAFTING_OPTIONS: Mapping[str, Any] = {
     "tree": None,
