@@ -24,9 +24,9 @@ def watched() -> Iterator[list[Row]]:
     errors: list[str] = []
     warm_up, recorded = LLMEngine._warm_up, StepGraphs.recorded
 
-    def timed(self: LLMEngine) -> None:
+    def timed(self: LLMEngine, *args: Any) -> None:
         begin = time.perf_counter()
-        warm_up(self)
+        warm_up(self, *args)
         if self.parts.target.graphs is not None:
             rows.append(_row(self, time.perf_counter() - begin, errors))
         errors.clear()

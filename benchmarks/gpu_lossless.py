@@ -261,6 +261,6 @@ def _forgetful(advance: Callable[..., None]) -> Callable[..., None]:
         advance(self, seq, num_computed_tokens)
         last = self.manager.slot(seq, seq.num_computed_tokens - 1)
         with torch.inference_mode():
-            self.target_kv.layers[0].key[last] = 0.0
+            self._worker.target.kv.layers[0].key[last] = 0.0
 
     return advanced

@@ -40,7 +40,7 @@ DEFAULT_SAMPLING = {"temperature": 0.0, "max_tokens": 128}
 """What the command takes where neither a line nor an option says anything."""
 
 
-_SAMPLING = ("n", "max_tokens", "temperature", "top_p", "top_k", "stop")
+_SAMPLING = ("n", "max_tokens", "temperature", "top_p", "top_k")
 _ENGINE = (
     *("dtype", "kv_cache_dtype", "quantization", "device", "attention_backend", "block_size"),
     *("max_num_seqs", "max_model_len", "deterministic", "generation_config"),
@@ -79,24 +79,29 @@ class GenerateOptions:
     show_steps: bool = False
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> GenerateOptions:
+    def of(cls, given: Mapping[str, Any], prediction: str | None) -> GenerateOptions:
         """From what the command line has, by the names of its parameters.
+
+        Args:
+            prediction: the file with the expected output.
 
         Raises:
             ValueError: the file of a prediction cannot be read, or drafting is asked for in a way
                 that there is not.
         """
         sampling = {name: given[name] for name in _SAMPLING if given[name] is not None}
-        if given["prediction"] is not None:
-            sampling["prediction"] = read_prediction(given["prediction"])
+        if given["stop"]:
+            sampling.update(stop=list(given["stop"]))
+        if prediction is not None:
+            sampling.update(prediction=read_prediction(prediction))
         drafting = read_speculative(
             given["speculative"],
             num_speculative_tokens=given["num_speculative_tokens"],
             acceptance=given["acceptance"],
         )
         return cls(
-            prompts=given["prompts"] or [],
-            files=given["file"] or [],
+            prompts=list(given["prompts"] or ()),
+            files=list(given["file"] or ()),
             speculative=drafting,
             sampling=sampling,
             engine={name: given[name] for name in _ENGINE},

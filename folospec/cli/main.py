@@ -113,7 +113,7 @@ def generate(
 
     with ends_quietly():
         with bad_input():
-            wanted = GenerateOptions.of(ctx.params)
+            wanted = GenerateOptions.of(ctx.params, prediction)
         code = run_generate(wanted)
     raise typer.Exit(code)
 

@@ -17,7 +17,7 @@ from folospec.config import EngineConfig
 from folospec.core.scheduler import SchedulerOutput
 from folospec.core.sequence import SequenceGroup
 from folospec.core.sequence_step import SequenceStep
-from folospec.engine.builder import build, warm_up
+from folospec.engine.builder import Components, build, warm_up
 from folospec.engine.chat import Message, render
 from folospec.engine.exclusive import Exclusive, HeldInterrupt, exclusive
 from folospec.engine.inbox import Inbox, Increment, Increments, Snapshots
@@ -70,7 +70,7 @@ class LLMEngine:
         self.outputs, self.logprobs = built.outputs, built.logprobs
         self.engine_stats = built.stats
         self.prefill_pace = PrefillPace(config.max_prefill_slowdown)
-        warm_up(config, parts, built)
+        self._warm_up(built)
         self.tracer = Tracer(
             config,
             self.manager,
@@ -81,6 +81,9 @@ class LLMEngine:
         )
         self._by_hand = Snapshots()
         """Of the requests from `add_request`; `step` empties it."""
+
+    def _warm_up(self, components: Components) -> None:
+        warm_up(self.config, self.parts, components)
 
     @exclusive
     def add_request(

@@ -179,7 +179,7 @@ def test_steps_with_drafts_and_steps_that_run_ahead_take_turns(
     by_turns = property(lambda self: self.stats.num_steps % 3 == 2)
     monkeypatch.setattr(Speculation, "is_idle", by_turns)
     llm = make(models[0], chain_of(models[1]), attention_backend="triton")
-    llm.engine.run_ahead.length = 2
+    llm.engine.run_ahead.length, llm.engine.worker._ahead = 2, (2, 1)
     assert tokens_of(llm, params) == plain
     stats = llm.stats()
     assert_speculated(stats)

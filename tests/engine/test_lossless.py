@@ -215,7 +215,7 @@ class TestControls:
         def forgetful(self: Any, seq: Any, num_computed_tokens: int) -> None:
             real(self, seq, num_computed_tokens)
             last = self.manager.slot(seq, seq.num_computed_tokens - 1)
-            self.target_kv.layers[0].key[last] = 0.0
+            self._worker.target.kv.layers[0].key[last] = 0.0
 
         monkeypatch.setattr(commit.Committer, "_advance", forgetful)
         llm = make_llm(models.target, speculative("near", models))

@@ -137,7 +137,9 @@ def test_a_lost_kv_row_is_not_excused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forgetful(self: Any, seq: Any, num_computed_tokens: int) -> None:
         real(self, seq, num_computed_tokens)
-        self.target_kv.layers[0].key[self.manager.slot(seq, seq.num_computed_tokens - 1)] = 0.0
+        self._worker.target.kv.layers[0].key[
+            self.manager.slot(seq, seq.num_computed_tokens - 1)
+        ] = 0.0
 
     with monkeypatch.context() as patch:
         patch.setattr(commit.Committer, "_advance", forgetful)

@@ -14,8 +14,8 @@ from harness import assert_speculated, make_llm, run
 
 from folospec import LLM, Proposal, SamplingParams
 from folospec.core.token_tree import TokenTree
-from folospec.engine import tracer
 from folospec.spec.verify import Verdict
+from folospec.trace import tracer
 from folospec.trace.records import StepTrace, read_trace
 from folospec.trace.tracer import node_verdicts
 

@@ -15,7 +15,7 @@ import pytest
 from harness import make_llm, run
 
 from folospec import LLM
-from folospec.engine import trace as schema
+from folospec.trace import records as schema
 from folospec.trace.records import StepTrace, TraceHeader, from_dict, read_trace
 
 pytestmark = pytest.mark.usefixtures("oracle")
