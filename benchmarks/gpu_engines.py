@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from folospec.engine.llm_engine import LLMEngine
+from folospec.config import EngineConfig
+from folospec.engine import llm_engine
 from folospec.worker.cuda.graphs import StepGraphs
+from folospec.worker.loading import Parts
 
 Row = dict[str, Any]
 
@@ -22,13 +24,13 @@ def watched() -> Iterator[list[Row]]:
     recorded is a failed check: the engine would go on without, and show nothing of graphs."""
     rows: list[Row] = []
     errors: list[str] = []
-    warm_up, recorded = LLMEngine._warm_up, StepGraphs.recorded
+    warm_up, recorded = llm_engine.warm_up, StepGraphs.recorded
 
-    def timed(self: LLMEngine, *args: Any) -> None:
+    def timed(config: EngineConfig, parts: Parts, components: Any) -> None:
         begin = time.perf_counter()
-        warm_up(self, *args)
-        if self.parts.target.graphs is not None:
-            rows.append(_row(self, time.perf_counter() - begin, errors))
+        warm_up(config, parts, components)
+        if parts.target.graphs is not None:
+            rows.append(_row(config, parts, time.perf_counter() - begin, errors))
         errors.clear()
 
     def noticed(self: StepGraphs, make: Callable[[], Any]) -> Any:
@@ -42,20 +44,19 @@ def watched() -> Iterator[list[Row]]:
         return recorded(self, made)
 
     with (
-        mock.patch.object(LLMEngine, "_warm_up", timed),
+        mock.patch.object(llm_engine, "warm_up", timed),
         mock.patch.object(StepGraphs, "recorded", noticed),
     ):
         yield rows
 
 
-def _row(engine: LLMEngine, seconds: float, errors: list[str]) -> Row:
-    config = engine.config
+def _row(config: EngineConfig, parts: Parts, seconds: float, errors: list[str]) -> Row:
     row = {
         "kind": "engine",
         "model": Path(config.model).name,
-        "drafters": [drafter.name for drafter in engine.parts.drafters],
+        "drafters": [drafter.name for drafter in parts.drafters],
         "max_num_seqs": config.max_num_seqs,
-        "num_graphs": engine.stats()["num_cuda_graphs"],
+        "num_graphs": sum(r.graphs.num_graphs for r in parts.all_runners if r.graphs),
         "warm_up_seconds": seconds,
     }
     return {**row, "passed": False, "error": "; ".join(errors)} if errors else row

@@ -21,8 +21,8 @@ from gpu_ties import Parting, Referee
 
 from folospec import LLM, SamplingParams
 from folospec.core.sequence_step import SequenceStep
-from folospec.engine.verifier import Verifier
 from folospec.models.loader import load_tokenizer
+from folospec.spec.verifier import Verifier
 from folospec.spec.verify_batch import verify_batch
 
 SEEDS, QUICK_SEEDS = 24, 1

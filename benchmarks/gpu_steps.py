@@ -28,8 +28,8 @@ from limits import Machine, Work
 from step_cost import limit_of, timed_steps
 
 from folospec import LLM, SamplingParams
-from folospec.engine.run_ahead import DEFAULT
 from folospec.models.loader import resolve_model
+from folospec.worker.run_ahead import DEFAULT
 
 DTYPE = "bfloat16"
 CHAIN_ROWS = (1, 2, 4, 8, 16, 32, 64)

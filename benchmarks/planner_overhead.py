@@ -70,7 +70,7 @@ class SelfClock:
 def clocked(llm: LLM) -> SelfClock:
     """An engine's calls with clocks; those of the planner where it has one."""
     clock, engine = SelfClock(), llm.engine
-    runner, speculation = engine.parts.target, engine.speculation
+    runner, proposer = engine.parts.target, engine.proposer
     calls = [
         (engine.scheduler, "schedule"),
         (engine, "_propose"),
@@ -81,19 +81,18 @@ def clocked(llm: LLM) -> SelfClock:
         (engine.verifier, "verify"),
         (engine.committer, "commit"),
         (engine.open, "deliver"),
-        (speculation, "plan"),
-        (speculation, "propose"),
-        (speculation, "count"),
-        (speculation, "observe"),
-        (speculation, "record_step"),
+        (proposer, "plan"),
+        (proposer, "propose"),
+        (proposer, "observe"),
+        (proposer, "record_step"),
     ]
-    planning = speculation.planning
-    if planning is not None:
-        planner = planning.planner
-        calls += [(planning, "begin"), (planning, "note_schedule"), (planning, "prune")]
+    steps = proposer.step_planner
+    if steps is not None:
+        planner = steps.planner
+        calls += [(steps, "begin"), (steps, "note_schedule"), (steps, "prune")]
         calls += [(planner, "resting"), (planner, "plan"), (planner, "record_step")]
-        calls += [(planner, "drop"), (planner.beliefs.cost, "observe"), (planning, "take")]
-        calls += [(speculation.asking, "ask"), (speculation._telling, "tell")]
+        calls += [(planner, "drop"), (planner.beliefs.cost, "observe"), (steps, "take")]
+        calls += [(proposer.calls, "propose"), (proposer._updates, "send")]
         for handle in engine.parts.handles:
             for hook in ("propose", "observe", "finish", "drop"):
                 clock.wrap(handle.drafter, hook, f"{handle.name}.{hook}")
@@ -140,14 +139,14 @@ def _step(llm: LLM, clock: SelfClock) -> tuple[str | None, dict[str, float]]:
     clock.spent.clear()
     engine.step(finished_only=True)
     spent = dict(clock.spent)
-    planning = engine.speculation.planning
+    planner = engine.proposer.step_planner
     if has_prompts:
         return None, spent
-    if planning is None:
+    if planner is None:
         return "plain", spent
-    if not planning.is_idle:
+    if not planner.is_idle:
         return "drafting", spent
-    return ("resting" if planning._rests else "planned"), spent
+    return ("resting" if planner._rests else "planned"), spent
 
 
 def _mean(steps: Sequence[dict[str, float]]) -> Row:

@@ -43,9 +43,9 @@ def verdict(median: float, bound: float | None) -> str:
 def force_drafts(llm: LLM) -> LLM:
     """Make the planner of an engine ask every drafter for every sequence in every step, and keep
     whatever they propose: it must be found to be slower where drafts do not pay."""
-    planning = llm.engine.speculation.planning
-    assert planning is not None
-    planner = planning.planner
+    step_planner = llm.engine.proposer.step_planner
+    assert step_planner is not None
+    planner = step_planner.planner
     limits = {name: source.limit for name, source in planner.beliefs.sources.items()}
 
     def plan(seq_ids: list[str], rows: Sequence[Any], shape: Any) -> Mapping[str, Any]:

@@ -60,7 +60,7 @@ def run_task(
     chosen = range(len(task.items)) if indices is None else indices
     run = Run([])
     llm.engine.on_step = run.steps.append if keep_steps else None
-    reads_prediction = llm.engine.speculation.needs.prediction
+    reads_prediction = llm.engine.proposer.needs.prediction
     run.outputs = llm.generate(
         [{"prompt_token_ids": task.items[index].prompt_token_ids} for index in chosen],
         [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from folospec.kernels.native_sampling import pack_filters, pack_law
+from folospec.kernels.sampling_records import pack_filters, pack_law
 from folospec.models.forward import Rows
 from folospec.spec.draft_runner import ChainLaw
 

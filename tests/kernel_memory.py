@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from folospec.kernels import native, native_children, native_sampling
+from folospec.kernels import native, native_children, native_sampling, sampling_records
 
 INT, LONG, FLOAT = 4, 8, 4
 FORMAT_BYTES = {0: 4, 1: 2, 2: 1}
@@ -201,7 +201,7 @@ def move_rows(
     memory.add((held, count * int(row_bytes.max(initial=0))))
 
 
-LAW = native_sampling._NOISE.size + native_sampling._FILTERS.size
+LAW = sampling_records.NOISE.size + sampling_records.FILTERS.size
 
 
 def walk(
@@ -210,7 +210,7 @@ def walk(
 ) -> None:  # fmt: skip
     root, _, begin, length = integers(trees, 4 * count, np.int64).reshape(-1, 4).T
     memory.add((logits, FLOAT * size * ceiling(root + length)), (laws, LAW * count))
-    memory.add((trees, native_sampling._TREE.size * count))
+    memory.add((trees, sampling_records.TREE.size * count))
     num_nodes = ceiling(begin + 2 * length) - 1
     memory.add((nodes, LONG * num_nodes), (paths, LONG * num_nodes))
     memory.add((walked, native_sampling._WALKED.size * count))

@@ -12,17 +12,23 @@ F0 = (
     *("config", "speculative_config", "sampling_params", "option_names", "option_checks"),
     *("outputs", "errors"),
 )
-F2 = ("attention", "models", "sampling")
+F2 = ("attention", "models", "sampling", "text")
+CORE_FOR_SPEC = (  # no scheduler, no pool: who drafts allocates nothing
+    *("core.sequence", "core.sequence_step", "core.token_tree", "core.kv_cache_manager"),
+    "core.stats",
+)
 MAY_IMPORT = {  # room -> rooms, or modules of one, that it may import beside itself
     **dict.fromkeys((*F0, "core"), F0),
     **dict.fromkeys(("kernels", "__init__"), ()),  # the door is lazy
     **dict.fromkeys(("attention", "sampling"), (*F0, "kernels")),
+    "text": F0,
     "models": (*F0, "kernels", "attention"),
-    "spec": (*F0, "kernels", *F2, "core.token_tree", "core.stats", "core.sequence_step"),
+    "spec": (*F0, "kernels", "attention", "models", "sampling", *CORE_FOR_SPEC),
     "worker": (*F0, "core", "kernels", *F2, "spec"),
+    "requests": (*F0, "core", "sampling", "text", "spec"),
     "trace": (*F0, "core", "sampling", "spec"),
-    "engine": (*F0, "core", "kernels", *F2, "spec", "worker", "trace"),
-    **dict.fromkeys(("cli", "server", "distributed"), (*F0, "engine", "trace")),
+    "engine": (*F0, "core", "kernels", *F2, "spec", "worker", "requests", "trace"),
+    **dict.fromkeys(("cli", "server", "distributed"), (*F0, "engine", "trace", "requests", "text")),
     "__main__": ("cli",),
 }
 

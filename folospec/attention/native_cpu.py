@@ -19,7 +19,13 @@ from torch import Tensor
 from folospec.attention.base import AttentionBackend, LayerKV
 from folospec.attention.metadata import AttentionMetadata
 from folospec.kernels import native
-from folospec.kernels.checked import array_pointer, check_ids, pointer
+from folospec.kernels.checked import (
+    array_pointer,
+    array_pointers,
+    check_all_ids,
+    id_pointer,
+    pointer,
+)
 
 MAX_HEAD_SIZE = 256
 HEAD_STEP = 32
@@ -130,6 +136,15 @@ def describe(
         rows, (seqs, width) = len(plan.row_seq), plan.block_table.shape
         groups = group_start(plan, max(1, MAX_QUERIES // (num_heads // kv_heads)))
         first = None if window is None else first_keys(plan, window)
+        row_seq, num_keys, *others = array_pointers(
+            ("row_seq", plan.row_seq, np.int32, (rows,)),
+            ("num_keys", plan.num_keys, np.int32, (rows,)),
+            ("context_lens", plan.context_lens, np.int32, (seqs,)),
+            ("block_table", plan.block_table, np.int32, (seqs, width)),
+            ("tail_start", plan.tail_start, np.int64, (rows,)),
+            ("tail_slots", plan.tail_slots, np.int64, (None,)),
+            ("groups", groups, np.int32, (None,)),
+        )
         step = plan.steps[asked] = native.AttentionStep(
             rows,
             num_heads,
@@ -137,14 +152,10 @@ def describe(
             head_size,
             metadata.block_size,
             width,
-            array_pointer("row_seq", plan.row_seq, np.int32, (rows,)),
-            array_pointer("num_keys", plan.num_keys, np.int32, (rows,)),
+            row_seq,
+            num_keys,
             None if first is None else array_pointer("first_keys", first, np.int32, (rows,)),
-            array_pointer("context_lens", plan.context_lens, np.int32, (seqs,)),
-            array_pointer("block_table", plan.block_table, np.int32, (seqs, width)),
-            array_pointer("tail_start", plan.tail_start, np.int64, (rows,)),
-            array_pointer("tail_slots", plan.tail_slots, np.int64, (None,)),
-            array_pointer("groups", groups, np.int32, (None,)),
+            *others,
             len(groups) - 1,
             scale,
             softcap or 0.0,
@@ -171,10 +182,7 @@ def find_slots(metadata: AttentionMetadata, num_slots: int) -> int:
     Raises:
         ValueError: one is not there.
     """
-    slots = metadata.slot_mapping
-    found = pointer("slot_mapping", slots, torch.int64, (metadata.num_tokens,))
-    check_ids("slots", slots.numpy(), num_slots)
-    return found
+    return id_pointer("slot_mapping", metadata.slot_mapping, metadata.num_tokens, num_slots)
 
 
 def _why_not(dtype: torch.dtype, head_size: int) -> str | None:
@@ -195,13 +203,15 @@ def _check(plan: StepPlan, metadata: AttentionMetadata, num_slots: int) -> None:
             f"{rows} rows of {metadata.num_seqs} sequences must have a block table each and starts "
             f"that fit, got {seqs} tables and the starts {starts}"
         )
-    check_ids("block ids", plan.block_table, num_slots // metadata.block_size)
-    check_ids("slots of a suffix", plan.tail_slots, num_slots)
-    check_ids("context lengths", plan.context_lens, room + 1)
     num_tail = plan.num_keys - plan.context_lens[plan.row_seq]
     if rows and (num_tail.min() < 1 or plan.tail_start.min() < 0):
         raise ValueError(f"every row must see itself, got {num_tail} keys of the suffix")
-    check_ids("ends of suffixes", plan.tail_start + num_tail, len(plan.tail_slots) + 1)
+    check_all_ids(
+        ("block ids", plan.block_table, num_slots // metadata.block_size),
+        ("slots of a suffix", plan.tail_slots, num_slots),
+        ("context lengths", plan.context_lens, room + 1),
+        ("ends of suffixes", plan.tail_start + num_tail, len(plan.tail_slots) + 1),
+    )
 
 
 def plan_step(metadata: AttentionMetadata) -> StepPlan:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from folospec.cli.batch_input import InputRecord
-from folospec.engine.chat import conversation_of
 from folospec.option_names import SAMPLING_NAMES
 from folospec.sampling_params import SamplingParams
+from folospec.text.chat import conversation_of
 
 if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine

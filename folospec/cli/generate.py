@@ -273,12 +273,12 @@ def _check_prediction(engine: LLMEngine, template: RequestTemplate, sources: lis
     Raises:
         ValueError: it is so.
     """
-    needs_prediction = engine.speculation.needs.prediction
+    needs_prediction = engine.proposer.needs.prediction
     has_prediction = SamplingParams(**template.sampling).prediction is not None
     if has_prediction and not needs_prediction:
         raise ValueError("--prediction needs a drafter that reads it")
     lines_have_none = not any(source.format in ("json", "jsonl") for source in sources)
-    drafters = engine.speculation.drafters
+    drafters = engine.proposer.drafters
     if needs_prediction and not has_prediction and lines_have_none and len(drafters) == 1:
         raise ValueError(
             f"the {drafters[0].name} drafter needs --prediction FILE, the output it expects"

@@ -13,7 +13,7 @@ import typer
 INPUT = "Input"
 OUTPUT = "Output"
 SAMPLING = "Sampling: what a line does not say itself"
-SPECULATION = "Speculation"
+SPECULATION = "Proposer"
 ENGINE = "Model and engine"
 GPU = "GPU"
 CLOSER = "A closer look"

@@ -256,8 +256,6 @@ class SequenceGroup:
         self.prompt = prompt
         self.max_num_tokens = max_num_tokens
         self.eos_token_ids = eos_token_ids
-        self.stop_ids = eos_token_ids.union(params.stop_token_ids)
-        """Every token id that ends the output."""
         self.needs_logprobs = params.logprobs is not None or params.num_sequences > params.n
         """Whether the logprobs of output tokens are computed: when asked for, and to choose among
         `best_of`."""

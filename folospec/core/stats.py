@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +55,10 @@ class EngineStats(SpeculationCounts):
         for counts in (self, *(group.metrics for group in groups.values())):
             setattr(counts, part, getattr(counts, part) + seconds)
 
-    def record_pass(self, steps: Iterable[SequenceStep], num_passes: int) -> None:
-        """Count the target's passes of a step, for the engine and for each of its sequences."""
+    def record_pass(self, steps: Sequence[SequenceStep], num_passes: int, seconds: float) -> None:
+        """Count the target's passes of a step and their time, for the engine and for each of its
+        sequences."""
+        self.add_time("target_time", seconds, steps)
         self.num_target_passes += num_passes
         for step in steps:
             step.group.metrics.num_target_passes += num_passes

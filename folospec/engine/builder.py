@@ -10,15 +10,15 @@ from folospec.core.scheduler import Scheduler
 from folospec.core.stats import EngineStats
 from folospec.engine.commit import Committer
 from folospec.engine.engine_state import EngineState
-from folospec.engine.input_processor import InputProcessor, Limits
-from folospec.engine.loading import Parts
-from folospec.engine.logprobs import LogprobsTaker
-from folospec.engine.open_requests import OpenRequests
-from folospec.engine.output_processor import OutputProcessor
-from folospec.engine.run_ahead import RunAhead
-from folospec.engine.speculation import Speculation
-from folospec.engine.step_timing import measured_costs
-from folospec.engine.verifier import Verifier
+from folospec.requests.input_processor import InputProcessor, Limits
+from folospec.requests.logprobs import LogprobsTaker
+from folospec.requests.open_requests import OpenRequests
+from folospec.requests.output_processor import OutputProcessor
+from folospec.spec.proposer import Proposer
+from folospec.spec.verifier import Verifier
+from folospec.worker.loading import Parts
+from folospec.worker.run_ahead import RunAhead
+from folospec.worker.step_timing import measured_costs
 from folospec.worker.worker import Worker
 
 
@@ -29,7 +29,7 @@ class Components:
     manager: KVCacheManager
     scheduler: Scheduler
     stats: EngineStats
-    speculation: Speculation
+    proposer: Proposer
     run_ahead: RunAhead
     worker: Worker
     outputs: OutputProcessor
@@ -58,7 +58,7 @@ def build(config: EngineConfig, parts: Parts) -> Components:
     )
     stats = EngineStats(prefix_cache=manager.stats)
     limits = _limits(config, parts)
-    speculation = Speculation(
+    proposer = Proposer(
         config.speculative,
         parts.handles,
         manager,
@@ -68,25 +68,26 @@ def build(config: EngineConfig, parts: Parts) -> Components:
         strict=config.strict_drafters,
         costs=measured_costs(config, parts),
     )
-    run_ahead = RunAhead(config, parts.target, speculation.needs)
-    shows_law, rule = config.logprobs_mode == "processed_logprobs", speculation.rule
+    run_ahead = RunAhead(config, parts.target, proposer.needs)
+    shows_law, rule = config.logprobs_mode == "processed_logprobs", proposer.rule
     worker = Worker(
         parts.runners,
-        speculation.needs.aux_hidden_state_layers,
+        proposer.needs.aux_hidden_state_layers,
         verifies=rule.shares_noise and rule.has_kernels and not shows_law,
         ahead=run_ahead.lengths,
     )
-    outputs = OutputProcessor()
+    outputs, state = OutputProcessor(), EngineState(strict_drafters=config.strict_drafters)
     logprobs = LogprobsTaker(outputs, parts.tokenizer)
-    inputs = InputProcessor(config, limits, parts.tokenizer, speculation)
-    state = EngineState(strict_drafters=config.strict_drafters)
+    inputs = InputProcessor(config, limits, parts.tokenizer, proposer)
     defaults = parts.default_sampling_params
-    requests = OpenRequests(inputs, scheduler, speculation, outputs, state, defaults)
+    requests = OpenRequests(
+        inputs, scheduler, outputs, defaults, lambda: state.broken_by is not None
+    )
     return Components(
         manager,
         scheduler,
         stats,
-        speculation,
+        proposer,
         run_ahead,
         worker,
         outputs,
@@ -94,8 +95,8 @@ def build(config: EngineConfig, parts: Parts) -> Components:
         inputs,
         state,
         requests,
-        Verifier(speculation.acceptance, stats, requests.fail, shows_law=shows_law),
-        Committer(scheduler, speculation, worker, stats, outputs, logprobs, requests.fail),
+        Verifier(proposer.acceptance, stats, requests.fail, shows_law=shows_law),
+        Committer(scheduler, worker, stats, outputs, logprobs, requests.fail),
     )
 
 
@@ -110,11 +111,11 @@ def _limits(config: EngineConfig, parts: Parts) -> Limits:
 
 def warm_up(config: EngineConfig, parts: Parts, components: Components) -> None:
     """Record the CUDA graphs that plain steps and steps with drafts will want."""
-    speculation = components.speculation
+    proposer = components.proposer
     parts.target.warm_up(
         max_num_seqs=config.max_num_seqs,
-        max_rows_each=1 + speculation.limit,
-        taps=speculation.needs.aux_hidden_state_layers,
+        max_rows_each=1 + proposer.limit,
+        taps=proposer.needs.aux_hidden_state_layers,
     )
     components.run_ahead.warm_up(config.max_num_seqs)
     for drafter in parts.drafters:

@@ -1,4 +1,4 @@
-"""Make verdicts true: the only place where a step changes committed state."""
+"""Applies the verified tokens of a step: append, move KV, advance, roll back."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from folospec.core.kv_moves import KVMoves
 from folospec.core.scheduler import Scheduler
 from folospec.core.sequence import Sequence, SequenceGroup, SequenceStatus
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.stats import EngineStats
 from folospec.core.token_tree import Verdict
-from folospec.engine.logprobs import LogprobsTaker
-from folospec.engine.output_processor import OutputProcessor
-from folospec.engine.speculation import Speculation
+from folospec.requests.logprobs import LogprobsTaker
+from folospec.requests.output_processor import OutputProcessor
 from folospec.sampling.sampler import NO_TOKEN
-from folospec.worker.kv_cache import KVMoves
+from folospec.spec.proposal import Proposal
 from folospec.worker.worker import TARGET, Worker
 
 _STATUS = {"stop": SequenceStatus.FINISHED_STOPPED, "length": SequenceStatus.FINISHED_LENGTH}
@@ -38,7 +38,6 @@ class Committer:
     def __init__(
         self,
         scheduler: Scheduler,
-        speculation: Speculation,
         worker: Worker,
         stats: EngineStats,
         outputs: OutputProcessor,
@@ -47,7 +46,7 @@ class Committer:
     ) -> None:
         self._fail, self._outputs = fail, outputs
         self.scheduler, self.manager = scheduler, scheduler.manager
-        self.speculation, self._worker = speculation, worker
+        self._worker = worker
         self.stats, self.logprobs = stats, logprobs
 
     def commit(self, steps: list[SequenceStep], shown: Tensor) -> list[SequenceGroup]:
@@ -84,7 +83,7 @@ class Committer:
         now = time.monotonic()
         for group in groups.values():
             _note_time(group, now)
-        self.speculation.count(steps)
+        self._count_drafts(steps)
         return list(groups.values())
 
     def _commit(self, step: SequenceStep, shown: Tensor, moves: KVMoves) -> list[Sequence]:
@@ -98,7 +97,7 @@ class Committer:
         path = step.accepted_path = verdict.path[: len(step.new_token_ids)]
         if step.proposal is not None:
             self._move_accepted(seq, path, root, moves)
-            self.speculation.commit_kv(seq, step.proposal, path, root, moves)
+            self._move_draft_kv(seq, step.proposal, path, root, moves)
         self._advance(seq, root + 1 + len(path))
         for sibling, sibling_verdict in zip(step.siblings, step.verdicts[1:], strict=True):
             self._emit(step, sibling, sibling_verdict, shown)
@@ -149,6 +148,32 @@ class Committer:
             [self.manager.slot(seq, root + target) for _, target in places],
         )
         self.stats.num_moved_rows += len(places)
+
+    def _move_draft_kv(
+        self, seq: Sequence, proposal: Proposal, path: list[int], root: int, moves: KVMoves
+    ) -> None:
+        """Bring the drafters' KV of accepted nodes to those slots, and advance their progress."""
+        for owner, draft_slots in proposal.draft_slots.items():
+            sources, targets = [], []
+            for depth, node in enumerate(path, start=1):
+                offset = draft_slots[node]
+                if offset is None:
+                    break
+                sources.append(self.manager.slot(seq, root + offset))
+                targets.append(self.manager.slot(seq, root + depth))
+            if sources != targets:
+                moves.add(owner, sources, targets)
+            self.manager.mark_draft(seq, owner, root + 1 + len(sources))
+
+    def _count_drafts(self, steps: list[SequenceStep]) -> None:
+        """Count the drafts that were verified, each for its request and for the engine."""
+        for step in steps:
+            proposal, verdict = step.proposal, step.verdict
+            if proposal is not None and verdict is not None and proposal.num_draft_tokens > 0:
+                # An output may end within the accepted path; what is behind its end is not counted.
+                num_accepted = min(verdict.num_accepted, len(step.new_token_ids))
+                metrics = step.group.metrics
+                self.stats.record_draft(metrics, proposal.num_draft_tokens, num_accepted)
 
     def _advance(self, seq: Sequence, num_computed_tokens: int) -> None:
         # The last token is run again if it is the root of the next step, whatever KV it has.

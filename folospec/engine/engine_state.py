@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from folospec.errors import EngineBrokenError, EngineClosedError
-from folospec.sampling.constraints import NoTokenError
+from folospec.requests.open_requests import describe
 
 
 class EngineState:
@@ -20,9 +20,11 @@ class EngineState:
         self.is_closed = False
         self.broken_by: BaseException | None = None
         """The error that broke the engine."""
+        self.calls_drafters = False
+        """Set by a step while drafters run: in strict mode it can end there, and the next one goes
+        on."""
         self._strict_drafters = strict_drafters
         self._is_stepping = False
-        self._drafter_error: Exception | None = None
 
     def require_usable(self) -> None:
         """
@@ -47,12 +49,20 @@ class EngineState:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Any error that leaves a step breaks the engine, except a drafter's in strict mode."""
-        self._is_stepping, self._drafter_error = True, None
+        """Any error that leaves a step breaks the engine, except a drafter's in strict mode.
+
+        Raises:
+            RuntimeError: a step runs already, and calls this.
+            EngineBrokenError, EngineClosedError: see `require_usable`; the step has failed, or one
+                before.
+        """
+        self.refuse_inside_step("step")
+        self.require_usable()
+        self._is_stepping, self.calls_drafters = True, False
         try:
             yield
         except BaseException as error:
-            if error is self._drafter_error:
+            if self._strict_drafters and self.calls_drafters and isinstance(error, Exception):
                 raise
             self.broken_by = error
             if isinstance(error, Exception):
@@ -60,18 +70,3 @@ class EngineState:
             raise
         finally:
             self._is_stepping = False
-
-    @contextmanager
-    def calling_drafters(self) -> Iterator[None]:
-        """Where drafters run: a step can end here, and the next one goes on."""
-        try:
-            yield
-        except Exception as error:
-            if self._strict_drafters:
-                self._drafter_error = error
-            raise
-
-
-def describe(error: BaseException) -> str:
-    """An error in one line; the message of a `NoTokenError` says enough by itself."""
-    return str(error) if isinstance(error, NoTokenError) else f"{type(error).__name__}: {error}"

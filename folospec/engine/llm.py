@@ -10,16 +10,16 @@ from typing import Any
 from tqdm import tqdm
 
 from folospec.config import EngineConfig
-from folospec.engine.chat import Message, conversations_of
-from folospec.engine.inbox import Increment, Snapshots
-from folospec.engine.input_processor import Prompt
 from folospec.engine.llm_engine import LLMEngine
 from folospec.errors import RequestError
 from folospec.option_names import CHAT_NAMES, GENERATE_NAMES, STREAM_NAMES, takes_names
 from folospec.outputs import RequestOutput
+from folospec.requests.inbox import Increment, Snapshots
+from folospec.requests.input_processor import Prompt
 from folospec.sampling_params import SamplingParams, is_token_list, shown
 from folospec.spec.drafters.base import Drafter
 from folospec.speculative_config import SpeculativeConfig
+from folospec.text.chat import Message, conversations_of
 
 
 class LLM:

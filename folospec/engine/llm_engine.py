@@ -1,5 +1,5 @@
-"""The loop: schedule, propose, forward, transform, verify, commit, observe. One call of `step` is
-one pass of the target."""
+"""The loop. `_run_step` has its stages in order: plan, schedule, propose, execute, verify, commit,
+deliver, observe."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Any, TypeVar
 import torch
 
 from folospec.config import EngineConfig
+from folospec.core.prefill_pace import PrefillPace
 from folospec.core.scheduler import SchedulerOutput
 from folospec.core.sequence import SequenceGroup
 from folospec.core.sequence_step import SequenceStep
-from folospec.engine.builder import Components, build, warm_up
-from folospec.engine.chat import Message, render
+from folospec.engine.builder import build, warm_up
 from folospec.engine.exclusive import Exclusive, HeldInterrupt, exclusive
-from folospec.engine.inbox import Inbox, Increment, Increments, Snapshots
-from folospec.engine.input_processor import Prompt
-from folospec.engine.loading import load_parts
-from folospec.engine.prefill_pace import PrefillPace
-from folospec.engine.product_timing import choose_products
 from folospec.engine.stats_report import stats_report
-from folospec.engine.token_decoder import text_function
 from folospec.models.forward import ForwardResult
 from folospec.outputs import RequestOutput
+from folospec.requests.inbox import Inbox, Increment, Increments, Snapshots
+from folospec.requests.input_processor import Prompt
 from folospec.sampling_params import SamplingParams
+from folospec.text.chat import Message, render
+from folospec.text.token_decoder import text_function
 from folospec.trace.records import StepTrace, check_path
 from folospec.trace.tracer import StepRecorder, Tracer
+from folospec.worker.loading import load_parts
+from folospec.worker.product_timing import choose_products
 
 logger = logging.getLogger(__name__)
 
@@ -64,26 +64,23 @@ class LLMEngine:
         self.tokenizer = parts.tokenizer
         built = build(config, parts)
         self.manager, self.scheduler = built.manager, built.scheduler
-        self.speculation, self.run_ahead = built.speculation, built.run_ahead
+        self.proposer, self.run_ahead = built.proposer, built.run_ahead
         self.worker, self.verifier, self.committer = built.worker, built.verifier, built.committer
         self.inputs, self.open, self.state = built.inputs, built.open, built.state
         self.outputs, self.logprobs = built.outputs, built.logprobs
         self.engine_stats = built.stats
         self.prefill_pace = PrefillPace(config.max_prefill_slowdown)
-        self._warm_up(built)
+        warm_up(config, parts, built)
         self.tracer = Tracer(
             config,
             self.manager,
             self.engine_stats,
-            self.speculation,
+            self.proposer,
             self.outputs,
             text_function(parts.tokenizer),
         )
         self._by_hand = Snapshots()
         """Of the requests from `add_request`; `step` empties it."""
-
-    def _warm_up(self, components: Components) -> None:
-        warm_up(self.config, self.parts, components)
 
     @exclusive
     def add_request(
@@ -96,6 +93,7 @@ class LLMEngine:
             ValueError: the request cannot be served, or the id is in use. Nothing has changed then.
             EngineBrokenError: a step has failed before.
         """
+        self.state.require_usable()
         return self.open.admit([(prompt, params)], self._by_hand, request_id)[0]
 
     @exclusive
@@ -109,6 +107,7 @@ class LLMEngine:
             ValueError: one of them cannot be served. None is queued then.
             EngineBrokenError: a step has failed before.
         """
+        self.state.require_usable()
         return self.open.admit(requests, inbox)
 
     @exclusive
@@ -131,7 +130,7 @@ class LLMEngine:
         self.open.discarded.append(inbox)
         if self._exclusive.depth == 0:
             with self._exclusive:
-                self.open.end_discarded()
+                self._end_discarded()
 
     @exclusive
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -142,7 +141,7 @@ class LLMEngine:
             RuntimeError: it is called from inside a step, by a logits processor or a drafter.
         """
         self.state.refuse_inside_step("abort")
-        return self.open.abort(request_id, caller=self._by_hand)
+        return self._abort(request_id)
 
     @exclusive
     def close(self) -> None:
@@ -150,7 +149,7 @@ class LLMEngine:
         on. `stats` still works."""
         self.state.refuse_inside_step("close")
         for request_id in list(self.requests):
-            self.open.abort(request_id, caller=self._by_hand)
+            self._abort(request_id)
         self.state.is_closed = True
 
     @property
@@ -183,32 +182,28 @@ class LLMEngine:
 
     def _advance(self) -> None:
         """Run one step; outputs go to the inboxes."""
-        self.state.refuse_inside_step("step")
-        self.state.require_usable()
-        self.open.end_discarded()
         recorder = self.tracer.begin()
         try:
             with self.state.stepping():
+                self.state.calls_drafters = True
+                self._end_discarded()
+                self.state.calls_drafters = False
                 self._run_step(recorder)
         finally:
             if recorder is not None and recorder.is_complete:
                 self.tracer.finish(recorder)
 
     def _run_step(self, recorder: StepRecorder | None) -> None:
-        begin, planner_begin = time.perf_counter(), self.speculation.clock()
+        begin, planner_begin = time.perf_counter(), self.proposer.clock()
         if self.parts.device.type == "cuda":  # kernels are launched where the thread is
             torch.cuda.set_device(self.parts.device)
-        candidates = self.scheduler.candidates
-        draft_counts = self.speculation.plan(self.scheduler.running, candidates)
-        # A trace shows every pass.
-        goes_ahead = self.run_ahead.is_on and self.speculation.is_idle and recorder is None
-        if goes_ahead:
-            draft_counts = self.run_ahead.plan(candidates)
-        with self.state.calling_drafters():
-            schedule = self._schedule(draft_counts)
-            steps = list(schedule.steps)
-            assert steps, "there are requests, and the oldest can always run"
-            self._propose(steps)
+        draft_counts, goes_ahead = self._plan(is_traced=recorder is not None)
+        self.state.calls_drafters = True
+        schedule = self._schedule(draft_counts)
+        steps = list(schedule.steps)
+        assert steps, "there are requests, and the oldest can always run"
+        self._propose(steps)
+        self.state.calls_drafters = False
         result = self._execute(steps, goes_ahead)
         if recorder is not None:
             recorder.add_forward(schedule, steps)
@@ -219,12 +214,15 @@ class LLMEngine:
         self.engine_stats.num_steps += 1
         failed = self.open.deliver(touched)
         # Last, when every request is in order: in strict mode a drafter's failure ends the step.
-        with self.state.calling_drafters():
-            self.open.forget_drafts(failed)
-            self.speculation.observe(steps, result)
+        self.state.calls_drafters = True
+        try:
+            self.proposer.observe(steps, result)
+        finally:
+            self._drop(failed)
+        self.state.calls_drafters = False
         num_passes = result.num_passes
         self.prefill_pace.record(schedule.steps, (time.perf_counter() - begin) / num_passes)
-        self.speculation.record_step((self.speculation.clock() - planner_begin) / num_passes)
+        self.proposer.record_step((self.proposer.clock() - planner_begin) / num_passes)
 
     @property
     def on_step(self) -> Callable[[StepTrace], None] | None:
@@ -263,6 +261,32 @@ class LLMEngine:
         holds."""
         return stats_report(self)
 
+    def _abort(self, request_id: str) -> RequestOutput | None:
+        group = self.requests.get(request_id)
+        output = self.open.abort(request_id, caller=self._by_hand)
+        self._drop([] if group is None else [group])
+        return output
+
+    def _end_discarded(self) -> None:
+        if self.open.discarded:
+            self._drop(self.open.end_discarded())
+
+    def _drop(self, ended: Seq[SequenceGroup]) -> None:
+        """Let drafters forget the sequences of requests that ended early. In strict mode it raises
+        what they raise."""
+        sequences = [seq for group in ended for seq in group.sequences]
+        if sequences and self.state.broken_by is None:
+            self.proposer.drop(sequences, finished=True)
+
+    def _plan(self, *, is_traced: bool) -> tuple[dict[str, int], bool]:
+        """Return the draft slots by seq_id, and whether they are for further passes of the target;
+        a traced step shows every pass, so it has one."""
+        candidates = self.scheduler.candidates
+        draft_counts = self.proposer.plan(self.scheduler.running, candidates)
+        if self.run_ahead.is_on and self.proposer.is_idle and not is_traced:
+            return self.run_ahead.plan(candidates), True
+        return draft_counts, False
+
     def _schedule(self, draft_counts: dict[str, int]) -> SchedulerOutput:
         output = self.scheduler.schedule(draft_counts, self.prefill_pace.limit)
         self.worker.apply(output.copies)
@@ -270,23 +294,26 @@ class LLMEngine:
             self.engine_stats.num_preemptions += 1
             assert seq.group is not None
             seq.group.metrics.num_preemptions += 1
-        self.speculation.drop(output.preempted, finished=False)
+        if output.preempted:
+            self.proposer.drop(output.preempted, finished=False)
         return output
 
     def _propose(self, steps: list[SequenceStep]) -> None:
-        begin, is_idle = time.perf_counter(), self.speculation.is_idle
-        self.speculation.propose(steps)
+        begin, is_idle = time.perf_counter(), self.proposer.is_idle
+        self.proposer.propose(steps)
         drafting = [step for step in steps if step.num_draft_slots > 0 and not is_idle]
-        self.engine_stats.add_time("draft_time", time.perf_counter() - begin, drafting)
+        if drafting:
+            self.engine_stats.add_time("draft_time", time.perf_counter() - begin, drafting)
 
     def _execute(self, steps: list[SequenceStep], goes_ahead: bool) -> ForwardResult:
         """Run the target. A step whose request fails leaves the list."""
         begin = time.perf_counter()
         for step in steps:
-            step.wants_all_logits = self.logprobs.wants_prompt(step.group)
+            if step.group.params.prompt_logprobs is not None:
+                step.wants_all_logits = self.logprobs.wants_prompt(step.group)
         result = self.worker.execute(steps, goes_ahead=goes_ahead)
-        self.engine_stats.add_time("target_time", time.perf_counter() - begin, steps)
-        self.engine_stats.record_pass(steps, result.num_passes)
-        self.logprobs.take_prompts(steps, result.logits, self.open.fail)
-        steps[:] = [step for step in steps if step.group.error is None]
+        self.engine_stats.record_pass(steps, result.num_passes, time.perf_counter() - begin)
+        if any(step.wants_all_logits for step in steps):
+            self.logprobs.take_prompts(steps, result.logits, self.open.fail)
+            steps[:] = [step for step in steps if step.group.error is None]
         return result

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 def stats_report(engine: LLMEngine) -> dict[str, Any]:
     """Return counts and times since the engine was made, its sizes, and the lossless level that
     holds."""
-    parts, speculation = engine.parts, engine.speculation
-    drafters = speculation.drafter_stats()
+    parts, proposer = engine.parts, engine.proposer
+    drafters = proposer.drafter_stats()
     return {
         **engine.engine_stats.as_dict(),
         "lossless": lossless_level(engine),
-        "num_speculative_tokens": speculation.limit,
+        "num_speculative_tokens": proposer.limit,
         "attention_backend": parts.attention_backend,
         "native_kernels": native_kernels(engine),
         "torch_products_from": torch_products_from(engine),
@@ -32,7 +32,7 @@ def stats_report(engine: LLMEngine) -> dict[str, Any]:
         "num_free_blocks": engine.manager.num_free_blocks,
         "num_cuda_graphs": sum(r.graphs.num_graphs for r in parts.all_runners if r.graphs),
         "drafters": drafters,
-        "planner": speculation.planner_stats(),
+        "planner": proposer.planner_stats(),
     }
 
 
@@ -56,7 +56,7 @@ def lossless_level(engine: LLMEngine) -> str:
     """The strongest level of the lossless contract that holds: "bit", "path" (up to near ties) or
     "law"; "none" under a lossy rule. With `deterministic=False` bits are not promised, whatever was
     chosen on this machine."""
-    rule = engine.speculation.rule
+    rule = engine.proposer.rule
     if rule.promise != "tokens":
         return "law" if rule.promise == "distribution" else "none"
     if engine.config.deterministic is False or not engine.parts.target.is_deterministic:

@@ -47,6 +47,28 @@ def array_pointer(name: str, values: NDArray[Any], dtype: DTypeLike, shape: Shap
     return address
 
 
+def array_pointers(*arrays: tuple[str, NDArray[Any], DTypeLike, Shape]) -> list[int]:
+    """`array_pointer` of each."""
+    return [array_pointer(*each) for each in arrays]
+
+
+def id_pointer(name: str, ids: Tensor, size: int, end: int) -> int:
+    """Return the address of int64 [size] in which every number is in 0 .. end - 1.
+
+    Raises:
+        ValueError: see `pointer` and `check_ids`.
+    """
+    address = pointer(name, ids, torch.int64, (size,))
+    check_ids(name, ids.numpy(), end)
+    return address
+
+
+def check_all_ids(*checks: tuple[str, NDArray[Any], int]) -> None:
+    """`check_ids` of each."""
+    for each in checks:
+        check_ids(*each)
+
+
 def check_ids(name: str, ids: NDArray[Any], end: int) -> None:
     """Check that integers are in 0 .. end - 1.
 

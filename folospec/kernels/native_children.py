@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from folospec.kernels import native
-from folospec.kernels.native_sampling import check_laws
+from folospec.kernels.sampling_records import check_laws
 
 NO_NOISE = -1
 """Instead of a position."""
@@ -66,7 +66,7 @@ class NativeChildren:
 
         Args:
             logits: [num_rows, vocab_size], such as `takes` says yes to.
-            laws: from `native_sampling.pack_law`. A greedy law is read as temperature 1 without
+            laws: from `sampling_records.pack_law`. A greedy law is read as temperature 1 without
                 filters.
             wanted: from `pack_wanted`, for each row.
             most: the largest count that is wanted.

@@ -129,7 +129,8 @@ class Decoder:
         taps: tuple[int, ...] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `Model.forward`."""
-        check_taps(taps, self.config.num_layers)
+        if taps:
+            check_taps(taps, self.config.num_layers)
         if (fast := self._fast(input_ids.shape[0])) is not None:
             return fast.forward(input_ids, metadata, kv, taps)
         stream = functional.embedding(input_ids, self.embedding)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from folospec.kernels.native_sampling import Walk
+from folospec.kernels.sampling_records import Walk
 
 
 @dataclass(slots=True)

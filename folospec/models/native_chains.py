@@ -14,9 +14,9 @@ from torch import Tensor
 
 from folospec.attention.base import LayerKV
 from folospec.kernels import native
-from folospec.kernels.checked import array_pointer, check_ids, pack_ids, pointer
+from folospec.kernels.checked import array_pointer, check_all_ids, pack_ids, pointer
 from folospec.kernels.native_children import pack_wanted
-from folospec.kernels.native_sampling import check_laws
+from folospec.kernels.sampling_records import check_laws
 from folospec.models.native_decoder import NativeDecoder
 
 
@@ -31,7 +31,7 @@ class ChainBatch:
     """[chains, blocks]."""
     block_size: int
     laws: Sequence[bytes]
-    """From `native_sampling.pack_law`."""
+    """From `sampling_records.pack_law`."""
     positions: Sequence[int]
     """Of the first token in its noise, or `native_children.NO_NOISE`."""
     scales: Sequence[float]
@@ -66,8 +66,7 @@ def draw_chains(
     last = _check(batch, kv[0].key.shape[0])
     count, most = len(batch.starts), max(batch.lengths)
     decoder.point_at(kv)
-    cos, sin = decoder.angles(np.array([max(1, last) - 1]))
-    width = decoder.decoder.head_size // 2
+    cos, sin, _ = decoder.angles(max(1, last) - 1)
     starts, lengths = pack_ids("starts", batch.starts), pack_ids("lengths", batch.lengths)
     windows = pack_ids("windows", decoder.windows)
     least = array("d", batch.least)
@@ -81,7 +80,8 @@ def draw_chains(
     job = native.Chains(
         _attention(decoder, kv[0], batch),
         ctypes.pointer(decoder.lm_head),
-        *(pointer("angles", each, torch.float32, (None, width)) for each in (cos, sin)),
+        cos,
+        sin,
         windows.buffer_info()[0],
         len(windows),
         starts.buffer_info()[0],
@@ -119,9 +119,11 @@ def _check(batch: ChainBatch, num_slots: int) -> int:
     check_laws(batch.laws)
     ends = [start + n - 1 for start, n in zip(batch.starts, batch.lengths, strict=True)]
     room = batch.block_table.shape[1] * batch.block_size
-    check_ids("starts", np.array(batch.starts), room + 1)
-    check_ids("ends of chains", np.array(ends), room + 1)
-    check_ids("block ids", batch.block_table, num_slots // batch.block_size)
+    check_all_ids(
+        ("starts", np.array(batch.starts), room + 1),
+        ("ends of chains", np.array(ends), room + 1),
+        ("block ids", batch.block_table, num_slots // batch.block_size),
+    )
     return max(ends)
 
 

@@ -19,7 +19,7 @@ from folospec.attention import native_cpu
 from folospec.attention.base import LayerKV
 from folospec.attention.metadata import AttentionMetadata
 from folospec.kernels import native
-from folospec.kernels.checked import array_pointer, check_ids, pointer
+from folospec.kernels.checked import array_pointer, id_pointer, pointer
 from folospec.models import rope
 
 if TYPE_CHECKING:
@@ -93,10 +93,9 @@ class NativeDecoder:
             metadata, decoder.num_heads, kv[0], scale=decoder.head_size**-0.5
         )
         window_first = self._window_first(metadata)
-        ids = pointer("input_ids", input_ids, torch.int64, (rows,))
-        check_ids("token ids", input_ids.numpy(), self.vocab_size)
-        positions = pointer("positions", metadata.positions, torch.int64, (rows,))
-        cos, sin = self.angles(metadata.positions.numpy())
+        ids = id_pointer("input_ids", input_ids, rows, self.vocab_size)
+        cos, sin, num_positions = self.angles(int(metadata.positions.numpy().max()))
+        positions = id_pointer("positions", metadata.positions, rows, num_positions)
         hidden = native.floats(rows, hidden_size)
         tapped = {tap: native.floats(rows, hidden_size) for tap in taps}
         streams = self._no_streams
@@ -109,10 +108,8 @@ class NativeDecoder:
             ids,
             positions,
             native_cpu.find_slots(metadata, kv[0].key.shape[0]),
-            *(
-                pointer("angles", each, torch.float32, (None, decoder.head_size // 2))
-                for each in (cos, sin)
-            ),
+            cos,
+            sin,
             array_pointer("first keys", window_first, np.int32, (len(self.windows), rows)),
             hidden.data_ptr(),
             ctypes.addressof(streams),
@@ -191,14 +188,16 @@ class NativeDecoder:
             self._scratch = native.floats(wanted)
         return self._scratch.data_ptr()
 
-    def angles(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of all these positions, and of those below; a table that has grown
-        repeats itself to the bit."""
-        have, length = self._cos.shape[0], int(positions.max()) + 1
-        if have < length:
+    def angles(self, last: int) -> tuple[int, int, int]:
+        """The addresses of cosines and sines, and of how many positions from 0 on they are: of
+        `last` too. A table that has grown repeats itself to the bit."""
+        have = self._cos.shape[0]
+        if have <= last:
             decoder = self.decoder
             self._cos, self._sin = rope.tables(
-                max(length, 2 * have, 256), decoder.inverse_frequencies, decoder.rope_scaling
+                max(last + 1, 2 * have, 256), decoder.inverse_frequencies, decoder.rope_scaling
             )
-        check_ids("positions", positions, self._cos.shape[0])
-        return self._cos, self._sin
+            shape = (None, decoder.head_size // 2)
+            for table in (self._cos, self._sin):
+                pointer("angles", table, torch.float32, shape)
+        return self._cos.data_ptr(), self._sin.data_ptr(), self._cos.shape[0]

@@ -8,7 +8,7 @@ and the k largest of every row.
 from __future__ import annotations
 
 from folospec.kernels.native_children import NO_NOISE, NativeChildren, load, pack_wanted
-from folospec.kernels.native_sampling import pack_law
+from folospec.kernels.sampling_records import pack_law
 from folospec.sampling.pipeline import pack_filters
 from folospec.sampling_params import SamplingParams
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folospec.kernels import native_sampling
+from folospec.kernels import sampling_records
 from folospec.kernels.native_sampling import NativeSampling
 from folospec.kernels.sampling import kernels_for
 from folospec.sampling.constraints import NEG_INF, NoTokenError, SamplingRow, constrain
@@ -95,7 +95,7 @@ def _process_by_kernels(
         if id(row.params) not in laws:
             softened = soften_greedy and row.params.greedy
             filters = _SOFTENED if softened else pack_filters(row.params)
-            laws[id(row.params)] = native_sampling.pack_law(0, 0, filters)
+            laws[id(row.params)] = sampling_records.pack_law(0, 0, filters)
     places = {params: place for place, params in enumerate(laws)}
     law_of = [places[id(row.params)] for row in rows]
     log_probs, peaks = kernels.log_probs(logits, list(laws.values()), law_of)
@@ -103,12 +103,12 @@ def _process_by_kernels(
     return log_probs
 
 
-_SOFTENED = native_sampling.pack_filters(1.0, 0, 1.0, 0.0)
+_SOFTENED = sampling_records.pack_filters(1.0, 0, 1.0, 0.0)
 
 
 def pack_filters(params: SamplingParams) -> bytes:
     """Temperature, top_k, top_p and min_p as the native kernels read them."""
-    return native_sampling.pack_filters(
+    return sampling_records.pack_filters(
         params.temperature, params.top_k, params.top_p, params.min_p
     )
 

@@ -14,7 +14,7 @@ class ChainLaw(NamedTuple):
     """How the tokens of a chain are drawn, for a runner that draws them by itself."""
 
     packed: bytes
-    """From `native_sampling.pack_law`."""
+    """From `sampling_records.pack_law`."""
     position: int
     """Of the first token that is drawn; -1 where no noise is in it."""
     scale: float

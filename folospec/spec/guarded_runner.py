@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from folospec.kernels.native_sampling import check_filters
+from folospec.kernels.sampling_records import check_filters
 from folospec.models.base import ModelSpec, check_taps
 from folospec.models.forward import ForwardResult, Rows
 from folospec.spec.checks import take_ints, take_list

@@ -25,8 +25,9 @@ from torch import Tensor
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.token_tree import Verdict
 from folospec.kernels.gpu.sampling_arrays import Trials, read_trials, read_walks
-from folospec.kernels.native_sampling import NativeSampling, pack_law
+from folospec.kernels.native_sampling import NativeSampling
 from folospec.kernels.sampling import kernels_for, on_device
+from folospec.kernels.sampling_records import pack_law
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import no_token_error, process

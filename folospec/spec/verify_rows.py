@@ -11,7 +11,7 @@ from torch import Tensor
 
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.token_tree import Verdict
-from folospec.kernels.native_sampling import Walk, Walks, pack_law
+from folospec.kernels.sampling_records import Walk, Walks, pack_law
 from folospec.sampling.constraints import NoTokenError, SamplingRow, constrain, is_constrained
 from folospec.sampling.pipeline import no_token_error
 from folospec.sampling.sampler import NO_TOKEN

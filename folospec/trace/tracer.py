@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from folospec.core.sequence_step import SequenceStep
     from folospec.core.stats import EngineStats
     from folospec.core.token_tree import Verdict
-    from folospec.engine.output_processor import GroupOutput, OutputProcessor
-    from folospec.engine.speculation import Speculation
+    from folospec.requests.output_processor import GroupOutput, OutputProcessor
     from folospec.spec.proposal import Proposal
+    from folospec.spec.proposer import Proposer
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +64,15 @@ class Tracer:
         config: EngineConfig,
         manager: KVCacheManager,
         stats: EngineStats,
-        speculation: Speculation,
+        proposer: Proposer,
         outputs: OutputProcessor,
         text: Text,
     ) -> None:
         self._outputs = outputs
         self.on_step: Callable[[StepTrace], None] | None = None
-        self.header = _header(config, manager, speculation)
-        self._manager, self._stats, self._speculation = manager, stats, speculation
-        self._tries_in_order = not speculation.rule.shares_noise
+        self.header = _header(config, manager, proposer)
+        self._manager, self._stats, self._proposer = manager, stats, proposer
+        self._tries_in_order = not proposer.rule.shares_noise
         self._text = text
         self._file = TraceFile(config.trace, self.header) if config.trace is not None else None
 
@@ -83,7 +83,7 @@ class Tracer:
         return StepRecorder(
             self._manager,
             self._stats,
-            self._speculation,
+            self._proposer,
             self._outputs,
             self._text,
             self._tries_in_order,
@@ -116,12 +116,12 @@ class StepRecorder:
         self,
         manager: KVCacheManager,
         stats: EngineStats,
-        speculation: Speculation,
+        proposer: Proposer,
         outputs: OutputProcessor,
         text: Text,
         tries_in_order: bool,
     ) -> None:
-        self._speculation, self._outputs = speculation, outputs
+        self._proposer, self._outputs = proposer, outputs
         self._manager, self._stats = manager, stats
         self._text, self._tries_in_order = text, tries_in_order
         self._before = _counts(stats)
@@ -135,7 +135,7 @@ class StepRecorder:
         self._ran_at, self._ran = time.perf_counter(), _counts(self._stats)
         self._schedule, self._steps = schedule, list(steps)
         self._group_outputs = [self._outputs.of_group(step.group) for step in steps]
-        self._reasons = dict(self._speculation.reasons)
+        self._reasons = dict(self._proposer.reasons)
         self._num_blocks = {s.seq.seq_id: len(s.seq.block_table) for s in steps}
         total, free = self._manager.num_blocks, self._manager.num_free_blocks
         self._blocks = BlockCounts(total, held=total - free, free=free)
@@ -301,13 +301,13 @@ def _counts(stats: EngineStats) -> _Counts:
     return _Counts(*times, stats.num_scheduled_tokens, stats.num_moved_rows)
 
 
-def _header(config: EngineConfig, manager: KVCacheManager, speculation: Speculation) -> TraceHeader:
+def _header(config: EngineConfig, manager: KVCacheManager, proposer: Proposer) -> TraceHeader:
     speculative = config.speculative
     return TraceHeader(
         schema=SCHEMA,
         version=VERSION,
         model=config.model,
-        vocab_size=speculation.vocab_size,
+        vocab_size=proposer.vocab_size,
         block_size=manager.block_size,
         num_blocks=manager.num_blocks,
         drafters=[
@@ -318,7 +318,7 @@ def _header(config: EngineConfig, manager: KVCacheManager, speculation: Speculat
                 num_speculative_tokens=drafter.num_speculative_tokens,
                 options=dict(drafter.config.options),
             )
-            for drafter in speculation.drafters
+            for drafter in proposer.drafters
         ],
         acceptance=speculative.acceptance if speculative is not None else None,
         merge=speculative.merge if speculative is not None else False,

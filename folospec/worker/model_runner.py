@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from folospec.attention.metadata import AttentionMetadata, IntArray, pack_tables
-from folospec.kernels.native_sampling import Walks
+from folospec.kernels.sampling_records import Walks
 from folospec.models.base import Model
 from folospec.models.decoder import Decoder
 from folospec.models.forward import ForwardResult, Rows

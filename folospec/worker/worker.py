@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from folospec.core.kv_moves import KVMoves
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.token_tree import TokenTree, Verdict
-from folospec.kernels.native_sampling import pack_law
+from folospec.kernels.sampling_records import pack_law
 from folospec.models.forward import ForwardResult, Rows
 from folospec.spec.draft_runner import ChainLaw
 from folospec.spec.verify_rows import pack_walks
-from folospec.worker.kv_cache import KVMoves
 from folospec.worker.model_runner import ModelRunner
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from gpu_plan import SECTIONS, planned
 from gpu_ties import Parting, Referee
 
 from folospec import SamplingParams
-from folospec.engine.verifier import Verifier
+from folospec.spec.verifier import Verifier
 from folospec.spec.verify import Verdict
 
 CASES = """

@@ -14,8 +14,8 @@ from folospec.cli.batch_request import (
     derived_seed,
     record_id,
 )
-from folospec.engine.chat import render
 from folospec.sampling_params import SamplingParams
+from folospec.text.chat import render
 
 TEMPLATE = RequestTemplate(sampling={"temperature": 0.5, "max_tokens": 7}, seed=3)
 HELLO = {"role": "user", "content": "hello"}

@@ -23,8 +23,8 @@ class FixedDraftCost(DraftCost):
 
 
 def planner_of(llm: LLM) -> Planner:
-    assert llm.engine.speculation.planning is not None
-    return llm.engine.speculation.planning.planner
+    assert llm.engine.proposer.step_planner is not None
+    return llm.engine.proposer.step_planner.planner
 
 
 def fix_costs(llm: LLM, *, row: float = 0.01, drafting: float = 0.01) -> LLM:

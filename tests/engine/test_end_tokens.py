@@ -50,6 +50,6 @@ def test_a_tokenizers_end_token_without_an_embedding_is_left_out(folder):
     tokenizer.add_tokens(["<turn>"])
     tokenizer.eos_token = "<turn>"
     assert tokenizer.eos_token_id == len(tokenizer) - 1
-    from folospec.engine.loading import _eos_token_ids
+    from folospec.worker.loading import _eos_token_ids
 
     assert _eos_token_ids(llm.engine.parts.target, tokenizer) == frozenset()

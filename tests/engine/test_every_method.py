@@ -131,7 +131,7 @@ def run(
     }
     llm = LLM("folospec-demo", speculative=speculative, **{**settings, **options})
     requests = requests or params()
-    if llm.engine.speculation.needs.prediction:
+    if llm.engine.proposer.needs.prediction:
         requests = expecting(requests)
     prompts = [token_ids_of(prompt) for prompt in PROMPTS]
     outputs = llm.generate(prompts, requests, use_tqdm=False)

@@ -18,10 +18,10 @@ from graph_stand_in import StandIn
 from harness import assert_speculated, perturbed_copy
 
 from folospec import LLM, SamplingParams
-from folospec.engine.planning import Planning
-from folospec.engine.speculation import Speculation
 from folospec.kernels.gpu import launch, sampling_arrays
-from folospec.kernels.native_sampling import Walk
+from folospec.kernels.sampling_records import Walk
+from folospec.spec.planner.step_planner import StepPlanner
+from folospec.spec.proposer import Proposer
 from folospec.worker.cuda import capture
 from folospec.worker.model_runner import ModelRunner
 
@@ -149,16 +149,16 @@ def test_where_the_planner_wants_no_drafts_tokens_are_drawn_ahead(
     models: tuple[str, str], recorder: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = tokens_of(make(models[0], attention_backend="triton", enforce_eager=True), MIXED)
-    monkeypatch.setattr(Planning, "is_idle", True)
+    monkeypatch.setattr(StepPlanner, "is_idle", True)
     recorded: list[float] = []
-    record = Speculation.record_step
+    record = Proposer.record_step
     monkeypatch.setattr(
-        Speculation, "record_step", lambda self, s: (recorded.append(s), record(self, s))
+        Proposer, "record_step", lambda self, s: (recorded.append(s), record(self, s))
     )
     speculative = {"method": "suffix", "adaptive": True}
     llm = make(models[0], speculative, attention_backend="triton", run_ahead=4)
     ticks = count()  # by whose clock every step takes as long
-    monkeypatch.setattr(llm.engine.speculation, "clock", lambda: next(ticks))
+    monkeypatch.setattr(llm.engine.proposer, "clock", lambda: next(ticks))
     assert tokens_of(llm, MIXED) == plain
     stats = llm.stats()
     assert stats["num_target_passes"] > stats["num_steps"] == len(recorded)
@@ -177,7 +177,7 @@ def test_steps_with_drafts_and_steps_that_run_ahead_take_turns(
     """The slots behind a last token are for the one or the other, never for both."""
     plain = tokens_of(make(models[0], attention_backend="triton", enforce_eager=True), params)
     by_turns = property(lambda self: self.stats.num_steps % 3 == 2)
-    monkeypatch.setattr(Speculation, "is_idle", by_turns)
+    monkeypatch.setattr(Proposer, "is_idle", by_turns)
     llm = make(models[0], chain_of(models[1]), attention_backend="triton")
     llm.engine.run_ahead.length, llm.engine.worker._ahead = 2, (2, 1)
     assert tokens_of(llm, params) == plain
@@ -260,6 +260,6 @@ def test_a_walk_that_believes_every_draft_is_noticed(
 
 
 def _trees(walks: Any) -> list[tuple[int, ...]]:
-    from folospec.kernels.native_sampling import _TREE
+    from folospec.kernels.sampling_records import TREE as _TREE
 
-    return list(_TREE.iter_unpack(b"".join(walks._trees)))
+    return list(_TREE.iter_unpack(b"".join(walks.trees)))

@@ -22,7 +22,8 @@ from hostile_passes import BEFORE_THE_ROOT, WRONG_PASSES
 from native_builds import require_native
 
 from folospec import SamplingParams
-from folospec.engine import asking, loading
+from folospec.spec import drafter_calls
+from folospec.worker import loading
 
 ASKED = PROMPTS[:4]
 NUM_BLOCKS = 64
@@ -192,7 +193,7 @@ def test_faults_under_a_ratio_rule_end_no_request(acceptance: str, models: Any) 
 def test_a_list_that_could_be_changed_is_noticed(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "ReadOnlyList", lambda values: values)
+    monkeypatch.setattr(drafter_calls, "ReadOnlyList", lambda values: values)
     bench = Bench(models.target, "float64")
     found, _ = bench.run("an output token appended")
     assert found.tokens != bench.plain.tokens

@@ -10,11 +10,11 @@ import torch
 from harness import assert_speculated, make_llm, run
 
 from folospec import LLM
+from folospec.core.kv_moves import KVMoves
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.engine import commit
-from folospec.engine.speculation import Speculation
 from folospec.models.forward import Rows
-from folospec.worker.kv_cache import KVMoves
+from folospec.spec.proposer import Proposer
 from folospec.worker.model_runner import ModelRunner
 
 DRAFTERS: dict[str, dict[str, Any]] = {
@@ -92,13 +92,13 @@ def test_rows_of_the_draft_model_that_are_not_moved_are_noticed(
     models: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The output cannot tell: only the drafts would be worse."""
-    real = Speculation.commit_kv
+    real = commit.Committer._move_draft_kv
 
     def without_moves(self: Any, *args: Any) -> None:
         *others, _ = args
         real(self, *others, KVMoves())
 
-    monkeypatch.setattr(Speculation, "commit_kv", without_moves)
+    monkeypatch.setattr(commit.Committer, "_move_draft_kv", without_moves)
     checker, result = checked(models, DRAFTERS["expansion"])
     assert checker.worst > 1e-3
     assert result.tokens == plain.tokens
@@ -112,17 +112,17 @@ def test_first_children_of_a_perfect_drafter_are_always_accepted(
     """The target as its own draft model: one wrong row of draft KV, mask or noise key, and the path
     of first children is not accepted to its end."""
     lengths: list[tuple[int, int]] = []
-    real = Speculation.count
+    real = Proposer.observe
 
-    def watching(self: Any, observed: Any) -> None:
-        for seen in observed:
+    def watching(self: Any, steps: Any, result: Any) -> None:
+        for seen in steps:
             if seen.proposal is not None:
                 path = seen.verdict.path
                 assert path == first_children(seen.proposal.tree)[: len(path)]
                 lengths.append((len(path), len(first_children(seen.proposal.tree))))
-        real(self, observed)
+        real(self, steps, result)
 
-    monkeypatch.setattr(Speculation, "count", watching)
+    monkeypatch.setattr(Proposer, "observe", watching)
     speculative = {"method": "draft_model", "model": models.target, "tree": tree}
     llm = make_llm(models.target, speculative, **options)
     for _ in range(2):  # the second run meets cached prefixes

@@ -18,9 +18,10 @@ from transformers import LlamaForCausalLM
 from folospec import SamplingParams
 from folospec.attention.metadata import SuffixMask
 from folospec.engine import commit
-from folospec.engine.speculation import Speculation
+from folospec.engine.commit import Committer
 from folospec.spec import verify_rows
 from folospec.spec.drafters.lookahead import LookaheadDrafter
+from folospec.spec.proposer import Proposer
 from folospec.worker import input_batch
 
 SETTINGS: dict[str, Any] = {"method": "lookahead", "window": 4, "ngram_size": 4, "guesses": 3}
@@ -49,19 +50,20 @@ def watch_verdicts(monkeypatch: pytest.MonkeyPatch, *, check: bool = True) -> Co
     """Count the nodes of verified proposals by what they were; without `check` the engine does not
     count them, which refuses verdicts that cannot be."""
     counts: Counter[str] = Counter()
-    real = Speculation.count
+    real = Proposer.observe
 
-    def watching(self: Any, observed: Any) -> None:
-        for seen in observed:
+    def watching(self: Any, steps: Any, result: Any) -> None:
+        for seen in steps:
             if seen.proposal is not None:
                 judged = list(map(seen.proposal.is_candidate, range(len(seen.proposal))))
                 counts["scratch"] += judged.count(False)
                 counts["judged"] += judged.count(True)
                 counts["accepted scratch"] += sum(not judged[node] for node in seen.verdict.path)
-        if check:
-            real(self, observed)
+        real(self, steps, result)
 
-    monkeypatch.setattr(Speculation, "count", watching)
+    monkeypatch.setattr(Proposer, "observe", watching)
+    if not check:
+        monkeypatch.setattr(Committer, "_count_drafts", lambda self, steps: None)
     return counts
 
 

@@ -18,12 +18,13 @@ from harness import assert_speculated
 from native_builds import require_native
 
 from folospec import LLM, SamplingParams
-from folospec.engine import commit, verifier
+from folospec.engine import commit
 from folospec.models.loader import load_tokenizer
 from folospec.sampling import noise
 from folospec.sampling.constraints import SamplingRow
 from folospec.sampling.pipeline import process
 from folospec.sampling.sampler import draw_target
+from folospec.spec import verifier
 from folospec.spec.verify_batch import verify_batch
 
 PROMPTS = [

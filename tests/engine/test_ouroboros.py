@@ -15,7 +15,7 @@ from test_kv_after_commit import Checker
 from folospec import SamplingParams
 from folospec.core.token_tree import TokenTree
 from folospec.engine import commit
-from folospec.engine.speculation import Speculation
+from folospec.engine.commit import Committer
 from folospec.spec.drafters.base import StepResult
 from folospec.spec.drafters.draft_model import DraftModelDrafter
 from folospec.spec.drafters.ouroboros import OuroborosDrafter, _Drafted
@@ -264,7 +264,7 @@ def test_draft_rows_that_are_not_committed_are_noticed(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rejected phrase rows stand where the next tokens will."""
-    real = Speculation.commit_kv
+    real = Committer._move_draft_kv
 
     def claiming(
         self: Any, seq: Any, proposal: Any, path: list[int], root: int, moves: Any
@@ -272,7 +272,7 @@ def test_draft_rows_that_are_not_committed_are_noticed(
         real(self, seq, proposal, path, root, moves)
         self.manager.mark_draft(seq, "ouroboros", root + 1 + len(path))
 
-    monkeypatch.setattr(Speculation, "commit_kv", claiming)
+    monkeypatch.setattr(Committer, "_move_draft_kv", claiming)
     checker = Checker(every=5)
     checker.num_rows = Counter()
     run(make_llm(models.target, settings(models.near)), on_step=checker)

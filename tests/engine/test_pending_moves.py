@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from harness import OracleTreeDrafter, assert_speculated, futures_of, make_llm, run
 
-from folospec.worker.kv_cache import KVMoves
+from folospec.core.kv_moves import KVMoves
 from folospec.worker.worker import TARGET, Worker
 
 

@@ -12,7 +12,7 @@ from fixed_costs import fix_costs, planner_of
 from harness import make_llm, run
 
 from folospec import SamplingParams
-from folospec.engine.speculation import Speculation
+from folospec.spec.proposer import Proposer
 
 DEAR, CHEAP = 100.0, 0.01
 PARAMS = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
@@ -27,13 +27,13 @@ def test_where_no_draft_can_pay_no_slot_is_reserved(
     row: float, is_asked: bool, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    original = Speculation._num_draft_slots
+    original = Proposer._num_draft_slots
 
-    def counted(self: Speculation, seq: Any) -> int:
+    def counted(self: Proposer, seq: Any) -> int:
         calls.append(seq.seq_id)
         return original(self, seq)
 
-    monkeypatch.setattr(Speculation, "_num_draft_slots", counted)
+    monkeypatch.setattr(Proposer, "_num_draft_slots", counted)
     llm = lookup(models, row)
     result = run(llm, params=PARAMS)
     assert result.tokens == run(make_llm(models.target), params=PARAMS).tokens
@@ -99,6 +99,6 @@ def test_where_threads_share_the_work_time_is_not_that_of_one_of_them(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert lookup(models, CHEAP).engine.speculation.clock is clock
+        assert lookup(models, CHEAP).engine.proposer.clock is clock
     finally:
         torch.set_num_threads(before)

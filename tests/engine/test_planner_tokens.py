@@ -11,8 +11,9 @@ from fixed_costs import fix_costs, planner_of
 from harness import assert_speculated, make_llm, run
 
 from folospec import SamplingParams, SpeculativeConfig
-from folospec.engine import commit, planning
+from folospec.engine import commit
 from folospec.spec import verify_rows
+from folospec.spec.planner import planner
 from folospec.spec.planner.plan_terms import REASONS
 from folospec.trace.records import StepTrace
 
@@ -195,22 +196,22 @@ def test_what_auto_does_not_take_is_refused(speculative: Any, words: str) -> Non
 
 
 def test_drafters_of_the_users_choice_are_not_planned_unless_asked(models: Any) -> None:
-    assert make_llm(models.target, "ngram").engine.speculation.planning is None
+    assert make_llm(models.target, "ngram").engine.proposer.step_planner is None
     adaptive = {"method": "ngram", "adaptive": True}
-    assert make_llm(models.target, adaptive).engine.speculation.planning is not None
+    assert make_llm(models.target, adaptive).engine.proposer.step_planner is not None
 
 
 def test_under_a_ratio_rule_the_confidence_in_drawn_tokens_decides_nothing(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    original = planning.Planner.offer
+    original = planner.Planner.offer
 
     def recording(self: Any, name: str, seq_id: str, *rest: Any, **flags: Any) -> Any:
         seen.append((seq_id, rest[2]))
         return original(self, name, seq_id, *rest, **flags)
 
-    monkeypatch.setattr(planning.Planner, "offer", recording)
+    monkeypatch.setattr(planner.Planner, "offer", recording)
     settings = {"method": "draft_model", "model": models.near, "adaptive": True}
     for acceptance, is_told in (("rejection", False), ("coupled", True)):
         seen.clear()
@@ -250,13 +251,13 @@ def test_under_a_ratio_rule_phrases_behind_drawn_tokens_are_kept_whole(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[tuple[int, int]] = []
-    original = planning.Planner.prune
+    original = planner.Planner.prune
 
     def recording(self: Any, offers: Any, *rest: Any) -> None:
         original(self, offers, *rest)
         left.extend((len(offer.parents), len(offer.kept)) for offer in offers)
 
-    monkeypatch.setattr(planning.Planner, "prune", recording)
+    monkeypatch.setattr(planner.Planner, "prune", recording)
     settings = {"method": "ouroboros", "model": models.near, "draft_length": 2, "adaptive": True}
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=60, ignore_eos=True)
     for acceptance, is_whole in (("rejection", True), ("coupled", False)):
@@ -288,5 +289,5 @@ def test_a_step_whose_drafter_failed_leaves_no_unpaid_drafts(
         with pytest.raises(RuntimeError, match="observe"):
             run_to_end()
     assert plan._learning.calls
-    engine.speculation.plan(engine.scheduler.running, engine.scheduler.candidates)
+    engine.proposer.plan(engine.scheduler.running, engine.scheduler.candidates)
     assert not plan._learning.calls

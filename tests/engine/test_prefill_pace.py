@@ -11,7 +11,7 @@ from harness import make_llm
 
 from folospec import SamplingParams
 from folospec.core import step_budget
-from folospec.engine.prefill_pace import PrefillPace
+from folospec.core.prefill_pace import PrefillPace
 
 DECODES = [1] * 8
 

@@ -12,11 +12,11 @@ from harness import Run, assert_speculated, run
 from native_builds import require_native
 
 from folospec import LLM, SamplingParams
-from folospec.engine import product_timing
-from folospec.engine.product_timing import ROW_COUNTS, first_worthwhile, measure
 from folospec.models import decoder
 from folospec.models.native_decoder import NativeDecoder
+from folospec.worker import product_timing
 from folospec.worker.model_runner import ModelRunner
+from folospec.worker.product_timing import ROW_COUNTS, first_worthwhile, measure
 
 TEXTS = [
     "def is_prime(n):\n    if n < 2:\n        return False\n" * 6,

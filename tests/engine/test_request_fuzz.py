@@ -256,7 +256,7 @@ def test_a_fuzz_of_an_engine_that_does_not_check_finds_it(
     served with an id that the model does not have."""
     monkeypatch.setattr(llm.engine.inputs, "_check_token_ids", lambda what, ids: None)
     monkeypatch.setattr(
-        "folospec.engine.input_processor.check_token_ids", lambda params, size: None
+        "folospec.requests.input_processor.check_token_ids", lambda params, size: None
     )
     with pytest.raises(AssertionError, match="seed"):
         check(llm, range(200))

@@ -177,7 +177,7 @@ def test_drafts_of_the_whole_target_are_all_accepted(
     settings = {"method": "whole_target", "num_speculative_tokens": 5 if tree is None else 10}
     llm = make_llm(models.target, {**settings, "tree": tree}, **SITUATIONS[situation])
     lost = []
-    observe = llm.engine.speculation.observe
+    observe = llm.engine.proposer.observe
 
     def watch(observed: Any, result: Any) -> None:
         for seen in observed:
@@ -186,7 +186,7 @@ def test_drafts_of_the_whole_target_are_all_accepted(
                 lost.append(deepest - seen.verdict.num_accepted)
         observe(observed, result)
 
-    llm.engine.speculation.observe = watch  # type: ignore[method-assign]
+    llm.engine.proposer.observe = watch  # type: ignore[method-assign]
     twice(llm)
     assert len(lost) >= 40
     assert not any(lost)

@@ -12,7 +12,7 @@ from harness import MoodyDrafter, assert_speculated, make_llm, run
 
 from folospec import Drafter, Proposal, SamplingParams, SpeculativeConfig, register_drafter
 from folospec.core.token_tree import TokenTree
-from folospec.engine.speculation import Speculation
+from folospec.spec.proposer import Proposer
 
 NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 3}
 
@@ -36,15 +36,15 @@ register_drafter("seconder", Seconder)
 def proposals(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, str, Proposal]]:
     """Every verified proposal with its request's parameters and its drafter."""
     seen: list[tuple[Any, str, Proposal]] = []
-    real = Speculation.count
+    real = Proposer.observe
 
-    def watching(self: Any, steps: Any) -> None:
+    def watching(self: Any, steps: Any, result: Any) -> None:
         for step in steps:
             if step.proposal is not None:
                 seen.append((step.group.params, step.proposal.drafter, step.proposal))
-        real(self, steps)
+        real(self, steps, result)
 
-    monkeypatch.setattr(Speculation, "count", watching)
+    monkeypatch.setattr(Proposer, "observe", watching)
     return seen
 
 
@@ -153,7 +153,7 @@ def test_a_full_pool_sheds_draft_nodes_first(tree: Any, models: Any, plain: Any)
     assert result.stats["num_preemptions"] == 0
     assert result.stats["num_drafts"] > 0
     nodes = result.stats["num_draft_tokens"] / result.stats["num_drafts"]
-    assert nodes < llm.engine.speculation.limit
+    assert nodes < llm.engine.proposer.limit
 
 
 def test_a_stop_inside_an_accepted_path_ends_the_output_there(models: Any) -> None:

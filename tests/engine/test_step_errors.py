@@ -15,8 +15,8 @@ from harness import Run, as_prompts, make_llm
 
 from folospec import LLM, EngineBrokenError, RequestError, SamplingParams
 from folospec.core.sequence import Sequence, SequenceGroup
-from folospec.engine import verifier
-from folospec.engine.logprobs import LogprobsTaker
+from folospec.requests.logprobs import LogprobsTaker
+from folospec.spec import verifier
 from folospec.spec.verify_batch import verify_batch
 
 PROMPTS = harness.PROMPTS[:4]
@@ -174,16 +174,16 @@ def test_what_a_logits_processor_raises_ends_its_request(models: Any, alone: Any
 
 
 STAGES_OF_THE_ENGINE: dict[str, Callable[[LLM], tuple[Any, str]]] = {
-    "plan": lambda llm: (llm.engine.speculation, "plan"),
+    "plan": lambda llm: (llm.engine.proposer, "plan"),
     "schedule": lambda llm: (llm.engine.scheduler, "schedule"),
-    "propose": lambda llm: (llm.engine.speculation, "propose"),
+    "propose": lambda llm: (llm.engine.proposer, "propose"),
     "forward": lambda llm: (llm.engine.parts.target, "forward"),
     "verify": lambda llm: (llm.engine.verifier, "verify"),
     "copy and move KV": lambda llm: (llm.engine.worker, "apply"),
-    "count": lambda llm: (llm.engine.speculation, "count"),
+    "commit": lambda llm: (llm.engine.committer, "commit"),
     "deliver": lambda llm: (llm.engine.open, "deliver"),
-    "observe": lambda llm: (llm.engine.speculation, "observe"),
-    "record": lambda llm: (llm.engine.speculation, "record_step"),
+    "observe": lambda llm: (llm.engine.proposer, "observe"),
+    "record": lambda llm: (llm.engine.proposer, "record_step"),
 }
 
 
@@ -331,7 +331,7 @@ def test_outputs_that_wait_come_before_the_news_that_the_engine_is_broken(
     def fail(*args: Any) -> None:
         raise OSError("no such device")
 
-    monkeypatch.setattr(engine.speculation, "observe", fail)
+    monkeypatch.setattr(engine.proposer, "observe", fail)
     with pytest.raises(EngineBrokenError):
         engine.step(finished_only=True)
     assert [output.request_id for output in engine.step()] == ["short"]

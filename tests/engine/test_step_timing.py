@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from harness import make_llm
 
-from folospec.engine import step_timing
-from folospec.engine.step_timing import in_buckets, read_points, write_points
 from folospec.kernels.build import BuildError
 from folospec.spec.planner.step_cost import CostCurve
+from folospec.worker import step_timing
+from folospec.worker.step_timing import in_buckets, read_points, write_points
 
 KEY = {"model": "m", "threads": 2}
 POINTS = {1: 0.001, 8: 0.002}
@@ -37,7 +37,9 @@ def test_what_was_measured_is_used_again(
 
     monkeypatch.setattr(step_timing, "measure", measured_again)
     second = make_llm(models.target, "auto")
-    curves = [llm.engine.speculation.planning.planner.beliefs.cost.curve for llm in (first, second)]
+    curves = [
+        llm.engine.proposer.step_planner.planner.beliefs.cost.curve for llm in (first, second)
+    ]
     assert curves[0].points == curves[1].points
     assert set(curves[0].points) <= set(step_timing.ROW_COUNTS)
     with pytest.raises(AssertionError, match="measured again"):
@@ -59,7 +61,7 @@ def test_a_draft_model_is_measured_too(models: Any, cache: Path) -> None:
 def test_measuring_leaves_the_pool_as_it_was(models: Any, cache: Path) -> None:
     llm = make_llm(models.target, "auto", num_blocks=16, block_size=4)
     assert llm.stats()["num_free_blocks"] == 16
-    assert max(llm.engine.speculation.planning.planner.beliefs.cost.curve.points) <= 64
+    assert max(llm.engine.proposer.step_planner.planner.beliefs.cost.curve.points) <= 64
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_without_a_cache_folder_costs_are_measured_and_not_kept(
 
     monkeypatch.setattr(step_timing, "cache_folder", homeless)
     llm = make_llm(models.target, "auto")
-    assert set(llm.engine.speculation.planning.planner.beliefs.cost.curve.points) <= set(
+    assert set(llm.engine.proposer.step_planner.planner.beliefs.cost.curve.points) <= set(
         step_timing.ROW_COUNTS
     )
     assert "not kept" in caplog.text

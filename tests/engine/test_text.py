@@ -11,7 +11,7 @@ from harness import assert_speculated
 
 from folospec import LLM, SamplingParams
 from folospec.cli.demo import held_out_prompts
-from folospec.engine.detokenizer import Detokenizer
+from folospec.text.detokenizer import Detokenizer
 
 PROMPT = "def add(first, second):"
 DRAFT = {"method": "draft_model", "model": "folospec-demo-draft", "num_speculative_tokens": 5}

@@ -13,9 +13,9 @@ from tokenizers_for_text import all_kinds, byte_fallback, byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from folospec import LLM, SamplingParams
-from folospec.engine.detokenizer import Detokenizer
-from folospec.engine.output_processor import OutputProcessor
-from folospec.engine.token_decoder import TokenDecoder
+from folospec.requests.output_processor import OutputProcessor
+from folospec.text.detokenizer import Detokenizer
+from folospec.text.token_decoder import TokenDecoder
 
 KINDS = all_kinds()
 END = "<|end|>"

@@ -19,7 +19,7 @@ from harness import make_llm, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from folospec import SamplingParams
-from folospec.engine.input_processor import InputProcessor
+from folospec.requests.input_processor import InputProcessor
 from folospec.sampling import noise
 from folospec.spec.trees import children
 

@@ -22,7 +22,7 @@ from folospec.kernels.gpu.sampling_arrays import (
     sizes,
 )
 from folospec.kernels.native_children import NO_NOISE, pack_wanted
-from folospec.kernels.native_sampling import Walks, pack_law
+from folospec.kernels.sampling_records import Walks, pack_law
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import SamplingRow, pack_filters, process

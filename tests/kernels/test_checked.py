@@ -14,8 +14,8 @@ from folospec.kernels import native_children, native_sampling
 from folospec.kernels.checked import array_pointer, check_ids, pack_ids, pointer
 from folospec.kernels.native import Native, floats, matrix
 from folospec.kernels.native_children import NO_NOISE, pack_wanted
-from folospec.kernels.native_sampling import Walks, pack_filters, pack_law
 from folospec.kernels.native_suffix import NativeSuffixIndex, SuffixAsk, SuffixRules
+from folospec.kernels.sampling_records import Walks, pack_filters, pack_law
 from folospec.kernels.torch_ops import Int8Weight
 
 LAW = pack_law(0, 0, pack_filters(1.0, 0, 1.0, 0.0))

@@ -31,7 +31,7 @@ from folospec.kernels.gpu.sampling_arrays import (  # noqa: E402
     on_device,
 )
 from folospec.kernels.native_children import pack_wanted  # noqa: E402
-from folospec.kernels.native_sampling import Walks, pack_filters, pack_law  # noqa: E402
+from folospec.kernels.sampling_records import Walks, pack_filters, pack_law  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOMS = (gpu_cases_sampling, gpu_cases_verification)

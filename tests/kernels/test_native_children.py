@@ -13,7 +13,7 @@ from torch import Tensor
 from folospec import SamplingParams
 from folospec.kernels import native_children
 from folospec.kernels.native_children import NO_NOISE, NativeChildren, pack_wanted
-from folospec.kernels.native_sampling import pack_filters, pack_law
+from folospec.kernels.sampling_records import pack_filters, pack_law
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import SamplingRow, process

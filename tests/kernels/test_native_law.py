@@ -7,7 +7,7 @@ import torch
 from chi_square import FALSE_ALARM, chi_square_p_value
 
 from folospec.kernels import native_sampling
-from folospec.kernels.native_sampling import Walks, pack_law
+from folospec.kernels.sampling_records import Walks, pack_law
 from folospec.sampling.pipeline import SamplingRow, pack_filters, process
 from folospec.sampling_params import SamplingParams
 

@@ -11,7 +11,8 @@ from native_builds import NEON, X86, built_for, require_native
 
 from folospec.core.token_tree import TokenTree
 from folospec.kernels import native_sampling
-from folospec.kernels.native_sampling import NativeSampling, Walks, pack_law
+from folospec.kernels.native_sampling import NativeSampling
+from folospec.kernels.sampling_records import Walks, pack_law
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import SamplingRow, pack_filters, process

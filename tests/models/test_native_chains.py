@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from folospec.attention.native_cpu import NativeAttention
 from folospec.kernels.native_children import NO_NOISE, NativeChildren, pack_wanted
-from folospec.kernels.native_sampling import pack_filters, pack_law
+from folospec.kernels.sampling_records import pack_filters, pack_law
 from folospec.models.forward import Rows
 from folospec.models.loader import load_model
 from folospec.models.native_chains import ChainBatch, draw_chains

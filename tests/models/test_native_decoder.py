@@ -458,9 +458,9 @@ def test_torchs_default_type_changes_nothing(default: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("ids", "reason"),
     [
-        ([101], "token ids must be in 0 .. 100, got 101"),
-        ([5, -1], "token ids must be in 0 .. 100, got -1"),
-        ([2**40], "token ids must be in 0 .. 100"),
+        ([101], "input_ids must be in 0 .. 100, got 101"),
+        ([5, -1], "input_ids must be in 0 .. 100, got -1"),
+        ([2**40], "input_ids must be in 0 .. 100"),
         ([1.0], "input_ids must be int64"),
         ([float("nan"), 3], "input_ids must be int64"),
     ],

@@ -1,6 +1,6 @@
 """What sampling kernels share: the law that a row is drawn with, and the odds of its tokens.
 
-A law is six int64, as `native_sampling.pack_law` packs them: seed, sample_index, then the bits of
+A law is six int64, as `sampling_records.pack_law` packs them: seed, sample_index, then the bits of
 three float64, temperature (0 is greedy), top_p (1: all) and log min_p (-inf: all), then top_k
 (0: all). A draw is four int64: the index of its law (-1: nothing is asked), its row of logits, the
 position of its token (-1: without noise), and the bits of a float64, the scale of a confidence.

@@ -39,7 +39,7 @@ from folospec.kernels.gpu.sampling_arrays import (
     result_size,
 )
 from folospec.kernels.gpu.walk import walk_kernel
-from folospec.kernels.native_sampling import Walk, Walks
+from folospec.kernels.sampling_records import Walk, Walks
 
 
 class DeviceSampling:
@@ -87,11 +87,11 @@ class DeviceSampling:
         Raises:
             ValueError: a sequence has rows that there are no logits for.
         """
-        if walks._num_rows > len(logits):
-            raise ValueError(f"there are {len(logits)} rows of logits, not {walks._num_rows}")
+        if walks.num_rows > len(logits):
+            raise ValueError(f"there are {len(logits)} rows of logits, not {walks.num_rows}")
         arrays = arrays_of(walks)
         tensors = on_device(arrays, logits.device)
-        size = result_size(len(walks), len(walks._nodes) // 2)
+        size = result_size(len(walks), len(walks.nodes) // 2)
         result = torch.empty(size, dtype=torch.int64, device=logits.device)
         most = int(arrays["trees"][3::TREE].max(initial=0))
         filters = has_filters(arrays["laws"])

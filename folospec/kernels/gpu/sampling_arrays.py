@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from folospec.kernels.native_sampling import Walk, Walks
+from folospec.kernels.sampling_records import Walk, Walks
 
 Arrays = dict[str, NDArray[np.int64]]
 LAW, TREE, DRAW, TRIAL, COLUMNS = 6, 4, 4, 7, 3
@@ -42,9 +42,9 @@ def result_size(num_walks: int, num_nodes: int) -> int:
 
 def arrays_of(walks: Walks) -> Arrays:
     """What `run_walks` reads, by the names of `sizes`."""
-    laws = np.frombuffer(b"".join(walks._laws), np.int64)
-    trees = np.frombuffer(b"".join(walks._trees), np.int64)
-    nodes = np.array(walks._nodes, np.int64)
+    laws = np.frombuffer(b"".join(walks.laws), np.int64)
+    trees = np.frombuffer(b"".join(walks.trees), np.int64)
+    nodes = np.array(walks.nodes, np.int64)
     return {"laws": laws, "trees": trees, "nodes": nodes, "draws": _draws_of(trees, nodes)}
 
 
@@ -101,7 +101,7 @@ def read_walks(result: Tensor, walks: Walks, num_walks: int | None = None) -> li
     first_path = COLUMNS * (len(walks) if num_walks is None else num_walks)
     ends = table[: COLUMNS * len(walks)].reshape(-1, COLUMNS)
     peaks = ends[:, 2].astype(np.int32).view(np.float32).tolist()
-    begins = np.frombuffer(b"".join(walks._trees), np.int64).reshape(-1, TREE)[:, 2] // 2
+    begins = np.frombuffer(b"".join(walks.trees), np.int64).reshape(-1, TREE)[:, 2] // 2
     paths = table[first_path:].tolist()
     found = zip(ends[:, 0].tolist(), ends[:, 1].tolist(), peaks, begins.tolist(), strict=True)
     return [Walk(paths[at : at + length], token, peak) for token, length, peak, at in found]

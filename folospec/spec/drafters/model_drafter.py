@@ -14,7 +14,7 @@ slots behind the root fill up in the order in which nodes are run:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -165,7 +165,8 @@ class ModelDrafter(Drafter):
                 growth.advance()
             active = [growth for growth in active if growth.frontier]
             if active:
-                logits = self.run([growth.next_rows(self._fit) for growth in active])
+                batch = [growth.next_rows() for growth in active]
+                logits = self.run([replace(r, token_ids=self._fit(r.token_ids)) for r in batch])
 
     def _draw(self, logits: Tensor, spots: Sequence[Spot]) -> list[Children]:
         """Draw the children of every spot, with the confidence that the rule allows."""

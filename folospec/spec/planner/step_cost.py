@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -83,6 +83,18 @@ class CostCurve:
 
 DEFAULT_CURVE = CostCurve({1: 0.01, 64: 0.03})
 """Where nothing was measured: what weights cost once, and a little for every row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What is known of costs before the first step: the curve of the target's pass, and by drafter
+    the guess that `DraftCost` takes."""
+
+    curve: CostCurve = DEFAULT_CURVE
+    guesses: Mapping[str, tuple[float, float, float, float, float]] = field(default_factory=dict)
+
+
+UNKNOWN_COSTS = Costs()
 
 
 class StepCost:

@@ -8,7 +8,6 @@ node's joint probability is the product of the confidences along its path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -182,10 +181,10 @@ class Growth:
             return 0.0
         return sorted(self._joint, reverse=True)[budget - 1]
 
-    def next_rows(self, fit: Callable[[Sequence[int]], Sequence[int]]) -> Rows:
-        """The frontier as rows of the draft model; `fit` maps token ids to its vocabulary."""
+    def next_rows(self) -> Rows:
+        """The frontier as rows of the draft model."""
         return Rows(
-            fit(self._run_token_ids),
+            self._run_token_ids,
             self.row.root_position,
             self.row.block_table,
             num_logits=len(self.frontier),

@@ -25,7 +25,7 @@ from folospec.attention.metadata import AttentionMetadata
 from folospec.attention.paged import PagedBackend
 from folospec.attention.paged_rows import PagedRows
 from folospec.kernels.gpu import sampling_arrays
-from folospec.kernels.native_sampling import Walk, Walks
+from folospec.kernels.sampling_records import Walk, Walks
 from folospec.models.decoder import Decoder
 from folospec.models.forward import ForwardResult, Rows
 from folospec.worker.cuda.buckets import MAX_ROWS, Bucket, bucket_of, buckets, max_rows_each

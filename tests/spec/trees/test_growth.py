@@ -177,8 +177,8 @@ class TestControls:
         assert not any(self.trees_differ())
 
     def test_nodes_that_see_their_uncles_are_noticed(self, monkeypatch):
-        def as_a_comb(self, fit):
-            rows = real(self, fit)
+        def as_a_comb(self):
+            rows = real(self)
             rows.parents = rows.parents and [min(r - 1, 1) for r in range(len(rows.parents))]
             return rows
 
@@ -187,8 +187,8 @@ class TestControls:
         assert all(self.trees_differ())
 
     def test_rows_one_slot_late_are_noticed(self, monkeypatch):
-        def late(self, fit):
-            rows = real(self, fit)
+        def late(self):
+            rows = real(self)
             rows.start += rows.parents is not None
             return rows
 

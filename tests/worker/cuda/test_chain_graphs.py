@@ -17,7 +17,7 @@ from folospec.attention.triton_paged import TritonAttention
 from folospec.kernels.gpu import launch
 from folospec.kernels.gpu.sampling import DeviceSampling
 from folospec.kernels.native_children import NO_NOISE, pack_wanted
-from folospec.kernels.native_sampling import pack_filters, pack_law
+from folospec.kernels.sampling_records import pack_filters, pack_law
 from folospec.models.forward import Rows
 from folospec.models.loader import load_model
 from folospec.spec.draft_runner import ChainLaw

@@ -16,7 +16,7 @@ from graph_stand_in import StandIn
 from folospec.attention.triton_paged import TritonAttention
 from folospec.kernels.gpu import launch
 from folospec.kernels.gpu.sampling import DeviceSampling
-from folospec.kernels.native_sampling import Walks, pack_filters, pack_law
+from folospec.kernels.sampling_records import Walks, pack_filters, pack_law
 from folospec.models.forward import Rows
 from folospec.models.loader import load_model
 from folospec.worker.cuda import buckets, graphs

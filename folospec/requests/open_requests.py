@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from folospec.core.scheduler import Scheduler
 from folospec.core.sequence import SequenceGroup
-from folospec.engine.engine_state import EngineState, describe
-from folospec.engine.inbox import Inbox
-from folospec.engine.input_processor import InputProcessor, Prompt
-from folospec.engine.output_processor import OutputProcessor
-from folospec.engine.speculation import Speculation
 from folospec.outputs import RequestOutput
+from folospec.requests.inbox import Inbox
+from folospec.requests.input_processor import InputProcessor, Prompt
+from folospec.requests.output_processor import OutputProcessor
 from folospec.sampling.constraints import NoTokenError
 from folospec.sampling_params import SamplingParams
 
@@ -28,13 +27,12 @@ class OpenRequests:
         self,
         inputs: InputProcessor,
         scheduler: Scheduler,
-        speculation: Speculation,
         outputs: OutputProcessor,
-        state: EngineState,
         default_params: SamplingParams,
+        is_broken: Callable[[], bool],
     ) -> None:
-        self.inputs, self.scheduler = inputs, scheduler
-        self.speculation, self.outputs, self.state = speculation, outputs, state
+        self.inputs, self.scheduler, self.outputs = inputs, scheduler, outputs
+        self._is_broken = is_broken
         self.default_params = default_params
         self.requests: dict[str, SequenceGroup] = {}
         self.num_admitted = 0
@@ -54,9 +52,7 @@ class OpenRequests:
 
         Raises:
             ValueError: one of them cannot be served. Nothing has changed then.
-            EngineBrokenError: the engine is broken.
         """
-        self.state.require_usable()
         if request_id is not None:
             self.inputs.check_request_id(request_id, self.requests)
         checked = []
@@ -100,24 +96,18 @@ class OpenRequests:
         output = self._end(group)
         if inbox is not caller:
             inbox.put(output)
-        self.forget_drafts([group])
         return output
 
-    def end_discarded(self) -> None:
-        """End the requests of the discarded inboxes; nobody wants their outputs."""
+    def end_discarded(self) -> list[SequenceGroup]:
+        """End the requests of the discarded inboxes, whose outputs nobody wants; return them."""
+        ended: list[SequenceGroup] = []
         while self.discarded:
             inbox = self.discarded.popleft()
             groups = [self.requests[request_id] for request_id in inbox.unfinished]
             for group in groups:
                 self._end(group)
-            self.forget_drafts(groups)
-
-    def forget_drafts(self, ended: list[SequenceGroup]) -> None:
-        """Let drafters forget the sequences of requests that ended early. In strict mode it raises
-        what they raise."""
-        sequences = [seq for group in ended for seq in group.sequences]
-        if sequences and self.state.broken_by is None:
-            self.speculation.drop(sequences, finished=True)
+            ended += groups
+        return ended
 
     def fail(self, group: SequenceGroup, error: Exception) -> None:
         """Let a request end with an error when the step's outputs are delivered."""
@@ -136,7 +126,7 @@ class OpenRequests:
             touched: the requests that got tokens, or ended.
 
         Returns:
-            the requests that failed; `forget_drafts` is due for them.
+            the requests that failed.
         """
         for group in touched:
             inbox, is_finished = self._inbox_of(group), group.is_finished
@@ -163,7 +153,7 @@ class OpenRequests:
         try:
             self.scheduler.abort(group.request_id)
         except Exception:
-            if self.state.broken_by is None:
+            if not self._is_broken():
                 raise
             logger.exception("the broken engine cannot free the blocks of a request")
         group.metrics.finished_time = time.monotonic()
@@ -185,3 +175,8 @@ class OpenRequests:
     def _forget(self, group: SequenceGroup) -> None:
         del self.requests[group.request_id]
         self._inboxes.pop(group.request_id).unfinished.pop(group.request_id)
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line; the message of a `NoTokenError` says enough by itself."""
+    return str(error) if isinstance(error, NoTokenError) else f"{type(error).__name__}: {error}"

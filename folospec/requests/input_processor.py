@@ -9,15 +9,15 @@ from typing import Any
 
 from folospec.config import EngineConfig
 from folospec.core.sequence import SequenceGroup
-from folospec.engine.detokenizer import Detokenizer
-from folospec.engine.output_processor import GroupOutput, SequenceOutput
-from folospec.engine.speculation import Speculation
-from folospec.engine.stop_strings import StopSearch, StopStrings
-from folospec.engine.token_decoder import token_decoder
+from folospec.requests.output_processor import GroupOutput, SequenceOutput
 from folospec.sampling.constraints import check_token_ids
 from folospec.sampling.metadata import SamplingMetadata
 from folospec.sampling.noise import derived_seed
 from folospec.sampling_params import SamplingParams, check_text, is_int, is_token_list, shown
+from folospec.spec.proposer import Proposer
+from folospec.text.detokenizer import Detokenizer
+from folospec.text.stop_strings import StopSearch, StopStrings
+from folospec.text.token_decoder import token_decoder
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -42,10 +42,10 @@ class InputProcessor:
     """
 
     def __init__(
-        self, config: EngineConfig, limits: Limits, tokenizer: Any, speculation: Speculation
+        self, config: EngineConfig, limits: Limits, tokenizer: Any, proposer: Proposer
     ) -> None:
         self.config, self.limits, self.tokenizer = config, limits, tokenizer
-        self.speculation = speculation
+        self.proposer = proposer
 
     def check_request_id(self, request_id: Any, in_use: Container[str]) -> None:
         """
@@ -103,7 +103,7 @@ class InputProcessor:
         """
         if params.seed is None:
             return derived_seed(self.config.seed, ordinal)
-        if self.speculation.rule.shares_noise:
+        if self.proposer.rule.shares_noise:
             return params.seed
         return derived_seed(params.seed, ordinal)
 
@@ -185,19 +185,19 @@ class InputProcessor:
         self._check_speculation(params)
 
     def _check_speculation(self, params: SamplingParams) -> None:
-        most = self.speculation.limit
+        most = self.proposer.limit
         if (params.num_speculative_tokens or 0) > most:
             raise ValueError(
                 f"num_speculative_tokens must be at most the engine's {most}, got "
                 f"{params.num_speculative_tokens}"
             )
-        names = [drafter.name for drafter in self.speculation.drafters]
+        names = [drafter.name for drafter in self.proposer.drafters]
         for name in params.drafters or ():
             if name not in names:
                 raise ValueError(
                     f"drafters must be among the engine's {names or 'none'}, got {name!r}"
                 )
-        if params.prediction is not None and not self.speculation.needs.prediction:
+        if params.prediction is not None and not self.proposer.needs.prediction:
             raise ValueError(
                 f"a prediction needs a drafter that reads it, and the engine has {names or 'none'}"
             )

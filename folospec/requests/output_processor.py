@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from folospec.core.sequence import Sequence, SequenceGroup
-from folospec.engine.detokenizer import Detokenizer
-from folospec.engine.stop_strings import StopSearch
 from folospec.outputs import CompletionOutput, Logprob, RequestOutput
+from folospec.text.detokenizer import Detokenizer
+from folospec.text.stop_strings import StopSearch
 
 
 @dataclass(slots=True)
@@ -114,7 +114,7 @@ class OutputProcessor:
         output = group_output.sequences[seq.seq_id]
         seq.add_token_id(token_id)
         may_stop = seq.num_output_tokens >= params.min_tokens
-        if may_stop and token_id in group.stop_ids:
+        if may_stop and token_id in group.sampling.stop_ids:
             is_eos = token_id in group.eos_token_ids
             return _finish(output, "stop", None if is_eos else token_id)
         if may_stop and token_id in group_output.special_stops:

@@ -1,5 +1,5 @@
-"""The planner beside the engine: sequences become its rows, proposals its offers, and what it
-decides becomes limits of drafters and smaller proposals.
+"""Drives the planner through the stages of a step: sequences become its rows, proposals its offers,
+and what it decides becomes limits of drafters and smaller proposals.
 
     begin          before the schedule: who may draft, how deep
     asks, limits   while drafters are asked
@@ -11,31 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 from folospec.core.sequence import Sequence, SequenceGroup
 from folospec.core.sequence_step import SequenceStep
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.planner.plan_terms import Offer, PlanRow, Source
 from folospec.spec.planner.planner import Planner
-from folospec.spec.planner.step_cost import DEFAULT_CURVE, CostCurve, StepShape
+from folospec.spec.planner.step_cost import Costs, StepShape
 from folospec.spec.proposal import Proposal
 
 
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What is known of costs before the first step: the curve of the target's pass, and by drafter
-    the guess that `spec.planner.step_cost.DraftCost` takes."""
-
-    curve: CostCurve = DEFAULT_CURVE
-    guesses: Mapping[str, tuple[float, float, float, float, float]] = field(default_factory=dict)
-
-
-UNKNOWN_COSTS = Costs()
-
-
-class Planning:
-    """Drives a `Planner` for one engine.
+class StepPlanner:
+    """One `Planner` for the sequences of an engine.
 
     Args:
         merge: the drafters' proposals are merged, so that they are asked all or none.

@@ -1,5 +1,5 @@
-"""Telling drafters what became of a step: the verdicts, the tokens, and what they need of the
-target's pass."""
+"""Sends drafters the result of a step: verdicts, new tokens, and what they need of the target's
+pass."""
 
 from __future__ import annotations
 
@@ -9,57 +9,57 @@ from dataclasses import replace
 from torch import Tensor
 
 from folospec.core.sequence_step import SequenceStep
-from folospec.engine.asking import Asking
 from folospec.models.forward import ForwardResult
+from folospec.spec.drafter_calls import DrafterCalls
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.drafters.base import DrafterNeeds, StepResult
 
 
-class Telling:
-    """Tells each drafter as much as it needs.
+class DrafterUpdates:
+    """Sends each drafter as much as it needs.
 
     Args:
-        asking: keeps a drafter's failure to its sequences.
+        calls: keeps a drafter's failure to its sequences.
         strict: raise what a drafter raises.
     """
 
-    def __init__(self, drafters: list[DrafterHandle], asking: Asking, *, strict: bool) -> None:
-        self._drafters, self._asking, self._strict = drafters, asking, strict
+    def __init__(self, drafters: list[DrafterHandle], calls: DrafterCalls, *, strict: bool) -> None:
+        self._drafters, self._calls, self._strict = drafters, calls, strict
         self.needs = _union([drafter.needs for drafter in drafters])
         """What the target's pass must give so that every drafter has what it needs."""
         self._is_for_all = bool(self.needs.aux_hidden_state_layers or self.needs.num_top_tokens)
         """Whether every sequence of a step matters, not only those with a proposal."""
 
-    def tell(self, steps: Seq[SequenceStep], result: ForwardResult) -> None:
-        """Tell every drafter what became of the step, if that concerns it."""
+    def send(self, steps: Seq[SequenceStep], result: ForwardResult) -> None:
+        """Call `observe` of every drafter that the step concerns."""
         if not (self._is_for_all or any(step.proposal is not None for step in steps)):
             return
         top_token_ids = self._top_token_ids(steps, result)
         for drafter in self._drafters:
             needs = drafter.needs
-            told = [
+            results = [
                 _step_result(drafter, step, result, top)
                 for step, top in zip(steps, top_token_ids, strict=True)
                 if step.proposal is not None
                 or needs.aux_hidden_state_layers
                 or needs.num_top_tokens
             ]
-            self._tell(drafter, told, steps)
+            self._observe(drafter, results, steps)
 
-    def _tell(
-        self, drafter: DrafterHandle, told: list[StepResult], steps: Seq[SequenceStep]
+    def _observe(
+        self, drafter: DrafterHandle, results: list[StepResult], steps: Seq[SequenceStep]
     ) -> None:
         try:
-            if told:
-                drafter.drafter.observe(told)
+            if results:
+                drafter.drafter.observe(results)
         except Exception as error:
             if self._strict:
                 raise
             what = "failed to observe; its state for these sequences is dropped"
-            self._asking.report(drafter, what, error)
+            self._calls.report(drafter, what, error)
             for step in steps:
-                self._asking.count_error(step.group)
-                self._asking.guard(drafter, "drop", step.seq.seq_id)
+                self._calls.count_error(step.group)
+                self._calls.guard(drafter, "drop", step.seq.seq_id)
 
     def _top_token_ids(self, steps: Seq[SequenceStep], result: ForwardResult) -> Seq[Tensor | None]:
         """The likeliest tokens after the rows with logits of each, as many as the most demanding

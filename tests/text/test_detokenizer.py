@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tokenizers_for_text import CHAR_OF_BYTE, Opaque, all_kinds, byte_fallback, byte_level
 
-from folospec.engine.detokenizer import Detokenizer
-from folospec.engine.token_decoder import TokenDecoder
+from folospec.text.detokenizer import Detokenizer
+from folospec.text.token_decoder import TokenDecoder
 
 KINDS = all_kinds()
 OPAQUE = ("opaque", "byte_level_in_sequence")

@@ -27,9 +27,9 @@ def test_a_failure_is_logged_once_and_counted_every_time(
     models: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm = make_llm(models.target, "failing", strict_drafters=False)
-    with caplog.at_level(logging.DEBUG, "folospec.engine.asking"):
+    with caplog.at_level(logging.DEBUG, "folospec.spec.drafter_calls"):
         found = run(llm)
-    records = [record for record in caplog.records if record.name == "folospec.engine.asking"]
+    records = [record for record in caplog.records if record.name == "folospec.spec.drafter_calls"]
     errors = [record for record in records if record.levelno == logging.ERROR]
     assert {record.exc_info[0] for record in errors if record.exc_info} == {KeyError, IndexError}
     assert len(errors) == 2

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from folospec.config import EngineConfig
-from folospec.engine.drafter_loading import chosen_drafters, make_drafters
 from folospec.models.generation_config import read_sampling_defaults
 from folospec.models.loader import load_model, load_tokenizer, resolve_model
 from folospec.models.views import view_of
@@ -20,6 +19,7 @@ from folospec.spec.drafters.base import Drafter, check_drafter
 from folospec.spec.guarded_runner import GuardedRunner, RunnerAccess
 from folospec.speculative_config import AUTO
 from folospec.worker.cuda import capture
+from folospec.worker.drafter_loading import chosen_drafters, make_drafters
 from folospec.worker.kv_cache import kv_bytes_per_block
 from folospec.worker.memory import graph_bytes, kv_budget
 from folospec.worker.model_runner import ModelRunner

@@ -15,8 +15,12 @@ from collections.abc import Callable
 from statistics import median
 
 from folospec.config import EngineConfig
-from folospec.engine.loading import Parts
-from folospec.engine.step_timing import (
+from folospec.models.decoder import Decoder
+from folospec.models.forward import Rows
+from folospec.models.views import view_of
+from folospec.worker.loading import Parts
+from folospec.worker.model_runner import ModelRunner
+from folospec.worker.step_timing import (
     Points,
     Subject,
     model_facts,
@@ -24,10 +28,6 @@ from folospec.engine.step_timing import (
     read_points,
     write_points,
 )
-from folospec.models.decoder import Decoder
-from folospec.models.forward import Rows
-from folospec.models.views import view_of
-from folospec.worker.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
-"""Asking drafters: what they are given, what is taken over from them, whose failure it is when one
-fails, and how long it took."""
+"""Calls drafters: makes their requests, checks and times their proposals, and isolates a failure to
+the sequence that caused it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from folospec.core.kv_cache_manager import KVCacheManager
 from folospec.core.sequence import SequenceGroup
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.stats import EngineStats
-from folospec.engine.planning import Planning
 from folospec.spec.checks import AnswerLimits, ProposalChecks, take_answers, take_progress
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.drafters.base import DraftRequest
 from folospec.spec.guarded_runner import SlotRange
 from folospec.spec.planner.planner import FixedPlanner
+from folospec.spec.planner.step_planner import StepPlanner
 from folospec.spec.proposal import Proposal
 from folospec.spec.read_only import ReadOnlyList
 
@@ -31,22 +31,22 @@ _Answer = tuple[Proposal | None, int]
 """A checked proposal, and how many committed tokens have KV of the drafter."""
 
 
-class Asking:
-    """Puts the questions to drafters, and keeps their failures to the rows that caused them.
+class DrafterCalls:
+    """Calls drafters, and keeps their failures to the sequences that caused them.
 
     A drafter is given views and copies, and its answers are copied when they are checked: nothing
     that it does to either reaches the engine.
 
     Args:
         limits: most draft tokens of a sequence.
-        planning: what the plan allows, if there is one.
+        step_planner: what the plan allows, if there is one.
         strict: raise what a drafter raises.
     """
 
     def __init__(
         self,
         limits: FixedPlanner,
-        planning: Planning | None,
+        step_planner: StepPlanner | None,
         manager: KVCacheManager,
         stats: EngineStats,
         rule: AcceptanceRule,
@@ -55,31 +55,31 @@ class Asking:
         device: torch.device,
         strict: bool,
     ) -> None:
-        self._limits, self._planning = limits, planning
+        self._limits, self._step_planner = limits, step_planner
         self._manager, self._stats = manager, stats
         self._checks = ProposalChecks(rule, vocab_size, device)
         self._strict = strict
         self._reported: set[tuple[Any, ...]] = set()
 
-    def ask(self, drafter: DrafterHandle, asked: list[SequenceStep]) -> dict[str, Proposal]:
+    def propose(self, drafter: DrafterHandle, asked: list[SequenceStep]) -> dict[str, Proposal]:
         """The proposals of one drafter, by seq_id."""
         if not asked:
             return {}
         begin, behind = 0.0, 0
-        if self._planning is not None:
-            begin = self._planning.clock()
-            behind = self._planning.behind(drafter, [step.seq for step in asked])
-        answers = self._ask_all(drafter, asked)
+        if self._step_planner is not None:
+            begin = self._step_planner.clock()
+            behind = self._step_planner.behind(drafter, [step.seq for step in asked])
+        answers = self._propose_all(drafter, asked)
         proposals = {}
         for step, (proposal, progress) in zip(asked, answers, strict=True):
             if proposal is not None:
                 proposals[step.seq.seq_id] = proposal
             if drafter.kv_owner is not None:
                 self._manager.mark_draft(step.seq, drafter.kv_owner, progress)
-        if self._planning is not None:
+        if self._step_planner is not None:
             depths = [max(proposal.tree.depths) for proposal in proposals.values()]
             seqs = [step.seq for step in asked]
-            self._planning.note_asked(drafter, seqs, depths, behind, begin)
+            self._step_planner.note_asked(drafter, seqs, depths, behind, begin)
         return proposals
 
     def max_draft_tokens(self, step: SequenceStep) -> int:
@@ -89,14 +89,14 @@ class Asking:
     def max_depth(self, step: SequenceStep) -> int:
         return step.group.room(step.seq) - 1
 
-    def _row(
+    def _request(
         self, drafter: DrafterHandle, step: SequenceStep, limits: AnswerLimits
     ) -> DraftRequest:
         seq, group = step.seq, step.group
         owner, max_depth, min_path_probability = drafter.kv_owner, self.max_depth(step), 0.0
-        if self._planning is not None:
-            max_depth = min(max_depth, self._planning.max_depth(seq.seq_id, drafter))
-            min_path_probability = self._planning.min_path_probability(seq.seq_id, drafter)
+        if self._step_planner is not None:
+            max_depth = min(max_depth, self._step_planner.max_depth(seq.seq_id, drafter))
+            min_path_probability = self._step_planner.min_path_probability(seq.seq_id, drafter)
         return DraftRequest(
             seq_id=seq.seq_id,
             token_ids=ReadOnlyList(seq.token_ids),
@@ -115,11 +115,11 @@ class Asking:
             min_path_probability=min_path_probability,
         )
 
-    def _ask_all(self, drafter: DrafterHandle, asked: list[SequenceStep]) -> list[_Answer]:
+    def _propose_all(self, drafter: DrafterHandle, asked: list[SequenceStep]) -> list[_Answer]:
         """Ask for the whole batch; if that fails, row by row, so that one row's trouble stays its
         own."""
         limits = [self._answer_limits(drafter, step) for step in asked]
-        rows = [self._row(drafter, s, limit) for s, limit in zip(asked, limits, strict=True)]
+        rows = [self._request(drafter, s, limit) for s, limit in zip(asked, limits, strict=True)]
         slots = (
             SlotRange(tuple(row.block_table), limit.num_tokens - 1, limit.num_slots)
             for row, limit in zip(rows, limits, strict=True)
@@ -132,7 +132,7 @@ class Asking:
             if self._strict:
                 raise
             if len(asked) > 1:
-                return [self._ask_all(drafter, [step])[0] for step in asked]
+                return [self._propose_all(drafter, [step])[0] for step in asked]
             return [self._give_up(drafter, asked[0], error)]
         return [
             self._take(drafter, step, row, answer, limit)

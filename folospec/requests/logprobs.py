@@ -9,10 +9,10 @@ from torch import Tensor
 
 from folospec.core.sequence import Sequence, SequenceGroup
 from folospec.core.sequence_step import SequenceStep
-from folospec.engine.output_processor import OutputProcessor
-from folospec.engine.token_decoder import token_decoder
 from folospec.outputs import Logprob
+from folospec.requests.output_processor import OutputProcessor
 from folospec.sampling.logprobs import gather_logprobs
+from folospec.text.token_decoder import token_decoder
 
 
 class LogprobsTaker:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from folospec.core.sequence import Sequence, SequenceGroup
-from folospec.engine.output_processor import OutputProcessor, SequenceOutput
 from folospec.outputs import RequestOutput
+from folospec.requests.output_processor import OutputProcessor, SequenceOutput
 
 T = TypeVar("T")
 

@@ -28,17 +28,16 @@ import torch
 
 from folospec.attention.native_cpu import NativeAttention
 from folospec.config import EngineConfig
-from folospec.engine.loading import Parts
-from folospec.engine.planning import UNKNOWN_COSTS, Costs
 from folospec.kernels import native
 from folospec.kernels.build import BuildError, cache_folder
 from folospec.kernels.native_children import NO_NOISE
-from folospec.kernels.native_sampling import pack_filters, pack_law
+from folospec.kernels.sampling_records import pack_filters, pack_law
 from folospec.models.base import Model
 from folospec.models.forward import Rows
 from folospec.models.loader import resolve_model
 from folospec.spec.draft_runner import ChainLaw
-from folospec.spec.planner.step_cost import ASKING_SECONDS, CostCurve
+from folospec.spec.planner.step_cost import ASKING_SECONDS, UNKNOWN_COSTS, CostCurve, Costs
+from folospec.worker.loading import Parts
 from folospec.worker.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)

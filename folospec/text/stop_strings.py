@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from folospec.engine.detokenizer import Detokenizer
+from folospec.text.detokenizer import Detokenizer
 
 
 class Match(NamedTuple):

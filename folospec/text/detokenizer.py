@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
-from folospec.engine.token_decoder import REPLACEMENT, TokenDecoder, token_decoder
+from folospec.text.token_decoder import REPLACEMENT, TokenDecoder, token_decoder
 
 _MAX_MISSING = 3
 """A character has at most 4 bytes: so many bytes of it, at most, may be there while one is missing.

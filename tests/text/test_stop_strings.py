@@ -11,10 +11,11 @@ from tokenizers_for_text import all_kinds, byte_level
 
 from folospec import SamplingParams
 from folospec.core.sequence import SequenceGroup
-from folospec.engine.detokenizer import Detokenizer
-from folospec.engine.inbox import Stream
-from folospec.engine.output_processor import GroupOutput, OutputProcessor, SequenceOutput
-from folospec.engine.stop_strings import StopSearch, StopStrings
+from folospec.requests.inbox import Stream
+from folospec.requests.output_processor import GroupOutput, OutputProcessor, SequenceOutput
+from folospec.sampling.metadata import SamplingMetadata
+from folospec.text.detokenizer import Detokenizer
+from folospec.text.stop_strings import StopSearch, StopStrings
 
 KINDS = {
     kind: tokenizer
@@ -36,7 +37,12 @@ class OneRequest:
     ) -> None:
         wanted = SamplingParams(max_tokens=max_tokens, **params)
         self.group = SequenceGroup(
-            "r", prompt, wanted, arrival=0, max_num_tokens=len(prompt) + max_tokens
+            "r",
+            prompt,
+            wanted,
+            arrival=0,
+            max_num_tokens=len(prompt) + max_tokens,
+            sampling=SamplingMetadata(wanted, (), frozenset(wanted.stop_token_ids)),
         )
         detokenizer = None
         if tokenizer is not None:
