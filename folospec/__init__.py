@@ -1,5 +1,4 @@
-"""folospec: a paged-KV mini serving engine in which no speculative decoding method changes the
-output.
+"""folospec is a paged-KV mini serving engine with lossless speculative decoding.
 
     from folospec import LLM, SamplingParams
 

@@ -1,4 +1,4 @@
-"""`python -m folospec` is the command `folospec`."""
+"""Runs the command `folospec` as `python -m folospec`."""
 
 from folospec.cli.main import app
 

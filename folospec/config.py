@@ -1,5 +1,7 @@
-"""Every knob of the engine, with its default and its bounds. Frozen: what is found at run time
-lives elsewhere."""
+"""Holds every option of the engine, with its default and its bounds.
+
+A config is frozen: what is found at run time lives elsewhere.
+"""
 
 from __future__ import annotations
 

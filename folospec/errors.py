@@ -1,4 +1,7 @@
-"""What goes wrong while requests run. Wrong input is a `ValueError`, before anything runs."""
+"""Defines the errors of requests and of the engine.
+
+Wrong input is a `ValueError`, before anything runs.
+"""
 
 from __future__ import annotations
 

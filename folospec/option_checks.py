@@ -1,4 +1,7 @@
-"""Checks of the values of options. Each raises ValueError with the value and what is allowed."""
+"""Checks the values of options.
+
+Each check raises ValueError with the value and what is allowed.
+"""
 
 from __future__ import annotations
 

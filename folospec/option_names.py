@@ -1,5 +1,7 @@
-"""Option names of other engines: accepted where the meaning is the same, otherwise refused with
-what to write instead."""
+"""Maps the option names of other engines, or refuses them with what to write instead.
+
+A name is accepted where its meaning is the same.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request returns: text, tokens, logprobs, and what speculation did for it."""
+"""Defines what a request returns: text, tokens, logprobs, and what speculation did for it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""What a user may ask of one request. Names and defaults follow vLLM where the meaning is the
-same."""
+"""Defines the options of one request.
+
+Names and defaults follow vLLM where the meaning is the same.
+"""
 
 from __future__ import annotations
 

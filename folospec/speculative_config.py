@@ -1,4 +1,4 @@
-"""Which drafters an engine has, and how their drafts are accepted."""
+"""Holds which drafters an engine has, and how their drafts are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an attention backend is, and the registry of the known ones.
+"""Defines what an attention backend is, and registers the backends by name.
 
 To know a backend imports nothing of it: a factory imports it when it is asked for, and only where
 there is a device for it.

@@ -1,4 +1,4 @@
-"""Attention by the kernels of the flash-attn library, from 2.6 on (arXiv 2307.08691).
+"""Computes attention with kernels of the flash-attn library, from 2.6 on (arXiv 2307.08691).
 
 Where all sequences of a call have as many rows it is `flash_attn_with_kvcache`, which splits long
 contexts over the card; else `flash_attn_varlen_func`.

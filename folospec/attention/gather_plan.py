@@ -1,4 +1,4 @@
-"""Lays a step out for attention by gathering: which sequences share a call, and who sees what.
+"""Plans attention by gathering: which sequences share a call, and which keys a row sees.
 
 Sequences with few rows are padded together into one batched call, long chunks run one by one. A
 step of one row gathers exactly the keys that the row sees, in logical order, and has no mask.

@@ -1,4 +1,4 @@
-"""One attention out of two over disjoint keys, by their log-sum-exps (arXiv 2402.05099).
+"""Merges two attentions over disjoint keys by their log-sum-exps (arXiv 2402.05099).
 
     out = (out_a * exp(lse_a) + out_b * exp(lse_b)) / (exp(lse_a) + exp(lse_b))
         = out_a + sigmoid(lse_b - lse_a) * (out_b - out_a)

@@ -1,4 +1,4 @@
-"""Which rows run in a step, where their keys and values go, and which keys each row may see."""
+"""Describes a step to attention: its rows, where their KV goes, which keys each row may see."""
 
 from __future__ import annotations
 

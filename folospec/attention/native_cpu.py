@@ -1,4 +1,4 @@
-"""Attention by the native CPU kernels: pages are read in place, keys in logical order.
+"""Computes attention with the native CPU kernels, which read pages in place in logical order.
 
 A row's bits depend on its keys alone, so that a token's logits are the same decoded alone, verified
 in a tree or computed in a chunk (`kernels/cpu/attention.h`).

@@ -1,4 +1,4 @@
-"""What attention backends over paged KV on a GPU have in common."""
+"""Holds what the attention backends over paged KV on a GPU have in common."""
 
 from __future__ import annotations
 

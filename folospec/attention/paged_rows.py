@@ -1,4 +1,4 @@
-"""How the rows of a step are told to GPU kernels: flat int32 arrays, uploaded in one copy.
+"""Packs the rows of a step for GPU kernels: flat int32 arrays, uploaded in one copy.
 
 The rows of a sequence are cut into tiles, and a kernel's program takes a tile:
 

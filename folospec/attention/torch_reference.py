@@ -1,4 +1,4 @@
-"""Attention by gathering: runs wherever torch does, and is what other backends are judged by.
+"""Computes attention in torch by gathering keys: the reference for all other backends.
 
 Each step is planned once (`gather_plan`). A step of one row gathers exactly the keys that the row
 sees, in logical order, and needs no mask; so such a row's bits depend on its keys alone, not on

@@ -1,4 +1,6 @@
-"""Attention by one Triton kernel for prompts, chains and trees (`kernels/gpu/attention.py`).
+"""Computes attention with one Triton kernel for prompts, chains and trees.
+
+The kernel is in `kernels/gpu/attention.py`.
 
 Fast, it cuts long contexts into as many parts as keep the card busy, and reads a tree's keys once
 for all of its rows, by mask. Deterministic, it cuts them at fixed places, and every row of a tree

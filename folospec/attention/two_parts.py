@@ -1,4 +1,4 @@
-"""Attention through the paged kernels of other libraries, which know no trees.
+"""Computes attention with paged kernels of other libraries, which know no trees.
 
 Their one mask is the causal one, its corner at the last row and the last key. A chunk or chain
 needs no other; a tree's rows all see the context, and the tree is seen by our own kernel:

@@ -1,4 +1,4 @@
-"""Attention by the split-K kernel of the xformers library, from 0.0.28 on.
+"""Computes attention with the split-K kernel of the xformers library, from 0.0.28 on.
 
 Of the library's kernels it is the one that reads pages without a further library. It is written in
 Triton, knows neither windows nor soft caps, and takes a causal mask only where all sequences have

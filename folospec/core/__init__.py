@@ -1,4 +1,4 @@
-"""The book-keeping of the engine: sequences, blocks, what runs next. It never imports torch."""
+"""Keeps track of sequences, blocks and what runs next; it never imports torch."""
 
 from folospec.core.block_pool import Block, BlockPool
 from folospec.core.kv_cache_manager import BlockCopy, KVCacheManager

@@ -1,4 +1,4 @@
-"""Physical KV blocks: who holds them, and which free one is taken next.
+"""Holds the KV blocks: counts who uses each, and chooses which free one is taken next.
 
 A block with `ref_cnt` 0 is free. A free block that is still in the prefix cache keeps its contents
 until it is taken: free blocks without a hash go first, then the cached ones, least recently used

@@ -1,4 +1,4 @@
-"""Gives sequences the blocks that their KV lives in, and takes back what they do not keep.
+"""Gives sequences the blocks for their KV, and takes back what they do not keep.
 
 One block table per sequence serves the target and every drafter that keeps KV. Here is a step of a
 sequence with 7 tokens, n = 6 of them computed, and a draft of 3 nodes; block_size is 4:

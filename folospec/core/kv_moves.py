@@ -1,4 +1,4 @@
-"""Which rows of KV go to other slots when a step is committed."""
+"""Collects which rows of KV move to other slots when a step is committed."""
 
 from __future__ import annotations
 

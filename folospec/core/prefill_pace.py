@@ -1,4 +1,4 @@
-"""How much of long prompts a step computes next to sequences that decode.
+"""Limits how much of long prompts a step computes next to sequences that decode.
 
     seconds of a step
         |        .--- 1.75 times the usual: what a step may take

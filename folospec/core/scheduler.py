@@ -1,4 +1,6 @@
-"""Decides which tokens run in the next step, from counts alone: it knows no token and no drafter.
+"""Decides which tokens run in the next step, from counts alone.
+
+It knows no token and no drafter.
 
 There is no prefill phase and no decode phase. Every sequence has tokens without KV, and a step
 schedules them up to a token budget: a prompt, a chunk of one, or the one new token of a sequence

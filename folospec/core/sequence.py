@@ -1,4 +1,4 @@
-"""A sequence: its tokens, how far their KV is computed, and the blocks that hold it.
+"""Defines a sequence: its tokens, how far their KV is computed, and the blocks that hold it.
 
 A request is a group of sequences. They work on tokens alone; blocks come in when a
 `KVCacheManager` admits one.

@@ -1,4 +1,4 @@
-"""One sequence's part of one step: the record that travels through the stages.
+"""Carries one sequence's part of one step through the stages.
 
     schedule   seq, start, num_tokens, num_draft_slots
     propose    proposal, and its tree

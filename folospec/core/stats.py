@@ -1,4 +1,4 @@
-"""Counts of the engine. A draft is counted for its request and for the engine in one place."""
+"""Counts what the engine does: a draft at once for its request and for the engine."""
 
 from __future__ import annotations
 

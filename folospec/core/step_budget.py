@@ -1,4 +1,4 @@
-"""The tokens of a step that are left to give away."""
+"""Counts the tokens of a step that are left to give away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of every draft: a tree of token ids under the last committed token.
+"""Defines the shape of every draft: a tree of token ids under the last committed token.
 
         root            last committed token, row 0
         |-- 0: 17       node 0, row 1, depth 1

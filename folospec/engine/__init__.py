@@ -1,0 +1,1 @@
+"""Runs the steps, and offers them as `LLM` and `LLMEngine`."""

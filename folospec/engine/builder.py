@@ -1,4 +1,4 @@
-"""Puts the components of an engine together, around what was loaded."""
+"""Puts the components of an engine together, around the loaded models."""
 
 from __future__ import annotations
 

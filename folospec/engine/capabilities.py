@@ -1,5 +1,4 @@
-"""What this installation can run, as far as folospec itself knows: the facts behind `folospec
-info`."""
+"""Reports what this installation can run: the facts behind `folospec info`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an engine can run: what breaks it, what closes it, what cannot be called in a step."""
+"""Tracks whether an engine can run: what breaks it, what closes it, what a step forbids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One thread at a time inside the engine, and no Ctrl-C in the middle of a change."""
+"""Lets one thread at a time into the engine, and holds Ctrl-C back during a change."""
 
 from __future__ import annotations
 

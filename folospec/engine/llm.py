@@ -1,4 +1,4 @@
-"""The offline API: `LLM(model, speculative=...).generate(prompts)`."""
+"""Offers the offline interface: `LLM(model, speculative=...).generate(prompts)`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""The loop. `_run_step` has its stages in order: plan, schedule, propose, execute, verify, commit,
-deliver, observe."""
+"""Runs the loop behind `add_request`, `step`, `abort` and `stream`.
+
+`_run_step` has the stages in order: plan, schedule, propose, execute, verify, commit, deliver,
+observe.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `LLM.stats()` returns."""
+"""Builds what `LLM.stats()` returns."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Holds the operations with several implementations: torch, native CPU kernels, Triton."""

@@ -1,5 +1,4 @@
-"""Finds the native CPU kernels: prebuilt, or built with the system's compiler, once per source,
-compiler and CPU.
+"""Finds the native CPU kernels: prebuilt, or compiled once per source, compiler and CPU.
 
     libraries/<target>-<sources>.so, where the package came with one that will do; else
     *.cpp --compile, each in a process of its own--> objects --link--> <fingerprint>-<content>.so

@@ -1,4 +1,4 @@
-"""Checks of what the native kernels are given: they read and write wherever they are pointed."""
+"""Checks the arguments of the native kernels, which read and write wherever they point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native CPU kernels from Python: the library, its structs, and its functions on tensors.
+"""Calls the native CPU kernels: the library, its structs, and its functions on tensors.
 
 `load()` gives the library or None; whoever has another form to fall back on asks it. What the
 structs mean is said beside their twins in `cpu/*.h`.

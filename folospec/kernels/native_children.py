@@ -1,5 +1,8 @@
-"""The native form of drawing the children of draft nodes, for rows of logits on the CPU. See
-`cpu/children.h`; the torch form is `spec.trees.children.draw_children`."""
+"""Draws the children of draft nodes with the native CPU kernels.
+
+The rows of logits are on the CPU. See `cpu/children.h`; the torch form is
+`spec.trees.children.draw_children`.
+"""
 
 from __future__ import annotations
 

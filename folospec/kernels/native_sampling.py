@@ -1,5 +1,7 @@
-"""The native form of drawing and of coupled verification: one call for all sequences of a step. See
-`cpu/sampling.h`; the torch form is `sampling.pipeline`, `sampling.sampler` and `spec.verify`."""
+"""Draws tokens and verifies under `coupled` in one native call for all sequences of a step.
+
+See `cpu/sampling.h`; the torch form is `sampling.pipeline`, `sampling.sampler` and `spec.verify`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""The native form of the suffix drafter's trees: no Python object for a node, and one call for all
-rows of a step. See `cpu/suffix.h`; the Python form, which says what is computed, is
-`spec.stores.suffix_index.SuffixIndex`."""
+"""Keeps the suffix drafter's trees in native code: one call for all rows of a step.
+
+There is no Python object for a node. See `cpu/suffix.h`; the Python form, which says what is
+computed, is `spec.stores.suffix_index.SuffixIndex`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The libraries that came with the package: one for each instruction set of `targets`.
+"""Chooses among the libraries of a wheel: one for each instruction set of `targets`.
 
 A wheel for one platform has them in `FOLDER`, made by setup.py. A source checkout and a wheel for
 any platform have none. The name of a file says what it is for and which sources it was made from,

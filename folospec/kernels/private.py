@@ -1,5 +1,8 @@
-"""Folders and files of the user's own. A library is code that runs with the user's rights, so it is
-loaded only from where nobody else can put one."""
+"""Keeps folders and files that only the user can write.
+
+A library is code that runs with the user's rights, so it is loaded only from where nobody else can
+put one.
+"""
 
 from __future__ import annotations
 

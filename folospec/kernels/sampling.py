@@ -1,4 +1,4 @@
-"""Which kernels sample from rows of logits: the native ones on the CPU, Triton's on a GPU, or none.
+"""Chooses the kernels that sample from logits: native on the CPU, Triton on a GPU, or none.
 
 Nothing here imports triton before there are rows that it may be for.
 """

@@ -1,4 +1,4 @@
-"""The instruction sets that the native kernels are built for, and which of them this machine runs.
+"""Lists the instruction sets that native kernels are built for, and which of them run here.
 
 A target is named as the compiler's -march names it, with extensions behind a "+":
 "x86-64-v4+avx512bf16+avx512vnni". A wheel has a library for each target of its platform.

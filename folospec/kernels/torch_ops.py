@@ -1,4 +1,4 @@
-"""The plain torch form of the ops of a decoder layer: the oracle any faster form is judged by.
+"""Computes the operations of a decoder layer in plain torch: the reference for faster forms.
 
 Every op works on one row at a time. Outside the matrix products, whose sums torch may order by the
 number of rows, a row's bits do not depend on the rows beside it.

@@ -1,0 +1,1 @@
+"""Computes logits: a Llama-family decoder, an adapter to transformers, and loading."""

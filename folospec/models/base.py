@@ -1,4 +1,4 @@
-"""What the engine needs to know of a model, and what it calls."""
+"""Defines what the engine needs to know of a model, and what it calls."""
 
 from __future__ import annotations
 

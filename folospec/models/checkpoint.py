@@ -1,4 +1,4 @@
-"""The files of a checkpoint: JSON that must be an object, and safetensors with or without an index.
+"""Reads the files of a checkpoint: JSON objects, and safetensors with or without an index.
 
 Names and shapes are read before any tensor is, so that a checkpoint that does not fit its config is
 refused before memory is allocated for it.

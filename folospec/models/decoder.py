@@ -1,4 +1,4 @@
-"""One Llama-family decoder on flat rows: Llama 2 and 3, Mistral, Qwen2 and Qwen3, by config.
+"""Runs one Llama-family decoder on flat rows: Llama 2 and 3, Mistral, Qwen2 and Qwen3.
 
 The weights of query, key and value are one matrix, and so are gate and up: a row's layer is four
 matrix products. `destinations` says which checkpoint tensor belongs where in them.

@@ -1,4 +1,4 @@
-"""Which checkpoints the Llama-family decoder serves, and with which options.
+"""Decides which checkpoints the Llama-family decoder serves, and with which options.
 
 The one place where a transformers config is read for it. What counts is the model class that
 transformers has for the config, not the names in it: InternLM3 and IQuest-Coder are other configs

@@ -1,4 +1,4 @@
-"""What goes into a forward pass, and what comes out."""
+"""Defines what goes into a forward pass, and what comes out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says about generating: the tokens that end an output, and sampling defaults.
+"""Reads what a checkpoint says about generating: end tokens and sampling defaults.
 
 Files are written by many hands. A value that cannot be what it should be is dropped, with a warning
 that names it and the file.

@@ -1,4 +1,4 @@
-"""The decoder's pass on a GPU: library products, and between them one kernel where torch has many.
+"""Runs the decoder on a GPU: library products, with one kernel where torch has many.
 
     layer    norm | qkv product | norms, rotation, KV write | attention | output product
              norm | gate and up product | gate | down product

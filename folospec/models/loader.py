@@ -1,4 +1,4 @@
-"""From a name to a model: where checkpoints are found, and how their tensors are read."""
+"""Finds the checkpoint of a name and reads its tensors into a model."""
 
 from __future__ import annotations
 

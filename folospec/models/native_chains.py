@@ -1,4 +1,7 @@
-"""Whole chains of draft tokens in one call of the native CPU kernels; see `cpu/chains.h`."""
+"""Drafts whole chains of tokens in one call of the native CPU kernels.
+
+See `cpu/chains.h`.
+"""
 
 from __future__ import annotations
 

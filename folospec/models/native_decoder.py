@@ -1,4 +1,4 @@
-"""The decoder's pass as one call of the native CPU kernels, over the decoder's own weights.
+"""Runs the decoder in one call of the native CPU kernels, over the decoder's own weights.
 
 Nothing large is copied: the matrices stay where the loader put them, and only norms and biases,
 which the kernels want in float32, are converted.

@@ -1,4 +1,6 @@
-"""The matrices of a decoder's layers in 8 bits, rounded by torchao. Only imported where asked for.
+"""Rounds the matrices of a decoder's layers to 8 bits, with torchao.
+
+It is imported only where that is asked for.
 
     layer      input_norm   qkv   output   post_norm   gate_up   down
     rounded         .        x      x          .          x        x

@@ -1,4 +1,4 @@
-"""Rotary frequencies, chosen once per model.
+"""Computes rotary frequencies, once per model.
 
 `dynamic` and `longrope` change their frequencies with the length of the text. A served model keeps
 keys in a cache and runs many lengths in one batch, so here the choice is made once, from

@@ -1,4 +1,4 @@
-"""Any causal LM of transformers whose attention goes through the attention interface.
+"""Runs causal models of transformers whose attention goes through the attention interface.
 
 The model runs on packed rows [1, N] with our attention in place of its own. No mask is built:
 transformers makes none for an attention function that has no mask function of the same name.

@@ -1,4 +1,4 @@
-"""Compares a transformers model on paged KV with the model's own plain forward, at load.
+"""Compares a transformers model on paged KV with its own plain forward pass, at load.
 
 A model may derive more from its inputs than its attention shows: positions of its own, something
 from the ids before a token, a state. So it runs a few tokens in every way in which the engine runs

@@ -1,4 +1,4 @@
-"""What a transformers model does in its attention, found by running it once on two tokens.
+"""Runs a transformers model once on two tokens, to learn what its attention does.
 
 No list of names: the model runs with an attention function that only writes down what it is given,
 and with masks that can be asked what they would hide. Anything beyond scaling, a sliding window and

@@ -1,4 +1,4 @@
-"""Cheaper copies of a target, to draft with: they share its weights where they can, and its KV.
+"""Makes cheaper copies of a target to draft with: they share its KV, and weights where they can.
 
 A view runs the decoder's own code with something left out of it. Per layer a half can go, or all
 layers from some on; or the matrices are int8 copies. Everything else is the target's own tensors.

@@ -1,4 +1,4 @@
-"""Memory for weights: on a CPU in pages of 2 MB, where the system has them.
+"""Allocates memory for weights: on a CPU in pages of 2 MB, where the system has them.
 
 A step reads all weights from end to end. In pages of 4 KB the processor looks five hundred times as
 many addresses up, and its prefetching stops at the end of each. numpy asks the system for large

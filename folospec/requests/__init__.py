@@ -1,1 +1,1 @@
-"""From prompts to outputs: what a request is checked for, and what it returns."""
+"""Takes a request from its prompt to its outputs: checks it, tracks it, builds what it returns."""

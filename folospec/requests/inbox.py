@@ -1,4 +1,4 @@
-"""Where outputs wait for whoever added the request, whichever thread runs the steps."""
+"""Holds outputs for whoever added the request, whichever thread runs the steps."""
 
 from __future__ import annotations
 

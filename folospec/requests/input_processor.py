@@ -1,5 +1,7 @@
-"""Admission: whatever is wrong with a request is said here, with the value, before any state
-changes."""
+"""Checks a request at admission, before any state changes.
+
+What is wrong is said with the value.
+"""
 
 from __future__ import annotations
 

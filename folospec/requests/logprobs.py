@@ -1,4 +1,4 @@
-"""Logprobs of prompt and output tokens, from the rows of logits that a step has computed anyway."""
+"""Takes the logprobs of prompt and output tokens from logits that a step computes anyway."""
 
 from __future__ import annotations
 

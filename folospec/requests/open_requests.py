@@ -1,4 +1,4 @@
-"""The requests that an engine serves: how they come in, where their outputs go, how they end."""
+"""Tracks the requests that an engine serves: admits them, delivers outputs, ends them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From tokens to what the user gets: text, stops, logprobs."""
+"""Turns tokens into what the user gets: text, stops, logprobs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Turns logits into distributions and tokens, with keyed noise."""

@@ -1,5 +1,6 @@
-"""The best tokens of rows of logits, under each request's temperature, filters and noise, and the
-confidence in them: one native call, where that runs.
+"""Finds the best tokens of rows of logits, and the confidence in them, in one native call.
+
+Each request's temperature, filters and noise apply. It runs where the native kernels do.
 
 `constraints.constrain` comes before it. The torch form is `pipeline.process` with `sampler.perturb`
 and the k largest of every row.

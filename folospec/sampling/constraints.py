@@ -1,4 +1,4 @@
-"""The stages that look at token ids and at a row's own history.
+"""Applies the sampling stages that look at token ids and at a row's own history.
 
 In their order: allowed ids, bad words, min_tokens, bias, penalties, the user's processors. They
 change logits; temperature and the filters come after them (`pipeline`).

@@ -1,4 +1,4 @@
-"""Logprobs as a request asks for them: of the chosen token and of the most likely ones."""
+"""Computes the logprobs that a request asks for: of chosen and of most likely tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sampling derives from a request's parameters, once, when the request is admitted."""
+"""Derives what sampling needs from a request's parameters, once, at admission."""
 
 from __future__ import annotations
 

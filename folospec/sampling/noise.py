@@ -1,4 +1,6 @@
-"""Keyed noise: a number for every (key, token id), the same on every device and in every batch.
+"""Computes keyed noise: one number per key and token id, the same on every device.
+
+It is the same in every batch, too.
 
     key  = 64 bits mixed on the host from (seed, sample_index, position, purpose)
     bits = mix32(mix32(token_id ^ low half) ^ high half), 32 bits

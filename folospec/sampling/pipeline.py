@@ -1,4 +1,6 @@
-"""One pipeline, for plain and speculative steps, from logits to the law that a token is drawn from.
+"""Turns logits into the distribution that a token is drawn from.
+
+Plain and speculative steps use this one pipeline.
 
 The order is fixed: allowed ids, bad words, min_tokens, bias, penalties, user processors
 (`constraints`), then temperature, top_k, top_p, min_p, each on the probabilities that the stage

@@ -1,4 +1,4 @@
-"""Draw tokens with keyed Gumbel noise: argmax(log_probs + g) is a sample of probs."""
+"""Draws tokens with keyed Gumbel noise: argmax(log_probs + g) is a sample of probs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Proposes drafts and verifies them."""

@@ -1,4 +1,4 @@
-"""The acceptance rules by name: what each promises and needs, and those that users register."""
+"""Registers the acceptance rules by name: what each promises and needs, users' rules too."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""What the engine takes over from a drafter. A drafter's answer may hold anything; what the engine
-goes on with is built here from values that were checked, and the drafter has no hold on it.
+"""Builds a checked proposal of the engine's own from what a drafter returns.
+
+A drafter's answer may hold anything; what the engine uses is built here from values that were
+checked, and the drafter keeps no reference to it.
 
     answer of a drafter  ->  ProposalChecks.take  ->  Proposal of ints, floats and bools in tuples
 

@@ -1,4 +1,4 @@
-"""What a drafter with KV may ask of the worker: run these rows, at these slots, on my model."""
+"""Defines what a drafter with KV may ask of the worker: rows at slots, on its own model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Calls drafters: makes their requests, checks and times their proposals, and isolates a failure to
-the sequence that caused it."""
+"""Calls drafters: makes requests, checks and times proposals, isolates failures.
+
+A failing drafter affects only the sequence that caused it.
+"""
 
 from __future__ import annotations
 

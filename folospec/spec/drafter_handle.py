@@ -1,5 +1,7 @@
-"""A drafter as the engine holds it: what it says of itself is read once, when the engine is made,
-and checked. Nothing that it says later, or fails to say, can surprise a step."""
+"""Holds a drafter, and reads and checks once what the drafter says of itself.
+
+That is when the engine is made: nothing that it says later, or fails to say, can surprise a step.
+"""
 
 from __future__ import annotations
 

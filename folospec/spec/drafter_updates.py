@@ -1,5 +1,4 @@
-"""Sends drafters the result of a step: verdicts, new tokens, and what they need of the target's
-pass."""
+"""Sends drafters the result of a step: verdicts, new tokens, and rows of the target's pass."""
 
 from __future__ import annotations
 

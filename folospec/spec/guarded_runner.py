@@ -1,5 +1,6 @@
-"""A drafter's models as the drafter gets them: every argument is checked before it is used, and
-rows run only for the requests of the call of `propose` that is in progress.
+"""Guards the models of a drafter: checks every argument before it is used.
+
+Rows run only for the requests of the call of `propose` that is in progress.
 
     model        its KV           rows may run at the slots
     draft        the drafter's    0 .. root + num_slots

@@ -1,5 +1,6 @@
-"""Several proposals for one sequence become one tree (SpecInfer's merge, arXiv 2305.09781, section
-3.2).
+"""Merges several proposals for one sequence into one tree (SpecInfer, arXiv 2305.09781).
+
+The merge is that of section 3.2.
 
     suffix        a -- b -- c          merged     a -- b -- c
     draft_model   a -- d                          |    `

@@ -1,5 +1,4 @@
-"""What a drafter hands over for one sequence: a token tree, and the distribution that
-each node was drawn from.
+"""Defines what a drafter proposes for one sequence: a token tree and its draft distributions.
 
 A proposal knows nothing of KV, requests or batches. It is made in `propose`, may lose nodes to the
 planner, and is verified by one of the rules in `spec.verify`.

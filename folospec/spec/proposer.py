@@ -1,5 +1,7 @@
-"""Drafting, a step of it: how many slots each sequence gets, the proposals, and what the drafters
-and the planner learn when the step is over."""
+"""Drafts in a step: slots for each sequence, proposals, and updates when the step is over.
+
+The updates go to the drafters and to the planner.
+"""
 
 from __future__ import annotations
 

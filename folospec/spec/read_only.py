@@ -1,4 +1,4 @@
-"""A list that others may read and not change."""
+"""Defines a list that drafters may read and not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The acceptance rules: from a token tree and what the target says of its rows, to a verdict.
+"""Applies the acceptance rules: from a token tree and the target's rows to a verdict.
 
 Row 0 is the root, the last committed token; row i + 1 is node i of the tree. The target's row r is
 its law, or its token, for the position *after* row r, so a node is judged by its parent's row:

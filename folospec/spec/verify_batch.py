@@ -1,5 +1,4 @@
-"""Transform and verify: from the target's logits to the tokens that every sequence emits in this
-step.
+"""Verifies all sequences of a step: from the target's logits to the tokens that each emits.
 
 Plain steps and speculative ones take the same way: the pipeline runs over all rows, each with its
 node's own path as history, and a plain step is a tree without nodes.

@@ -1,5 +1,7 @@
-"""Which rows of a step tokens are drawn at, under which options; and how that goes to the kernels
-that draw and verify in one call."""
+"""Packs the rows at which tokens are drawn, with their options, for the verifying kernels.
+
+Such a kernel draws and verifies in one call.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From token ids to text and back."""
+"""Turns token ids into text, and texts and conversations into prompts."""

@@ -1,4 +1,4 @@
-"""Conversations to prompts, by the tokenizer's chat template."""
+"""Turns conversations into prompts, by the tokenizer's chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids to text, a few tokens at a time, equal to the decoding of the whole.
+"""Turns token ids into text, a few at a time, equal to the decoding of the whole.
 
 Which text a token adds depends on its neighbours in two ways. A character may be spread over
 several tokens; and some tokenizers treat the first word of a text in another way than the next. So

@@ -1,4 +1,4 @@
-"""Finds stop strings in a text that grows, each character once, however many strings there are.
+"""Finds stop strings in a growing text, each character once, however many strings there are.
 
 It is the automaton of Aho and Corasick ("Efficient string matching", 1975): a state is the longest
 end of the text with which a stop string begins.

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of single token ids: their bytes, their text, which are special."""
+"""Decodes single token ids: their bytes, their text, and which are special."""
 
 from __future__ import annotations
 

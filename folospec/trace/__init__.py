@@ -1,1 +1,1 @@
-"""What a step did, as data: the records, and who takes them."""
+"""Records what a step did, as data."""

@@ -1,4 +1,4 @@
-"""What a step did, as data: one `StepTrace` per step, and the file they are kept in.
+"""Defines the records of a trace, one `StepTrace` per step, and the file that holds them.
 
 The file has one JSON object per line: a `TraceHeader`, then a `StepTrace` for every step, in order.
 docs/trace.md explains every field. `tracer.py` records them; nothing here needs torch.

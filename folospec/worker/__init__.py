@@ -1,0 +1,1 @@
+"""Runs the models, and owns every KV tensor."""

@@ -1,4 +1,4 @@
-"""Which drafters an engine has, and how they are made."""
+"""Makes the drafters of an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From rows to tensors: what the model reads in one forward pass.
+"""Packs rows into the tensors that a model reads in one forward pass.
 
 The rows of all sequences are numbered at once, in numpy: a step costs in proportion to its
 sequences and its trees, not to its rows.

@@ -1,4 +1,7 @@
-"""The KV tensors of one model: sized once, addressed by the block ids that `core` hands out."""
+"""Holds the KV tensors of one model, addressed by the block ids of `core`.
+
+They are sized once.
+"""
 
 from __future__ import annotations
 

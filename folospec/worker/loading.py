@@ -1,4 +1,4 @@
-"""Puts an engine together: models, drafter, and one pool of blocks for the KV of all of them."""
+"""Loads the models and drafters of an engine, and makes one pool of blocks for all their KV."""
 
 from __future__ import annotations
 

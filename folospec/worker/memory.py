@@ -1,4 +1,4 @@
-"""How much of a GPU is left for KV: the largest step is run, and what it takes is measured.
+"""Measures how much of a GPU is left for KV, by running the largest step.
 
     |<----------------------- total memory of the card ----------------------->|
     |<-------------- gpu_memory_utilization of it ---------------->|           |

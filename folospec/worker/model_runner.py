@@ -1,5 +1,7 @@
-"""Runs one model over packed rows. The target has a runner, and so has every draft model: the same
-class, each with its own KV."""
+"""Runs one model over packed rows.
+
+The target has a runner, and so has every draft model: the same class, each with its own KV.
+"""
 
 from __future__ import annotations
 

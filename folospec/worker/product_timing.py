@@ -1,5 +1,6 @@
-"""From how many rows on a pass of the target takes torch's products, measured when an engine is
-made with `deterministic=False` on a CPU, once per model and machine.
+"""Measures from how many rows on torch's products are faster, with `deterministic=False`.
+
+It runs when an engine is made on a CPU, once per model and machine.
 
 Native products are made for the few rows of a decoding step. For the hundreds of rows of a prompt
 torch's may be faster: that depends on the processor. One layer is timed, since all have products of

@@ -1,4 +1,4 @@
-"""Plain decoding that does not come back to the host for every token.
+"""Decides how many tokens a plain step decodes before the host looks at them.
 
     step by step   pass, draw | host | pass, draw | host | pass, draw | host
     ahead          pass, draw, pass, draw, pass, draw                 | host

@@ -1,5 +1,6 @@
-"""How long a pass of the target takes with 1 to 64 rows, measured when the engine starts, once per
-model and machine.
+"""Measures how long passes of the target with 1 to 64 rows take, once per model and machine.
+
+It runs when the engine starts.
 
 The rows run at the slots of a pool that nobody uses yet. The figures are kept in a file of the
 user's cache folder, named by everything that they depend on; a file that cannot be read, or says

@@ -1,5 +1,6 @@
-"""Runs the models of an engine. It owns every KV tensor: what crosses its border are step records,
-slots and logits.
+"""Runs the models of an engine, and owns every KV tensor.
+
+What crosses its border are step records, slots and logits.
 
     execute   the target over the rows of a step, or several passes of it in a row
     apply     copies of blocks and moves of rows, in the KV of every owner

@@ -147,27 +147,6 @@ def test_tests_that_are_named_exist() -> None:
     assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
 
 
-def test_every_module_below_the_command_is_in_the_architecture_and_no_other() -> None:
-    page = (DOCS / "architecture.md").read_text()
-    rows = re.findall(r"^\| (`[^|]+) \|", page.split("## Modules")[1].split("\n## ")[0], re.M)
-    package = Path(drafters.__file__).parents[2]
-    listed: set[str] = set()
-    for row in rows:
-        folder = ""
-        for name in re.findall(r"`([\w/]+)`", row):
-            folder = name.rpartition("/")[0] or folder
-            listed.add(f"{folder}/{name.rpartition('/')[2]}".lstrip("/"))
-    listed = {name for name in listed if not name.startswith("cli")}
-    modules = {
-        path.relative_to(package).with_suffix("").as_posix()
-        for path in package.rglob("*.py")
-        if path.stem not in ("__init__", "__main__") and path.parent.name not in ("drafters", "cli")
-    }
-    own = {"spec/drafters/base", "spec/drafters/model_drafter"}
-    assert sorted(modules - listed) == []
-    assert sorted(listed - modules - own) == []
-
-
 def anchors_of(text: str) -> set[str]:
     """The anchors that headings get."""
     headings = re.findall(r"^#+ (.+)$", text, re.M)

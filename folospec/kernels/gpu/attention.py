@@ -1,4 +1,4 @@
-"""Ragged attention over paged KV: prompts, decoding and token trees by one kernel.
+"""Computes ragged attention over paged KV: prompts, decoding and token trees in one kernel.
 
 A program takes a tile of rows of one sequence, the query heads of one KV head, and a part of the
 keys. Rows times heads are the rows of its matrix products:

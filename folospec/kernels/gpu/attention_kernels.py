@@ -1,4 +1,4 @@
-"""The Triton kernels of `attention`: a tile of rows sees its keys, and parts of keys are folded."""
+"""Holds the Triton kernels of `attention`: one for a tile of rows, one that folds parts of keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From rows of logits to tokens on the device: the arg-max, the law, and the race of keyed noise.
+"""Draws tokens from rows of logits on the device: arg-max, probabilities, keyed noise.
 
     scan     part by part: the peak, where it is, and roughly the best score
     weigh    part by part: the sum of weights, by which the law is normalised

@@ -1,4 +1,4 @@
-"""top_k, top_p and min_p on the device, without sorting a row.
+"""Applies top_k, top_p and min_p on the device, without sorting a row.
 
 Each keeps a prefix of one order (logit falling, then id rising). A token's place in that order is
 its *order key*, an integer: the bits of the logit so that they rise as it falls, then the id. The

@@ -1,4 +1,4 @@
-"""Writing paged KV: a step's keys and values, and accepted rows that move to where they belong.
+"""Writes paged KV: the keys and values of a step, and accepted rows at their final slots.
 
 The product of a row with the query, key and value matrices becomes its query and its KV in one
 launch. The halves of a head rotate together, value heads do not:

@@ -1,4 +1,7 @@
-"""The kernels of `kv`. A program of the writing ones has some heads of one row."""
+"""Holds the Triton kernels of `kv`.
+
+A program of the kernels that write has some heads of one row.
+"""
 
 import triton
 import triton.language as tl

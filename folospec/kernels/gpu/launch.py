@@ -1,4 +1,4 @@
-"""Where Triton kernels can run, and the one door through which they are launched.
+"""Launches every Triton kernel, and says where they can run.
 
 With TRITON_INTERPRET=1 in the environment Triton interprets its kernels, on any device and slowly:
 that is how they are tested on a machine without a GPU.

@@ -1,4 +1,4 @@
-"""What sampling kernels share: the law that a row is drawn with, and the odds of its tokens.
+"""Holds what sampling kernels share: the distribution of a row, and the odds of its tokens.
 
 A law is six int64, as `sampling_records.pack_law` packs them: seed, sample_index, then the bits of
 three float64, temperature (0 is greedy), top_p (1: all) and log min_p (-inf: all), then top_k

@@ -1,4 +1,4 @@
-"""A linear whose rows do not know of each other: for steps whose bits may not depend on the batch.
+"""Multiplies rows by a matrix so that no row's bits depend on the other rows.
 
 Libraries choose block sizes, and splits of the sum, by the number of rows. Here all of that is
 fixed by the type alone. An output element is the dot product of its own row and column, summed by

@@ -1,4 +1,4 @@
-"""The law of a row as log-probabilities, from the same passes as a draw: see `gpu.draw`."""
+"""Computes the log-probabilities of a row from the same passes as a draw; see `gpu.draw`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The keyed noise of `sampling.noise` inside Triton kernels: the same bits.
+"""Computes the keyed noise of `sampling.noise` inside Triton kernels: the same bits.
 
     key  = 64 bits mixed from (seed, sample_index, position, purpose)
     bits = mix32(mix32(token_id ^ low half) ^ high half), 32 bits

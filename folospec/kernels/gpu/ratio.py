@@ -1,5 +1,6 @@
-"""The ratio rules on the device: `verify_rejection` and `verify_block` of `spec.verify`, a program
-for each sequence.
+"""Runs the rules `rejection` and `block` on the device, a program for each sequence.
+
+They are `verify_rejection` and `verify_block` of `spec.verify`.
 
     left = the target's law at a node
     child rejected:  left = max(left - draft, 0) / its mass,  kept in the sequence's scratch row

@@ -1,4 +1,4 @@
-"""The passes over parts of rows that every draw begins with, as launches: see `gpu.draw`."""
+"""Launches the passes over parts of rows that every draw begins with; see `gpu.draw`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""What is done to each row between a decoder's matrix products: the residual and its norm, and the
-gate of the MLP. A program has a whole row, or a part of one, whatever rows run beside it."""
+"""Computes what a decoder does to each row between its matrix products: norms and gates.
+
+A program has a whole row, or a part of one, whatever rows run with it.
+"""
 
 from __future__ import annotations
 

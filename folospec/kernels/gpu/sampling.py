@@ -1,5 +1,6 @@
-"""Sampling and verification on the device: what `native_sampling` does on the CPU, for rows of
-logits on a GPU, in a few launches and with one host read; and the ratio rules.
+"""Samples and verifies rows of logits on a GPU, in a few launches and with one host read.
+
+It does what `native_sampling` does on the CPU, and has the ratio rules too.
 
     arrays_of(walks)   numpy, on the host: laws, trees, nodes and draws, all int64
     run_walks(...)     launches alone: tensors in, `result` out; may be part of a CUDA graph

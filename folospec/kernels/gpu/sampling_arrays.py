@@ -1,5 +1,8 @@
-"""What goes to the device to sample with, and what comes back: all of it int64, made and read with
-numpy on the host. See `gpu.sampling` for the kernels, `gpu.law` for laws and draws."""
+"""Packs what sampling sends to the device, and reads what comes back.
+
+All of it is int64, made and read with numpy on the host. See `gpu.sampling` for the kernels, and
+`gpu.law` for distributions and draws.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Coupled verification on the device: from the drawn tokens of all rows to the accepted paths.
+"""Verifies trees under `coupled` on the device: from the drawn tokens to the accepted paths.
 
     row      0 (root)  1   2   3          tokens of the nodes, -1: not to be accepted
     parent   -         0   0   1

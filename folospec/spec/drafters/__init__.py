@@ -1,4 +1,7 @@
-"""The drafters that come with folospec, one file each. Importing this package registers them."""
+"""Registers the drafters that come with folospec, one file each.
+
+Importing this package registers them.
+"""
 
 from folospec.spec.drafters.base import register_drafter
 from folospec.spec.drafters.draft_model import DraftModelDrafter

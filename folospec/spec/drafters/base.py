@@ -1,9 +1,12 @@
-"""The drafter interface and its registry. A new drafter is one file: subclass `Drafter`, register
-it, name it in `speculative=`.
+"""Defines the drafter interface and its registry.
 
-A drafter proposes tokens and learns from results. It allocates and frees no blocks, does not verify
-its own tokens, and does not change the output: the engine checks what it hands over
-(`spec.checks`), and what it is given is read-only or a copy.
+A new drafter is one file: subclass `Drafter`, register it, name it in `speculative=`.
+
+A drafter proposes tokens and learns from results. It allocates and frees no blocks and does not
+verify its own tokens. The engine checks what it returns (`spec.checks`), and what it is given is
+read-only or a copy. Under `coupled` no proposal can change the output. Under `rejection` and
+`block` the output has the target's distribution only if `draft_probs` is what the draft tokens were
+drawn from: a drafter that states another distribution changes the output.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A small model drafts for a large one (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv
-2302.01318).
+"""Drafts with a smaller model of the same vocabulary (arXiv 2211.17192, arXiv 2302.01318).
+
+The method is by Leviathan et al. and Chen et al.
 
 The draft model has its own KV tensors on the target's block tables and its own progress per
 sequence. Before it drafts it runs whatever committed tokens it has not seen: the last one or two as

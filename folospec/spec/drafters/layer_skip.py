@@ -1,5 +1,6 @@
-"""The target drafts for itself with some of its layers (LayerSkip, arXiv 2404.16710; Draft &
-Verify, arXiv 2309.08168).
+"""Drafts with some of the target's own layers (LayerSkip, arXiv 2404.16710).
+
+Draft & Verify (arXiv 2309.08168) skips sublayers.
 
     exit_layer=3       layers 0, 1 and 2, then the final norm and the output matrix: LayerSkip's
                        early exit. It wants a target that was trained for it, with layer dropout and

@@ -1,5 +1,6 @@
-"""Lookahead decoding: the target guesses many places ahead at once, and what it guesses becomes
-n-grams to verify later (Fu et al., arXiv 2402.02057, section 3).
+"""Guesses many places ahead, and drafts from the n-grams of the guesses (arXiv 2402.02057).
+
+This is lookahead decoding (Fu et al., section 3).
 
 One pass of the target runs two branches behind the last committed token `a`. The lookahead branch
 is a window of guesses, `ngram_size` - 1 rows of `window` columns, each row one Jacobi iteration

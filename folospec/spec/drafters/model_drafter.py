@@ -1,5 +1,6 @@
-"""Drafting with a causal language model, whoever it is: a small one with KV of its own, or a
-cheaper view of the target that reads the target's KV. The drafters that do so are subclasses.
+"""Drafts with a causal language model; the drafters that do so are subclasses.
+
+The model is a small one with KV of its own, or a self-draft model that reads the target's KV.
 
 A draft grows a level at a time. The rows of a level run together, each sees its ancestors, and the
 slots behind the root fill up in the order in which nodes are run:

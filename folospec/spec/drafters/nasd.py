@@ -1,6 +1,7 @@
-"""N-gram assisted speculative decoding: draft what followed these tokens most often, as counted in
-this sequence and as the target itself would have gone on (ANPD, arXiv 2404.08698, with a filler of
-top tokens).
+"""Drafts what followed these tokens most often, by counts of n-grams (arXiv 2404.08698).
+
+Counted is what this sequence has and what the target itself would have gone on with: ANPD, with a
+filler of top tokens.
 
     context  ... a b      store   (a, b) -> c: 3, d: 1
     draft          c               (b, c) -> e: 2          longest known context first, one token

@@ -1,5 +1,6 @@
-"""Prompt lookup: copy what followed the last time these tokens were seen (LLMA, arXiv 2304.04487;
-prompt lookup decoding).
+"""Drafts what followed the last time these tokens were seen (arXiv 2304.04487).
+
+This is LLMA, or prompt lookup decoding.
 
 The last n tokens of the sequence are looked up among its own earlier tokens, n from
 `prompt_lookup_max` down to `prompt_lookup_min`; of several places the most recent counts, and what

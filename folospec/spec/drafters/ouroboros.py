@@ -1,5 +1,6 @@
-"""Ouroboros: a draft model drafts phrase by phrase, and phrases make its draft longer (Zhao et al.,
-arXiv 2402.13720).
+"""Drafts phrase by phrase with a draft model, and lengthens drafts by phrases (arXiv 2402.13720).
+
+This is Ouroboros (Zhao et al.).
 
 What was said and what was nearly said is kept as phrases, keyed by their first token. They serve
 twice. First, the draft model drafts faster: a pass feeds it the last token `a` and the longest

@@ -1,5 +1,6 @@
-"""Predicted outputs: the caller says what the output will be, most of it, and it is drafted from
-there. An edited file is the usual case: `SamplingParams(prediction=original_file)`.
+"""Drafts from the output that the caller predicts.
+
+An edited file is the usual case: `SamplingParams(prediction=original_file)`.
 
 An `Alignment` follows the output through the expected text, over replacements, insertions,
 omissions and moves. Where it sees several ways to go on they become branches, weighed by how often

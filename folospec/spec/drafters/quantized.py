@@ -1,5 +1,6 @@
-"""The target drafts for itself with rounded weights (ML-SpecQD, arXiv 2503.13565; QuantSpec, arXiv
-2502.10424, rounds the KV too).
+"""Drafts with the target's own weights, rounded to fewer bits (arXiv 2503.13565).
+
+That is ML-SpecQD; QuantSpec (arXiv 2502.10424) rounds the KV too.
 
 Decoding waits for the weights to be read, so the same weights in fewer bits are a cheaper model,
 and one that nearly always agrees. There is nothing to train, and no KV to keep: the drafter reads

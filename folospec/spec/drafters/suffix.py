@@ -1,5 +1,6 @@
-"""SuffixDecoding (arXiv 2411.04975): continue the last tokens as they were continued before, here
-or in another request.
+"""Drafts how the last tokens went on before, here or in another request (arXiv 2411.04975).
+
+This is SuffixDecoding.
 
 Two suffix trees count what has followed what: one of the request itself, prompt and output, and one
 of finished requests. Every match of the last p tokens in either tree is a candidate (section 3.2):

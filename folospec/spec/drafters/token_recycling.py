@@ -1,5 +1,6 @@
-"""Token Recycling: the candidates that the target did not take are the drafts of later steps (arXiv
-2408.08696, section 3).
+"""Drafts from candidates that the target did not take in earlier steps (arXiv 2408.08696).
+
+This is Token Recycling (section 3).
 
     adjacency   a: [b c .]          what the target found likeliest after a, when it last had a row
                 b: [d e .]          for a; every verified row is such a row, accepted or not

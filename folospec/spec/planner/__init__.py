@@ -1,1 +1,1 @@
-"""What drafting pays: acceptance, costs, and the plan of every step."""
+"""Plans what drafting pays in every step, from acceptance and cost."""

@@ -1,5 +1,6 @@
-"""What became of a drafter's proposals: how deep they were accepted, how far its confidence can be
-believed, and what asking it was worth.
+"""Records how deep a drafter's proposals were accepted, and how far its confidence held.
+
+It also records what a proposal was worth.
 
 Every estimate is shrunk towards a wider one that has seen more, and forgets exponentially:
 

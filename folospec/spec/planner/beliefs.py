@@ -1,4 +1,4 @@
-"""What the planner believes: how often each source is right, and what rows and drafts cost."""
+"""Estimates how often each source is right, and what rows and drafts cost."""
 
 from __future__ import annotations
 

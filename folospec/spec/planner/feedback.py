@@ -1,4 +1,4 @@
-"""What drafting really gained: steps with drafts against steps without.
+"""Measures what drafting really gains: steps with drafts against steps without.
 
 The estimates of acceptance and cost each correct themselves, and still a plan that promises 1.05
 may get 0.97: costs that no estimate has a place for, answers that were believed too much. So what a

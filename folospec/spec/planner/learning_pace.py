@@ -1,5 +1,7 @@
-"""Which steps are learned from, and when one is taken without drafts so that there is something to
-compare with. Learning takes time, too."""
+"""Chooses the steps that the planner learns from, and those that run plain for comparison.
+
+Learning takes time, too.
+"""
 
 from __future__ import annotations
 

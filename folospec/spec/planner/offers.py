@@ -1,5 +1,4 @@
-"""Proposals as the planner sees them: how likely their nodes are, which are kept, and what is
-learned of them."""
+"""Scores proposals: how likely their nodes are, which are kept, what is learned of them."""
 
 from __future__ import annotations
 

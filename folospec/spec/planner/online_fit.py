@@ -1,4 +1,4 @@
-"""A linear fit that follows its data: recursive least squares with forgetting.
+"""Fits a linear model that follows its data: recursive least squares with forgetting.
 
     y = coefficients . x        every observation moves the coefficients a little, the more the less
                                 is known in the direction of x

@@ -1,5 +1,4 @@
-"""The two decisions of a step, as arithmetic: how deep to draft for each sequence, and which of the
-proposed nodes the target is to judge.
+"""Computes how deep to draft for each sequence, and which proposed nodes to verify.
 
 Both look for the greatest rate over the whole batch,
 

@@ -1,4 +1,4 @@
-"""What the planner and the engine talk about: sources of drafts, rows, offers, and reasons."""
+"""Defines what the planner and the engine exchange: sources, sequences, proposals, reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How much to draft for each sequence. Core is told integers; what they rest on stays here.
+"""Decides how much to draft for each sequence.
+
+Core gets integers; what they rest on stays here.
 
     plan      who is asked, and how deep: acceptance so far, against the cost of a step and a draft
     offer     a proposal came: its confidence, corrected by what came of earlier ones

@@ -1,4 +1,4 @@
-"""When to ask again where drafting was given up.
+"""Decides when to try again where drafting was given up.
 
 Every step puts a share of its time into a purse, and a probe is paid from it: whatever happens,
 probing costs no more than that share. Per sequence and source the pauses between probes double,

@@ -1,4 +1,4 @@
-"""What a step costs, as a function of the rows in it; and what a draft costs.
+"""Estimates what a step costs as a function of its rows, and what a draft costs.
 
                    seconds of a step
                        |             ..*        pass    the target's rows, a measured curve: flat

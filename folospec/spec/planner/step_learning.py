@@ -1,5 +1,4 @@
-"""What the planner learns from a step when it is over: what the target's pass cost, what asking
-did, and what drafting really gained."""
+"""Learns from a finished step: the cost of its pass and drafts, and what drafting gained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of one step: which sources are asked for which sequences, and how deep.
+"""Plans one step: which sources draft for which sequences, and how deep.
 
 passes    of a model: every level costs, so the depth is chosen
 lookups   cost the same at any depth: whether to ask is chosen, at the price of a row by then

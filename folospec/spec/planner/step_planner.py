@@ -1,5 +1,7 @@
-"""Drives the planner through the stages of a step: sequences become its rows, proposals its offers,
-and what it decides becomes limits of drafters and smaller proposals.
+"""Drives the planner through the stages of a step.
+
+It turns sequences into the planner's rows and proposals into scored proposals, and what the planner
+decides into limits of drafters and smaller proposals.
 
     begin          before the schedule: who may draft, how deep
     asks, limits   while drafters are asked

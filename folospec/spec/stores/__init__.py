@@ -1,1 +1,1 @@
-"""What has followed what, and what became of it: the memory of drafters without a model."""
+"""Stores what followed which tokens: the memory of drafters without a model."""

@@ -1,4 +1,4 @@
-"""How often drafts that were made from like evidence have been accepted: an estimate for the next.
+"""Estimates acceptance by how often drafts with similar evidence were accepted.
 
 A drafter without a model has no probabilities of its own. It has evidence: how long the match was,
 how often the continuation was seen, how deep the node is. Each kind of evidence is a key, and the

@@ -1,4 +1,4 @@
-"""Where an output is in the text that was expected of it, and how it departs from it.
+"""Aligns an output with the text that the caller predicted, over edits and moves.
 
     expected   for count in range ( 10 ) : print ( count )
     output     for index in range ( 10 ) : print (           place: before "count"

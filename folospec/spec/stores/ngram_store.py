@@ -1,5 +1,6 @@
-"""What followed which context: counts of k-grams, looked up with back-off from the longest context
-to the shortest (multi-level n-grams: ANPD, arXiv 2404.08698, section 3).
+"""Counts what followed each k-gram, and backs off from long contexts to short ones.
+
+These are the multi-level n-grams of ANPD (arXiv 2404.08698, section 3).
 
     tokens  7 8 9 7 8 5 7 8      n = 3, store "basic"
 

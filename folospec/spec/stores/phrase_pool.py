@@ -1,4 +1,4 @@
-"""Phrases by their first token: the store that drafters fill with n-grams and draft from.
+"""Stores phrases by their first token: drafters fill it with n-grams and draft from it.
 
     insert (5 6 7 8), (5 6 9), (7 8 1)      5 -> 6 9 | 6 7 8      the phrase inserted last comes
                                             7 -> 8 1              first

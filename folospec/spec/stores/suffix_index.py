@@ -1,4 +1,4 @@
-"""What the suffix drafter asks of its trees: a draft for a sequence, a place for finished texts.
+"""Answers the suffix drafter from its trees, and takes in finished texts.
 
     draft(asks)   new tokens go into the sequence's own tree; the best match of its end, there or in
                   the shared tree of finished texts, is continued

@@ -1,4 +1,4 @@
-"""Finished texts under one suffix tree, bounded in tokens; the least recently used goes first."""
+"""Stores finished texts in one suffix tree, bounded in tokens; the least recently used go first."""
 
 from __future__ import annotations
 

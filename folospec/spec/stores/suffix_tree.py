@@ -1,5 +1,6 @@
-"""A suffix tree of bounded depth with counts, for many texts: what has followed these tokens, and
-how often (the structure under SuffixDecoding, arXiv 2411.04975, section 3.1).
+"""Counts what followed which tokens in many texts, in a suffix tree of bounded depth.
+
+It is the structure under SuffixDecoding (arXiv 2411.04975, section 3.1).
 
 Every substring of at most `max_depth` tokens is a path from the root. Paths are compressed: an edge
 holds as many tokens as follow each other without a choice, read from a text that has them. A count

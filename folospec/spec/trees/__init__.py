@@ -1,1 +1,1 @@
-"""The shapes of drafts, and how a drafter with a model fills them."""
+"""Shapes drafts as chains and trees, and fills them with a draft model's tokens."""

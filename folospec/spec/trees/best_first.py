@@ -1,4 +1,4 @@
-"""Trees that grow where they are likeliest, for drafters whose evidence gives chances at no cost.
+"""Grows trees at their most likely node, where evidence gives probabilities at no cost.
 
 root -- a .9 -- b .8      the next node is always the one with the highest joint chance, the
   `---- c .1              product along its path: a (.9), b (.72), ... and at last c (.1)

@@ -1,4 +1,4 @@
-"""How the children of a draft node are drawn from the draft model's law at that node.
+"""Draws the children of a draft node from the draft model's distribution at that node.
 
     coupled              top k of log draft_probs + g, with the noise g that will draw the target's
                          token: where the two laws nearly agree, so do their arg-maxes (Gumbel

@@ -1,4 +1,4 @@
-"""How a drafter with a model is to draft: a chain or which tree, and how children are drawn."""
+"""Chooses how a drafter with a model drafts: a chain or which tree, and how children are drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a draft model's logits to draft tokens: the request's own pipeline, then the children.
+"""Draws draft tokens from a draft model's logits: the request's own pipeline, then the children.
 
     logits -- constraints --+-- kernels: temperature, filters, noise, the best tokens in one call
                             `-- torch:   process(), then draw_children()

@@ -1,4 +1,4 @@
-"""A draft while it grows: which nodes get children next, how many, and what is kept.
+"""Builds a draft level by level: which nodes get children, how many, and what is kept.
 
 A chain only goes on or ends. Static trees (expansion, sequoia) follow a shape. A dynamic tree
 follows the tokens: every level, the likeliest nodes get children, and in the end the likeliest

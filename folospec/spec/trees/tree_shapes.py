@@ -1,4 +1,4 @@
-"""Shapes of static draft trees: which nodes there are is settled before any token is drawn.
+"""Computes the shapes of static draft trees, before any token is drawn.
 
     expansion([2, 2])      root -+- a -+- a.a       every node of a level has as many children
                                  |     `- a.b

@@ -1,1 +1,1 @@
-"""Passes that run as CUDA graphs."""
+"""Runs passes as CUDA graphs."""

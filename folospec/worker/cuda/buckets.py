@@ -1,4 +1,4 @@
-"""Which shapes of steps have a CUDA graph: a step runs in the smallest bucket that holds it.
+"""Chooses which shapes of steps have a CUDA graph: the smallest bucket that holds a step runs it.
 
     sequences  1  2  4  8  16  24  32  48  64 ...
     rows       1  2  3  4   6   8  12  16 ... 64 times as many, up to `MAX_ROWS`

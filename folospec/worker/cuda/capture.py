@@ -1,4 +1,4 @@
-"""CUDA graphs: a function's launches are recorded once, and replayed as one.
+"""Captures CUDA graphs: a function's launches are recorded once, and replayed as one.
 
     record   fn()  ->  every launch with its addresses and sizes
     replay   the same launches, on whatever those addresses hold now

@@ -1,5 +1,6 @@
-"""All passes of a model for the chains of a step, as one CUDA graph: the drafts of a draft model,
-or tokens that the target decodes before the host looks.
+"""Runs all passes for the chains of a step as one CUDA graph.
+
+The chains are drafts of a draft model, or tokens that the target decodes before the host looks.
 
     logits of the roots -> draw -> token 0 -> pass -> draw -> token 1 -> pass -> ... -> token k - 1
                                      |                          |                         |

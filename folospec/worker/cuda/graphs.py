@@ -1,4 +1,4 @@
-"""The passes of one runner as CUDA graphs: model, logits, draws and the walk of every tree.
+"""Runs the passes of a model runner as CUDA graphs: model, logits, draws and verification.
 
     host    pack rows and laws | one copy | replay |                            wait | tokens, paths
     device                     '-> buffers -> model -> logits -> draws -> walks -> one copy back

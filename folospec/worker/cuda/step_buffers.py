@@ -1,4 +1,4 @@
-"""Everything that a pass reads of its step, in one block of memory: one copy to the device a step.
+"""Holds all that a pass reads in one block of memory: one copy to the device per step.
 
 A CUDA graph reads the same addresses at every replay, so the arrays have fixed places and sizes,
 and what a step leaves free is padding.
