@@ -12,7 +12,7 @@ import inspect
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from folospec.engine.llm_engine import LLMEngine
 
 TARGET, DRAFT = "folospec-demo", "folospec-demo-draft"
+PLAIN = "plain"
 FUNCTIONS = (
     ("bisect", "bisect_left"),
     ("textwrap", "indent"),
@@ -107,7 +108,7 @@ class Trial:
     def equal(self, method: str) -> bool:
         """Whether every run of the method has the tokens of plain decoding."""
         return all(
-            run.token_ids == self.runs["plain", i][0].token_ids
+            run.token_ids == self.runs[PLAIN, i][0].token_ids
             for i in self.finished
             for run in self.runs[method, i]
         )
@@ -126,7 +127,7 @@ class Trial:
         )
         # Plain decoding has a verdict too where it does not even repeat itself.
         equal = self.equal(method)
-        shown = None if method == "plain" and equal else equal
+        shown = None if method == PLAIN and equal else equal
         return Measurement(method, sum(run.num_tokens for run in first), seconds, counts, shown)
 
 
@@ -157,10 +158,33 @@ def run_demo(*, max_tokens: int, num_speculative_tokens: int, **options: Any) ->
     return EXIT_FAILED if any(row.equal is False for row in rows) else 0
 
 
+def fastest_named(rows: Sequence[Measurement]) -> Measurement:
+    """The fastest of the drafters that were chosen by name."""
+    return max((row for row in rows if row.method not in (PLAIN, AUTO)), key=lambda row: row.rate)
+
+
+def shown_rows(rows: Sequence[Measurement]) -> list[Measurement]:
+    """Plain decoding, the fastest drafter by name and "auto", in this order; then whatever else
+    wrote other tokens than plain decoding."""
+    by_method = {row.method: row for row in rows}
+    shown = [by_method[PLAIN], fastest_named(rows), by_method[AUTO]]
+    return shown + [row for row in rows if row.equal is False and row not in shown]
+
+
+def sentence(rows: Sequence[Measurement]) -> str:
+    """What the table shows."""
+    named = [row.method for row in rows if row.method not in (PLAIN, AUTO)]
+    return (
+        f"The same prompts are completed three times: plain, with {fastest_named(rows).method} "
+        f"(the fastest of the drafters {', '.join(named)}), and with auto, which decides in every "
+        "step whether a draft pays."
+    )
+
+
 def _engines(num_speculative_tokens: int, options: dict[str, Any]) -> dict[str, LLMEngine]:
     from folospec import SpeculativeConfig
 
-    engines = {"plain": make_engine(TARGET, warm_cache=False, max_num_seqs=1, **options)}
+    engines = {PLAIN: make_engine(TARGET, warm_cache=False, max_num_seqs=1, **options)}
     for settings in _settings(num_speculative_tokens):
         engines[settings.get("method", AUTO)] = make_engine(
             TARGET,
@@ -173,15 +197,15 @@ def _engines(num_speculative_tokens: int, options: dict[str, Any]) -> dict[str, 
 
 
 def _settings(num_speculative_tokens: int) -> list[dict[str, Any]]:
-    """What is compared with plain decoding. The first has the drafters that `speculative="auto"`
+    """What is compared with plain decoding. The last has the drafters that `speculative="auto"`
     would take, but keeps no finished texts, since every prompt comes in each round."""
     limit = {"num_speculative_tokens": num_speculative_tokens}
     draft_model = {"method": "draft_model", "model": DRAFT, **limit}
     suffix = {"method": "suffix", "max_cached_tokens": 0, **limit}
     return [
-        {"drafters": [suffix, draft_model], "adaptive": True},
         {"method": "ngram", **limit},
         draft_model,
+        {"drafters": [suffix, draft_model], "adaptive": True},
     ]
 
 
@@ -225,10 +249,11 @@ def _print(
     out = console()
     shown = trial.finished[0]
     name, prompt = trial.prompts[shown]
-    out.print(_panel(name, prompt, trial.runs["draft_model", shown][0].outputs[0].outputs[0].text))
-    out.print(rate_table(rows, out.width))
-    stats = trial.engines["plain"].stats()
-    num_runs = [len(trial.runs["plain", i]) for i in trial.finished]
+    out.print(_panel(name, prompt, trial.runs[AUTO, shown][0].outputs[0].outputs[0].text))
+    out.print(sentence(rows), soft_wrap=not out.is_terminal)
+    out.print(rate_table(shown_rows(rows), out.width))
+    stats = trial.engines[PLAIN].stats()
+    num_runs = [len(trial.runs[PLAIN, i]) for i in trial.finished]
     runs = (
         f"{min(num_runs)}"
         if min(num_runs) == max(num_runs)

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from folospec.cli import demo
-from folospec.cli.runner import make_engine
+from folospec.cli.render import Measurement
+from folospec.cli.runner import Counts, make_engine
 
 
 @pytest.fixture(autouse=True)
@@ -18,19 +19,41 @@ def tiny(monkeypatch, target, draft):
     )
 
 
-def test_the_demo_compares_three_methods_with_plain_decoding(folospec):
+TIMES = [("plain", 4), ("a", 3), ("b", 2), ("auto", 1)]
+
+
+def measurement(method, seconds, equal=True):
+    return Measurement(method, 100, seconds, Counts(), None if method == "plain" else equal)
+
+
+def test_the_demo_shows_plain_the_fastest_drafter_by_name_and_auto(folospec):
     result = folospec("demo", "--max-tokens", "100")
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.split()}
     assert result.exit_code == 0
     assert rows["plain"][2:] == ["1.00x", "200", "1.00", "-", "-"]
     assert rows["auto"][-1] == "yes"  # how much it drafts is a matter of the machine
-    for method in ("ngram", "draft_model"):
-        assert rows[method][-1] == "yes"
-        assert int(rows[method][3]) < 200
-        assert float(rows[method][5]) > 1
+    [method] = {"ngram", "draft_model"} & set(rows)
+    assert rows[method][-1] == "yes"
+    assert int(rows[method][3]) < 200
+    assert float(rows[method][5]) > 1
+    assert f"plain, with {method} (the fastest of the drafters ngram, draft_model)" in result.stdout
     assert result.stdout.endswith("tokens equal: yes\n")
     for words in ("batch 1, temperature 0", "5 draft tokens", "float32", "medians of 3 runs"):
         assert words in result.stdout
+
+
+def test_the_fastest_by_name_stands_between_plain_and_auto():
+    rows = [measurement(name, seconds) for name, seconds in TIMES]
+    assert [row.method for row in demo.shown_rows(rows)] == ["plain", "b", "auto"]
+    assert "three times: plain, with b (the fastest of the drafters a, b)" in demo.sentence(rows)
+    rows[1] = measurement("a", 1)
+    assert [row.method for row in demo.shown_rows(rows)] == ["plain", "a", "auto"]
+
+
+def test_a_slower_drafter_that_writes_other_tokens_is_shown_too():
+    rows = [measurement("plain", 2), measurement("a", 3, equal=False), measurement("b", 1)]
+    rows.append(measurement("auto", 1))
+    assert [row.method for row in demo.shown_rows(rows)] == ["plain", "b", "auto", "a"]
 
 
 def test_only_auto_plans_its_drafts(folospec, monkeypatch):
@@ -38,7 +61,7 @@ def test_only_auto_plans_its_drafts(folospec, monkeypatch):
     monkeypatch.setattr(demo, "_engines", lambda *given: made.update(real(*given)) or made)
     assert folospec("demo", "--max-tokens", "24").exit_code == 0
     planned = {name: engine.stats()["planner"] is not None for name, engine in made.items()}
-    assert planned == {"plain": False, "auto": True, "ngram": False, "draft_model": False}
+    assert planned == {"plain": False, "ngram": False, "draft_model": False, "auto": True}
 
 
 def test_other_tokens_are_exit_code_1(folospec, monkeypatch, stranger):
