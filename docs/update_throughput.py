@@ -1,19 +1,22 @@
-"""Write the results of benchmarks/throughput.py into the table of the README.
+"""Write the results of benchmarks/throughput.py into docs/peers.md.
 
-python benchmarks/throughput.py --out rows.jsonl
-python docs/update_readme.py rows.jsonl
+python benchmarks/throughput.py --out throughput.jsonl
+python docs/update_throughput.py throughput.jsonl
 """
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN = "<!-- throughput: written by docs/update_readme.py -->\n"
-END = "<!-- end of throughput -->\n"
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+from page_sections import fill, read_rows  # noqa: E402 - the page's folder is known only now
+from rounds import rate, ratio  # noqa: E402
+
+PAGE = DOCS / "peers.md"
 HEADER = (
     "| batch | | tokens/s | x transformers generate | x folospec plain | acceptance length "
     "| tokens as plain |\n|---:|---|---:|---:|---:|---:|---|\n"
@@ -22,32 +25,31 @@ HEADER = (
 Row = dict[str, Any]
 
 
-def section(rows: list[Row]) -> str:
-    """Return the table, and what it was measured on.
-
-    Raises:
-        ValueError: there are no rows of the throughput benchmark, or they come from several runs.
-    """
-    rows = [row for row in rows if row.get("benchmark") == "throughput"]
-    runs = {(row["provenance"]["command"], row["provenance"]["git_commit"]) for row in rows}
-    if len(runs) != 1:
-        raise ValueError(f"the rows must come from one run of throughput.py, got {sorted(runs)}")
-    return HEADER + "".join(map(_line, rows)) + "\n" + _setting(rows) + "\n"
+def section(rows: Sequence[Row]) -> str:
+    """The table, and what it was measured on."""
+    return HEADER + "".join(_line(row, rows) for row in rows) + "\n" + _setting(rows) + "\n"
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, rows: Sequence[Row]) -> str:
     if "error" in row:
         return f"| {row['batch']} | {row['contestant']} | failed: {row['error']} | | | | |\n"
-    ratios = (row.get("ratio_to_transformers_generate"), row.get("ratio_to_folospec_plain"))
     cells = [
         str(row["batch"]),
         row["contestant"],
-        f"{row['tokens_per_second']:.0f}",
-        *(f"{ratio:.2f}" if ratio else "" for ratio in ratios),
+        f"{rate(row):.0f}",
+        *(_ratio(row, rows, name) for name in ("transformers generate", "folospec plain")),
         f"{row['acceptance_length']:.2f}" if row.get("acceptance_length") else "",
         _tokens(row),
     ]
     return f"| {' | '.join(cells)} |\n"
+
+
+def _ratio(row: Row, rows: Sequence[Row], name: str) -> str:
+    """To another contestant at the same batch size; nothing where that failed."""
+    if row["contestant"] == name:
+        return "1.00"
+    others = [r for r in rows if (r["batch"], r["contestant"]) == (row["batch"], name)]
+    return str(ratio(row, others[0])) if others and "error" not in others[0] else ""
 
 
 def _tokens(row: Row) -> str:
@@ -58,7 +60,7 @@ def _tokens(row: Row) -> str:
     return f"{row['num_differing_prompts']} of {row['num_prompts']} prompts differ"
 
 
-def _setting(rows: list[Row]) -> str:
+def _setting(rows: Sequence[Row]) -> str:
     """Hardware, model, dtype, draft settings, commit and command: what a number has to name."""
     row, source = rows[0], rows[0]["provenance"]
     drafts = {
@@ -70,8 +72,10 @@ def _setting(rows: list[Row]) -> str:
     commit = str(source["git_commit"])[:10]
     changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
     return (
-        f"Generated tokens per second, medians of {row['rounds']} rounds of one run; ratios are of "
-        f"the same run. `{row['model']}`, {row['dtype']}, greedy, {row['max_tokens']} tokens for "
+        f"Generated tokens of {row['rounds']} rounds over their seconds. A ratio is the quotient "
+        "of two of these numbers; in parentheses are the smallest and the largest of a single "
+        "round. "
+        f"`{row['model']}`, {row['dtype']}, greedy, {row['max_tokens']} tokens for "
         f"each prompt, up to {', '.join(map(str, sorted(drafts)))} draft tokens per step. "
         f"{machine}, torch threads: {source['torch_threads']}, torch {source['torch']}, "
         f"transformers {source['transformers']}, commit {commit}{changed}. "
@@ -80,20 +84,13 @@ def _setting(rows: list[Row]) -> str:
     )
 
 
-def updated(readme: str, rows: list[Row]) -> str:
-    """Return the README with its section filled in."""
-    before, found, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (found and end):
-        raise ValueError(f"the README must have the lines {BEGIN!r} and {END!r}")
-    return before + BEGIN + section(rows) + END + after
+def updated(page: str, rows: Sequence[Row]) -> str:
+    """Return the page with its section filled in; see `fill`."""
+    return fill(page, rows, {"throughput": section}, Path(__file__).name)
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python docs/update_readme.py RESULTS.jsonl")
-    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines() if line]
-    README.write_text(updated(README.read_text(), rows))
+    PAGE.write_text(updated(PAGE.read_text(), read_rows(sys.argv)))
 
 
 if __name__ == "__main__":

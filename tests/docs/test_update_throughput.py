@@ -1,5 +1,6 @@
-"""The README's table is what the benchmark wrote, with all that a number has to name."""
+"""The table of throughput is what the benchmark wrote, with all that a number has to name."""
 
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROVENANCE = {
     "command": "python benchmarks/throughput.py --out rows.jsonl",
+    "time": "2026-01-01",
     "git_commit": "0123456789abcdef",
     "git_uncommitted_changes": False,
     "cpu": "Some CPU",
@@ -21,47 +23,48 @@ PROVENANCE = {
 }
 
 
-def row(contestant: str, **extra: Any) -> dict[str, Any]:
+def row(contestant: str, seconds: list[float], **extra: Any) -> dict[str, Any]:
     return {
         "benchmark": "throughput",
         "model": "folospec-demo",
         "dtype": "float32",
-        "rounds": 3,
+        "rounds": len(seconds),
         "max_tokens": 64,
         "batch": 8,
         "contestant": contestant,
         "num_prompts": 8,
         "settings": {},
         "provenance": PROVENANCE,
-        "tokens_per_second": 123.4,
-        "ratio_to_transformers_generate": 1.5,
-        "ratio_to_folospec_plain": None,
+        "seconds": seconds,
         **extra,
     }
 
 
 ROWS = [
-    row("folospec plain", acceptance_length=None, tokens_equal_to_plain=True),
+    row("folospec plain", [1.0, 3.0], acceptance_length=None, tokens_equal_to_plain=True),
     row(
         "folospec draft_model",
-        acceptance_length=2.345,
+        [0.5, 2.7],
+        acceptance_length=2.34,
         settings={"speculative": {"num_speculative_tokens": 5}},
         tokens_equal_to_plain=False,
         num_differing_prompts=1,
     ),
-    {**row("transformers generate_batch"), "error": "RuntimeError: no"},
+    row("transformers generate", [2.0, 6.0]),
+    {**row("transformers generate_batch", []), "error": "RuntimeError: no"},
 ]
 
 
 @pytest.fixture(scope="module")
 def script() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "update_readme.py")))
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "update_throughput.py")))
 
 
 def test_table_has_a_line_for_each_row(script: SimpleNamespace) -> None:
     section = script.section(ROWS)
-    assert "| 8 | folospec plain | 123 | 1.50 |  |  | equal |" in section
-    assert "| 2.35 | 1 of 8 prompts differ |" in section or "| 2.34 |" in section
+    assert "| 8 | folospec plain | 256 | 2.00 (2.00 to 2.00) | 1.00 |  | equal |" in section
+    line = "| 8 | folospec draft_model | 320 | 2.50 (2.22 to 4.00) | 1.25 (1.11 to 2.00) | 2.34 |"
+    assert f"{line} 1 of 8 prompts differ |" in section
     assert "| 8 | transformers generate_batch | failed: RuntimeError: no |" in section
 
 
@@ -73,20 +76,15 @@ def test_table_names_what_it_was_measured_on(script: SimpleNamespace, word: str)
     assert word in script.section(ROWS)
 
 
-def test_filling_in_twice_is_filling_in_once(script: SimpleNamespace) -> None:
-    readme = (ROOT / "README.md").read_text()
-    once = script.updated(readme, ROWS)
-    assert script.updated(once, ROWS) == once
-    assert "folospec draft_model" in once
-    assert once.count("## ") == readme.count("## ")
+def test_the_page_is_what_the_committed_rows_say(script: SimpleNamespace) -> None:
+    page = (ROOT / "docs" / "peers.md").read_text()
+    lines = (ROOT / "benchmarks" / "results" / "throughput.jsonl").read_text().splitlines()
+    assert script.updated(page, [json.loads(line) for line in lines]) == page
+    assert script.updated(page, ROWS) != page
 
 
 def test_rows_of_several_runs_are_refused(script: SimpleNamespace) -> None:
-    other = row("folospec plain", provenance={**PROVENANCE, "git_commit": "fedcba"})
+    other = row("folospec plain", [1.0], provenance={**PROVENANCE, "time": "2026-01-02"})
+    page = (ROOT / "docs" / "peers.md").read_text()
     with pytest.raises(ValueError, match="one run"):
-        script.section([*ROWS, other])
-
-
-def test_a_readme_without_its_markers_is_refused(script: SimpleNamespace) -> None:
-    with pytest.raises(ValueError, match="must have the lines"):
-        script.updated("# folospec\n", ROWS)
+        script.updated(page, [*ROWS, other])
