@@ -46,7 +46,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python benchmarks/throughput.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.engine.throughput $(BENCH_ARGS)
 
 # Resumes from build/demo/checkpoint.pt; remove build/demo to start anew.
 train: install

@@ -42,7 +42,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import gpu_report
 from gpu_jobs import Budget, Context, Job, Row, rows_of, run_in_process, write_as_child
 from gpu_plan import SECTIONS, SHARED_SECONDS, planned
-from output import opened
+
+from benchmarks.lib.output import opened
 
 MINUTES = 7.75
 GRACE_SECONDS = 10.0
@@ -144,8 +145,9 @@ def child_command(args: argparse.Namespace, folder: Path) -> list[str]:
 
 def provenance(args: argparse.Namespace, command: list[str]) -> Row:
     """Where and of what the figures are."""
-    import output
     from gpu_device import facts
+
+    from benchmarks.lib import output
 
     found = output.begin(command[1:], command[0])
     if args.commit is not None:
@@ -185,8 +187,9 @@ def _write(out: TextIO, row: Row) -> None:
 
 def show(rows: Sequence[Row]) -> None:
     """Print the tables to stderr, the verdicts last."""
-    from output import show as show_table
     from rich.table import Table
+
+    from benchmarks.lib.output import show as show_table
 
     for sheet in gpu_report.sheets(rows):
         table = Table(*sheet.header, title=sheet.title)

@@ -26,11 +26,11 @@ from unittest import mock
 
 import torch
 from gpu_jobs import Context, Row
-from grown import SHAPES, write_grown
-from growth import Shape
-from provenance import ROOT
 from torch import Tensor
 
+from benchmarks import ROOT
+from benchmarks.models.grown import SHAPES, write_grown
+from benchmarks.models.growth import Shape
 from folospec.models import loader
 from folospec.models.checkpoint import Checkpoint
 

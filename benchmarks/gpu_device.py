@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from limits import Machine
-from provenance import installed_version
+
+from benchmarks.lib.limits import Machine
+from benchmarks.lib.provenance import installed_version
 
 COPIED_BYTES = 1 << 30
 """Far more than the second-level cache holds."""

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from gpu_jobs import Context, Row, failure, is_lost
-from provenance import ROOT
+
+from benchmarks import ROOT
 
 CASES = ROOT / "tests" / "kernels"
 

@@ -10,7 +10,8 @@ import torch
 from gpu_device import median_seconds
 from gpu_jobs import Context, Row
 from gpu_kernels import interpret
-from limits import Machine
+
+from benchmarks.lib.limits import Machine
 
 LINEARS = {"1.2b qkv": (3072, 2048), "1.2b down": (2048, 8192), "8b gate and up": (28672, 4096)}
 LINEAR_ROWS = (1, 4, 16, 64, 256)

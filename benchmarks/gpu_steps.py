@@ -24,9 +24,9 @@ from gpu_drafters import chains
 from gpu_jobs import Context, Row, guarded
 from gpu_linears import linears
 from gpu_profile import profiled
-from limits import Machine, Work
-from step_cost import limit_of, timed_steps
 
+from benchmarks.engine.step_cost import limit_of, timed_steps
+from benchmarks.lib.limits import Machine, Work
 from folospec import LLM, SamplingParams
 from folospec.models.loader import resolve_model
 from folospec.worker.run_ahead import DEFAULT

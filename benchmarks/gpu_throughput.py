@@ -16,15 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from contestants import (
-    ASSISTANT_CONFIDENCE,
-    PROMPT_LOOKUP_NGRAM,
-    Contestant,
-    Folospec,
-    Run,
-    TransformersGenerate,
-    TransformersGenerateBatch,
-)
 from gpu_checkpoints import (
     DEMO,
     DEMO_DRAFT,
@@ -42,9 +33,18 @@ from gpu_device import ceilings, measure_machine
 from gpu_drafters import ACCEPTANCE, ToldDrafter, chains
 from gpu_jobs import Budget, Context, Row, failure, is_lost
 from gpu_steps import Bench
-from limits import run_seconds
-from throughput import comparison, summary
 
+from benchmarks.engine.throughput import comparison, summary
+from benchmarks.lib.contestants import (
+    ASSISTANT_CONFIDENCE,
+    PROMPT_LOOKUP_NGRAM,
+    Contestant,
+    Folospec,
+    Run,
+    TransformersGenerate,
+    TransformersGenerateBatch,
+)
+from benchmarks.lib.limits import run_seconds
 from folospec import LLM
 from folospec.models.loader import load_tokenizer, resolve_model
 

@@ -1,8 +1,8 @@
 """Write the results of the acceptance benchmarks into docs/acceptance.md and draw its plots.
 
-python benchmarks/acceptance.py --out acceptance.jsonl
-python benchmarks/calibration.py --out calibration.jsonl
-python benchmarks/coupling.py --out coupling.jsonl
+python -m benchmarks.acceptance.length --out acceptance.jsonl
+python -m benchmarks.acceptance.calibration --out calibration.jsonl
+python -m benchmarks.acceptance.coupling --out coupling.jsonl
 python docs/update_acceptance.py acceptance.jsonl calibration.jsonl coupling.jsonl [chat.jsonl]
 
 A section is written anew if there are rows of its benchmark; the others stay.
@@ -22,7 +22,7 @@ from page_sections import fill  # noqa: E402 - the page's folder is known only n
 
 PAGE = DOCS / "acceptance.md"
 PLOTS = DOCS / "plots"
-BENCHMARKS = DOCS.parent / "benchmarks"
+ROOT = DOCS.parent
 BUNDLED, CHAT = "folospec-demo", "acceptance of a chat model"
 
 Row = dict[str, Any]
@@ -173,8 +173,8 @@ def _of_section(row: Row) -> Row:
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    sys.path.insert(0, str(BENCHMARKS))
-    import acceptance_plots
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.acceptance import plots as acceptance_plots
 
     accepted = [row for row in map(_of_section, rows) if row.get("benchmark") == "acceptance"]
     calibrated = [row for row in rows if row.get("benchmark") == "calibration"]

@@ -1,6 +1,6 @@
-"""Write the results of benchmarks/micro.py into docs/kernels.md.
+"""Write the results of benchmarks/engine/micro.py into docs/kernels.md.
 
-python benchmarks/micro.py --out micro.jsonl
+python -m benchmarks.engine.micro --out micro.jsonl
 python docs/update_kernels.py micro.jsonl
 
 Several runs may be given, one for each processor, instruction set and kind of case.

@@ -1,11 +1,11 @@
-"""Write the results of benchmarks/acceptance.py into the pages of docs/methods.
+"""Write the results of benchmarks/acceptance/length.py into the pages of docs/methods.
 
-    python benchmarks/acceptance.py --out rows.jsonl
+    python -m benchmarks.acceptance.length --out rows.jsonl
     python docs/update_methods.py rows.jsonl
 
 A page has a part for every table, and one for what it was measured on:
 
-    <!-- measured: ngram; ngram tree -->        contestants of benchmarks/drafters.py
+    <!-- measured: ngram; ngram tree -->        contestants of benchmarks/lib/drafters.py
     <!-- measured: setting -->                  each part ends with <!-- end of measured -->
 """
 

@@ -1,6 +1,6 @@
-"""Write the results of benchmarks/architectures.py into docs/models.md.
+"""Write the results of benchmarks/engine/architectures.py into docs/models.md.
 
-python benchmarks/architectures.py --out architectures.jsonl
+python -m benchmarks.engine.architectures --out architectures.jsonl
 python docs/update_models.py architectures.jsonl
 """
 

@@ -1,8 +1,8 @@
-"""Write the results of benchmarks/step_cost.py into docs/overheads.md and draw its plots.
+"""Write the results of benchmarks/engine/step_cost.py into docs/overheads.md and draw its plots.
 
-python benchmarks/step_cost.py --host --out host_time.jsonl
-python benchmarks/step_cost.py --out step_cost.jsonl
-python benchmarks/planner_overhead.py --out planner_overhead.jsonl
+python -m benchmarks.engine.step_cost --host --out host_time.jsonl
+python -m benchmarks.engine.step_cost --out step_cost.jsonl
+python -m benchmarks.engine.planner_overhead --out planner_overhead.jsonl
 python docs/update_overheads.py host_time.jsonl step_cost.jsonl planner_overhead.jsonl
 
 A section is written anew if there are rows of its benchmark; the others stay.
@@ -21,7 +21,7 @@ from page_sections import fill, read_rows  # noqa: E402 - the page's folder is k
 
 PAGE = DOCS / "overheads.md"
 PLOTS = DOCS / "plots"
-BENCHMARKS = DOCS.parent / "benchmarks"
+ROOT = DOCS.parent
 PARTS = ("schedule", "propose", "metadata", "sample", "commit", "output", "rest")
 
 Row = dict[str, Any]
@@ -135,9 +135,9 @@ def updated(page: str, rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    sys.path.insert(0, str(BENCHMARKS))
-    import step_plots
-    from acceptance_plots import save
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.acceptance.plots import save
+    from benchmarks.engine import step_plots
 
     for name, plot in (("host_time", step_plots.host_time), ("step_cost", step_plots.step_cost)):
         own = [row for row in rows if row.get("benchmark") == name]

@@ -1,8 +1,8 @@
-"""Write the results of benchmarks/peers.py and benchmarks/bound.py into docs/peers.md, and draw the
-plot of the first.
+"""Write the results of benchmarks/peers/compare.py and benchmarks/acceptance/bound.py into
+docs/peers.md, and draw the plot of the first.
 
-python benchmarks/peers.py --out peers.jsonl
-python benchmarks/bound.py --out bound.jsonl
+python -m benchmarks.peers.compare --out peers.jsonl
+python -m benchmarks.acceptance.bound --out bound.jsonl
 python docs/update_peers.py peers.jsonl bound.jsonl
 
 Several runs may be given, each with a part of the table. What is compared must come from one.
@@ -21,7 +21,7 @@ from page_sections import fill, model_name, read_rows, run_of  # noqa: E402 - th
 
 PAGE = DOCS / "peers.md"
 PLOT = DOCS / "plots" / "peers.svg"
-BENCHMARKS = DOCS.parent / "benchmarks"
+ROOT = DOCS.parent
 HEADERS = (
     ("", "---"),
     ("weights / activations / KV", "---"),
@@ -194,8 +194,8 @@ def _table_key(row: Row) -> tuple[Any, ...]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    sys.path.insert(0, str(BENCHMARKS))
-    import peers_plots
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.peers import plots as peers_plots
 
     peers_plots.save(peers_plots.rates(rows), path)
 

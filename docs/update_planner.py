@@ -1,6 +1,6 @@
-"""Write the results of benchmarks/never_slower.py into docs/planner.md.
+"""Write the results of benchmarks/engine/never_slower.py into docs/planner.md.
 
-python benchmarks/never_slower.py --out never_slower.jsonl
+python -m benchmarks.engine.never_slower --out never_slower.jsonl
 python docs/update_planner.py never_slower.jsonl
 
 Several runs may be given, each of a model of its own.

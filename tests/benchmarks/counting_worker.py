@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "peer_workers"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "peers" / "workers"))
 
 from channel import Batch, Engine, Load, Result, serve
 

@@ -3,15 +3,11 @@
 import json
 from types import SimpleNamespace
 
-import acceptance
-import calibration
-import coupling
-import drafters
 import numpy as np
 import pytest
-import stepping
-import tasks
 
+from benchmarks.acceptance import calibration, coupling, length
+from benchmarks.lib import drafters, stepping, tasks
 from folospec import Drafter, Proposal, register_drafter
 from folospec.core.token_tree import TokenTree
 from folospec.models.loader import load_tokenizer
@@ -38,7 +34,7 @@ register_drafter("sure_in_benchmarks", SureDrafter)
 
 def run(tmp_path, *options):
     out = tmp_path / "rows.jsonl"
-    status = acceptance.main([*SMALL, *options, "--out", str(out)])
+    status = length.main([*SMALL, *options, "--out", str(out)])
     return status, [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -80,10 +76,10 @@ def test_costs_are_in_passes_of_the_target(measured):
 
     # The step without a proposal counts for nothing, and of the others their median.
     steps = [step(0.2, 3.0, [1]), step(9.0, 9.0, None), step(0.1, 2.0, [1]), step(5.0, 4.0, [1])]
-    row = acceptance.costs(steps, 2.0)
+    row = length.costs(steps, 2.0)
     assert row == {"plain_pass_seconds": 2.0, "draft_cost": 0.1, "verification_cost": 1.5}
     nothing = {"plain_pass_seconds": 2.0, "draft_cost": None, "verification_cost": None}
-    assert acceptance.costs(steps[1:2], 2.0) == nothing
+    assert length.costs(steps[1:2], 2.0) == nothing
     drafted = measured["completion", 0.0, "draft_model"]
     assert min(drafted["draft_cost"], drafted["verification_cost"]) > 0
 
@@ -98,16 +94,18 @@ def test_no_copier_beats_the_ideal_one(measured):
 
 def test_the_share_reproduced_is_of_the_expected_tokens_in_order():
     items = [SimpleNamespace(expected_token_ids=list(range(9)), max_tokens=4)] * 2
-    plain = acceptance.Plain("", SimpleNamespace(items=items), 0.0)
+    plain = length.Plain("", SimpleNamespace(items=items), 0.0)
     plain.token_ids = [[0, 7, 1, 2], [3, 3, 3, 3]]
     assert plain.share_reproduced == (3 + 1) / 8
     nothing = [SimpleNamespace(expected_token_ids=[], max_tokens=4)]
-    assert acceptance.Plain("", SimpleNamespace(items=nothing), 0.0).share_reproduced is None
+    assert length.Plain("", SimpleNamespace(items=nothing), 0.0).share_reproduced is None
 
 
 def test_a_row_names_its_source(measured):
     for row in measured.values():
-        assert row["provenance"]["command"].startswith("python benchmarks/acceptance.py --items 2")
+        assert row["provenance"]["command"].startswith(
+            "python -m benchmarks.acceptance.length --items 2"
+        )
         assert row["settings"]["speculative"]["num_speculative_tokens"] == row["budget"]
 
 
@@ -131,7 +129,7 @@ def test_who_fails_has_an_error_and_the_others_go_on(tmp_path, monkeypatch):
     status, rows = run(tmp_path, "--tasks", "completion")
     assert status == 1
     assert [row.get("error") for row in rows] == ["RuntimeError: not today", None] * 2
-    assert acceptance.table(rows).row_count == 4
+    assert length.table(rows).row_count == 4
 
 
 def test_unknown_names_are_usage_errors(capsys, monkeypatch):
@@ -140,7 +138,7 @@ def test_unknown_names_are_usage_errors(capsys, monkeypatch):
     cases = [["--drafters", "nobody"], ["--drafters", "ngrams"], ["--tasks", "poetry"]]
     for options in [*cases, ["--items", "0"]]:
         with pytest.raises(SystemExit) as error:
-            acceptance.parse_arguments(options)
+            length.parse_arguments(options)
         assert error.value.code == 2
         assert options[0] in capsys.readouterr().err
 

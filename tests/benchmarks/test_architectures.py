@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from architectures import run_class
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from benchmarks.engine.architectures import run_class
 from folospec.models import transformers_check
 from folospec.models.transformers_backend import TransformersModel
 

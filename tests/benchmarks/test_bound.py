@@ -3,9 +3,10 @@
 import json
 from types import SimpleNamespace
 
-import bound
 import pytest
-from hindsight import Node, RowCurve, best_rule, foresight
+
+from benchmarks.acceptance import bound
+from benchmarks.acceptance.hindsight import Node, RowCurve, best_rule, foresight
 
 FLAT = RowCurve({1: 2.0, 9: 2.0})
 """Rows cost nothing."""

@@ -3,11 +3,10 @@
 import json
 from functools import cache
 
-import chat_tasks
-import never_slower
 import pytest
-import tasks
 
+from benchmarks.engine import never_slower
+from benchmarks.lib import chat_tasks, tasks
 from folospec.models.loader import load_tokenizer
 
 FRAMED = ("chat", "summary", "extraction", "translation")

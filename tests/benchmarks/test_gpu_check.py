@@ -19,13 +19,13 @@ import gpu_report
 import gpu_rules
 import gpu_steps
 import gpu_throughput
-import limits
 import pytest
 import torch
 from gpu_jobs import Budget, Context, Job, rows_of, run_in_process
 from gpu_plan import SECTIONS, planned
 from gpu_ties import Parting, Referee
 
+from benchmarks.lib import limits
 from folospec import SamplingParams
 from folospec.spec.verifier import Verifier
 from folospec.spec.verify import Verdict

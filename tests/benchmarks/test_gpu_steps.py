@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "worker"))
 
 import gpu_bits
 import gpu_steps
-import limits
 from gpu_engines import watched
 from gpu_jobs import Budget, Context
 from gpu_models import VOCAB_SIZE, save_gpu_llama
 from graph_stand_in import StandIn
 
+from benchmarks.lib import limits
 from folospec.kernels.gpu import launch
 from folospec.worker.cuda import capture
 from folospec.worker.cuda.graphs import PassGraph

@@ -2,14 +2,14 @@
 
 import json
 
-import grown
 import pytest
 import torch
-from growth import Plan, Shape, halves, shares
-from prompts import held_out_prompts
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from benchmarks.lib.prompts import held_out_prompts
+from benchmarks.models import grown
+from benchmarks.models.growth import Plan, Shape, halves, shares
 from folospec import LLM, SamplingParams
 from folospec.models.checkpoint import read_tensors
 from folospec.models.loader import load_tokenizer, resolve_model

@@ -1,10 +1,10 @@
 """The limits are what the arithmetic of a Llama model says."""
 
-import limits
 import pytest
 import torch
-from limits import Machine, Work
 
+from benchmarks.lib import limits
+from benchmarks.lib.limits import Machine, Work
 from folospec.models.checkpoint import read_tensors
 from folospec.models.loader import resolve_model
 

@@ -4,10 +4,11 @@ import json
 import re
 from importlib.metadata import version
 
-import checkpoint
-import memory
 import pytest
 import torch
+
+from benchmarks.engine import memory
+from benchmarks.models import checkpoint
 
 TINY = ["--gigabytes", "0.002", "--hidden-size", "128", "--num-blocks", "16", "--dtypes", "float32"]
 

@@ -7,7 +7,7 @@ from native_builds import require_native
 
 
 def test_every_op_is_measured_beside_its_limit(tmp_path, monkeypatch):
-    import micro
+    from benchmarks.engine import micro
 
     require_native()
     tiny = micro.Shape(hidden=64, layers=1, heads=4, kv_heads=2, inner=96)
@@ -29,7 +29,7 @@ def test_every_op_is_measured_beside_its_limit(tmp_path, monkeypatch):
 
 
 def test_an_unknown_op_is_refused(capsys):
-    import micro
+    from benchmarks.engine import micro
 
     with pytest.raises(SystemExit):
         micro.parse_arguments(["--ops", "linear,conv"])

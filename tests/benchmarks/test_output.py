@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from output import write_rows
+
+from benchmarks.lib.output import write_rows
 
 
 def measured(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from peer_process import WorkerError, WorkerProcess
+
+from benchmarks.peers.process import WorkerError, WorkerProcess
 
 SCRIPT = Path(__file__).parent / "counting_worker.py"
 LOAD = {
@@ -134,9 +135,9 @@ def test_what_does_not_load_says_why_and_is_gone(worker):
 def test_workers_end_with_a_benchmark_that_is_killed(tmp_path):
     script = f"""
 import sys, time
-sys.path.insert(0, {str(SCRIPT.parents[2] / "benchmarks")!r})
+sys.path.insert(0, {str(SCRIPT.parents[2])!r})
 from pathlib import Path
-from peer_process import WorkerProcess
+from benchmarks.peers.process import WorkerProcess
 worker = WorkerProcess([sys.executable, {str(SCRIPT)!r}], {{}}, Path({str(tmp_path / "log")!r}), 20)
 worker.start({LOAD!r})
 print(worker.process.pid, flush=True)

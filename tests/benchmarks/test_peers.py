@@ -3,24 +3,21 @@
 import json
 from pathlib import Path
 
-import peer_checkpoints
-import peer_contestants
-import peer_kinds
-import peer_prompts
-import peer_table
-import peer_venvs
-import peers
-import peers_plots
 import pytest
 import torch
-from limits import Machine, Work
-from peer_contest import Cell, Entry, Group
-from peer_contestants import Contestant, Setup
-from peer_law import excess_surprise
-from peer_process import WorkerError
-from peer_rows import agreement, make_rows, past_end
-from prompts import held_out_prompts
 
+from benchmarks.lib.limits import Machine, Work
+from benchmarks.lib.prompts import held_out_prompts
+from benchmarks.peers import checkpoints, compare, plots, table
+from benchmarks.peers import contestants as contestants_module
+from benchmarks.peers.contest import Cell, Entry, Group
+from benchmarks.peers.contestants import Contestant, Setup, groups, make_contestants
+from benchmarks.peers.kinds import PEER_KINDS
+from benchmarks.peers.process import WorkerError
+from benchmarks.peers.prompts import make_rounds
+from benchmarks.peers.rows import agreement, make_rows, past_end
+from benchmarks.peers.surprise import excess_surprise
+from benchmarks.peers.venvs import environment_of
 from folospec import LLM, SamplingParams
 from folospec.models.loader import load_tokenizer, resolve_model
 
@@ -198,9 +195,9 @@ def test_a_failed_contestant_has_a_row_with_its_error_and_is_nobodys_rival():
     assert "seconds" not in rows[VLLM.name]
     assert rows[PLAIN.name]["ratio_to_fastest_peer"] is None
     json.dumps(rows)
-    assert peer_table.rate_table(list(rows.values()), "demo").row_count == 2
+    assert table.rate_table(list(rows.values()), "demo").row_count == 2
     drawn = [{**row, "provenance": {"cpu": cpu}} for row in rows.values() for cpu in ("one", "two")]
-    titles = [axes.get_title() for axes in peers_plots.rates(drawn).axes]
+    titles = [axes.get_title() for axes in plots.rates(drawn).axes]
     assert titles == ["demo, float32, batch 2\none", "demo, float32, batch 2\ntwo"]
 
 
@@ -228,15 +225,15 @@ def test_agreement_counts_completions_and_tokens_before_the_first_difference():
 def test_processes_that_do_not_fit_together_run_in_groups_with_the_anchor():
     size = SETUP.gib(VLLM, WORK)
     contestants = [PLAIN, VLLM, GENERATE, ASSISTED, LOOKUP]
-    together = peer_contestants.groups(contestants, SETUP, WORK, 100.0)
+    together = groups(contestants, SETUP, WORK, 100.0)
     assert together == [contestants]
     tight = SETUP.gib(PLAIN, WORK) + size + 0.1
-    divided = peer_contestants.groups(contestants, SETUP, WORK, tight)
+    divided = groups(contestants, SETUP, WORK, tight)
     assert divided == [[PLAIN, VLLM], [PLAIN, GENERATE, ASSISTED], [PLAIN, LOOKUP]]
 
 
 def test_contestants_are_named_apart_and_unknown_ones_refused():
-    made = peer_contestants.make_contestants([{"name": "plain"}], ["vllm"], [2, 4])
+    made = make_contestants([{"name": "plain"}], ["vllm"], [2, 4])
     assert [c.name for c in made] == [
         "folospec plain",
         "vllm plain",
@@ -247,17 +244,17 @@ def test_contestants_are_named_apart_and_unknown_ones_refused():
     ]
     assert [c.is_speculative for c in made] == [False, False, True, True, True, True]
     with pytest.raises(ValueError, match="names must differ"):
-        peer_contestants.make_contestants([{"name": "plain"}] * 2, [], [4])
+        make_contestants([{"name": "plain"}] * 2, [], [4])
     with pytest.raises(ValueError, match="got 'sglang'"):
-        peer_contestants.make_contestants([], ["sglang"], [4])
+        make_contestants([], ["sglang"], [4])
     with pytest.raises(ValueError, match="needs a name"):
-        peer_contestants.make_contestants([{"speculative": "auto"}], [], [4])
+        make_contestants([{"speculative": "auto"}], [], [4])
 
 
 def test_where_there_is_no_draft_model_nobody_drafts_with_one():
-    peer_names = list(peer_kinds.PEER_KINDS)
+    peer_names = list(PEER_KINDS)
     of_demo, of_chat = (
-        [c.name for c in peer_contestants.make_contestants(None, peer_names, [4], checkpoint)]
+        [c.name for c in make_contestants(None, peer_names, [4], checkpoint)]
         for checkpoint in ("demo", "smollm2")
     )
     assert not any("draft_model" in name for name in of_chat)
@@ -286,15 +283,15 @@ def test_weights_of_its_own_run_in_the_other_engine_and_are_nobodys_rival():
 
 def test_all_are_held_to_the_instructions_of_the_target():
     for engine in ("folospec", "vllm", "openvino", "transformers"):
-        native = peer_contestants.environment(engine, 2, 1)
-        older = peer_contestants.environment(engine, 2, 1, "x86-64-v3")
+        native = contestants_module.environment(engine, 2, 1)
+        older = contestants_module.environment(engine, 2, 1, "x86-64-v3")
         assert "ATEN_CPU_CAPABILITY" not in native
         assert older["FOLOSPEC_KERNELS_TARGET"] == "x86-64-v3"
         assert older["ONEDNN_MAX_CPU_ISA"] == older["MKL_ENABLE_INSTRUCTIONS"] == "AVX2"
         assert native.get("VLLM_CACHE_ROOT") != older.get("VLLM_CACHE_ROOT") or engine != "vllm"
-    assert peer_venvs.environment_of("llama_cpp", "x86-64-v3") == "llama_cpp-x86-64-v3"
-    assert peer_venvs.environment_of("llama_cpp", "native") == "llama_cpp"
-    assert peer_venvs.environment_of("vllm", "x86-64-v3") == "vllm"
+    assert environment_of("llama_cpp", "x86-64-v3") == "llama_cpp-x86-64-v3"
+    assert environment_of("llama_cpp", "native") == "llama_cpp"
+    assert environment_of("vllm", "x86-64-v3") == "vllm"
 
 
 def test_outputs_that_go_on_behind_their_end_are_counted():
@@ -306,30 +303,30 @@ def test_outputs_that_go_on_behind_their_end_are_counted():
 def chat_model(monkeypatch):
     """The demo stands in for the chat model, which nobody downloads here."""
     found = {"gguf": Path("model.gguf"), "bf16": resolve_model("folospec-demo")}
-    monkeypatch.setattr(peer_checkpoints.smollm2, "bring", lambda: found)
+    monkeypatch.setattr(checkpoints.smollm2, "bring", lambda: found)
 
 
 def test_every_peer_reads_the_chat_model_in_its_own_form(chat_model):
     bf16 = resolve_model("folospec-demo")
-    assert peer_checkpoints.checkpoint_for("vllm", "smollm2", "bfloat16") == bf16
-    gguf = peer_checkpoints.checkpoint_for("llama_cpp_q4_1", "smollm2", "bfloat16")
+    assert checkpoints.checkpoint_for("vllm", "smollm2", "bfloat16") == bf16
+    gguf = checkpoints.checkpoint_for("llama_cpp_q4_1", "smollm2", "bfloat16")
     assert gguf == Path("model.gguf")
-    assert peer_checkpoints.end_token_ids(bf16) == {0}
+    assert checkpoints.end_token_ids(bf16) == {0}
 
 
 def test_tasks_of_a_chat_model_end_before_the_model_does(chat_model):
-    rounds = peer_prompts.make_rounds("smollm2", ["chat", "translation"], [1], 2, 100)
+    rounds = make_rounds("smollm2", ["chat", "translation"], [1], 2, 100)
     assert {task: part.max_tokens for (task, _), part in rounds.items()} == {
         "chat": 100,
         "translation": 32,
     }
     assert [len(part) for part in rounds["chat", 1].prompts] == [4, 4, 4]
-    shorter = peer_prompts.make_rounds("smollm2", ["chat"], [1], 1, 5)
+    shorter = make_rounds("smollm2", ["chat"], [1], 1, 5)
     assert shorter["chat", 1].max_tokens == 5
-    (bundled,) = peer_prompts.make_rounds("demo", ["completion"], [1], 1, 100).values()
+    (bundled,) = make_rounds("demo", ["completion"], [1], 1, 100).values()
     assert bundled.max_tokens == 100
     with pytest.raises(ValueError, match="must fit in 1024 tokens .*, got 1000"):
-        peer_prompts.make_rounds("demo", ["completion"], [1], 1, 1000)
+        make_rounds("demo", ["completion"], [1], 1, 1000)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +334,7 @@ def test_tasks_of_a_chat_model_end_before_the_model_does(chat_model):
 )
 def test_bad_arguments_are_refused(options, capsys):
     with pytest.raises(SystemExit):
-        peers.parse_arguments(options)
+        compare.parse_arguments(options)
     assert options[0] in capsys.readouterr().err
 
 
@@ -376,8 +373,8 @@ def test_samples_of_the_model_have_no_excess_surprise_and_others_have():
 def test_what_is_calculated_in_may_depend_on_the_instructions(
     machine, flags, target, precision, monkeypatch
 ):
-    monkeypatch.setattr(peer_contestants.platform, "machine", lambda: machine)
-    monkeypatch.setattr(peer_contestants, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(contestants_module.platform, "machine", lambda: machine)
+    monkeypatch.setattr(contestants_module, "cpu_flags", lambda: frozenset(flags))
     setup = Setup("demo", "bfloat16", 2, 1, 64, 1.0, target)
     openvino = Contestant("openvino plain", "openvino", "plain")
     assert setup.precision(openvino).activations == precision

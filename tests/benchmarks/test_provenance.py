@@ -5,16 +5,30 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import provenance
 import pytest
+
+from benchmarks.lib import provenance
 
 
 def test_where_there_is_no_git_nothing_is_said_of_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    found = provenance.provenance(["script.py"])
+    found = provenance.provenance([str(tmp_path / "script.py")])
     assert found["git_commit"] is found["git_uncommitted_changes"] is None
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        ("benchmarks/engine/throughput.py", "python -m benchmarks.engine.throughput --rounds 1"),
+        ("gpu_check/__main__.py", "python -m gpu_check --rounds 1"),
+    ],
+)
+def test_the_command_is_one_that_runs_from_the_root(script: str, command: str) -> None:
+    path = provenance.ROOT / script
+    assert path.is_file()
+    assert provenance.provenance([str(path), "--rounds", "1"])["command"] == command
 
 
 @pytest.mark.parametrize(("text", "changed"), [("one", False), ("other", True)])
@@ -28,7 +42,9 @@ def test_changes_of_tracked_files_are_told(
     for arguments in (["init"], ["add", "tracked"], [*author, "commit", "-m", "first"]):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
     tracked.write_text(text)
-    assert provenance.provenance(["script.py"])["git_uncommitted_changes"] is changed
+    assert (
+        provenance.provenance([str(tmp_path / "script.py")])["git_uncommitted_changes"] is changed
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import copy
 from typing import Any
 
 import pytest
-from same_outputs import MUST_OCCUR, PER_DRAFT, PER_STEP, differences
+
+from benchmarks.engine.same_outputs import MUST_OCCUR, PER_DRAFT, PER_STEP, differences
 
 COUNTS = dict.fromkeys((*PER_STEP, *PER_DRAFT, *MUST_OCCUR), 7)
 RECORD: dict[str, Any] = {

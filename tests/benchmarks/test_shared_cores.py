@@ -4,7 +4,7 @@ import json
 
 
 def test_the_share_is_that_of_runs_in_turns(tmp_path, monkeypatch):
-    import shared_cores
+    from benchmarks.engine import shared_cores
 
     speeds = iter([7.0, 8.0, 4.0, 10.0, 3.0, 6.0, 3.0])
     loops = []

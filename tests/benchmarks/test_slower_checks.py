@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import never_slower
 import pytest
-from slower_checks import force_drafts, lower_bound, verdict
 
+from benchmarks.engine import never_slower
+from benchmarks.engine.slower_checks import force_drafts, lower_bound, verdict
 from folospec import LLM, SamplingParams
 
 

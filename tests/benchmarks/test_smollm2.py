@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from gguf_writer import Q4_1, Q8_0, f32, q4_1_block, q8_0_block, write_gguf
-from models import smollm2
-from models.gguf_file import GGUFFile
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from benchmarks.models import smollm2
+from benchmarks.models.gguf_file import GGUFFile
 from folospec import LLM, SamplingParams
 from folospec.models.checkpoint import read_tensors
 from folospec.models.loader import load_tokenizer

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import limits
 import pytest
-import step_cost
-from step_parts import PARTS, StepClock
 
+from benchmarks.engine import step_cost
+from benchmarks.engine.step_parts import PARTS, StepClock
+from benchmarks.lib import limits
 from folospec import LLM, SamplingParams
 from folospec.kernels import native_sampling
 

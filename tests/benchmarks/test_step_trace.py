@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from step_trace import traced
-
+from benchmarks.engine.step_trace import traced
 from folospec.core.sequence import Sequence
 from folospec.core.token_tree import TokenTree
 

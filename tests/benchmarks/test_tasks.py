@@ -3,12 +3,11 @@
 import ast
 from functools import cache
 
-import copying
-import prompts
 import pytest
-import tasks
 import torch
 
+from benchmarks.acceptance import copying
+from benchmarks.lib import prompts, tasks
 from folospec.models.loader import load_tokenizer
 
 

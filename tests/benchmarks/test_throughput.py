@@ -2,11 +2,10 @@
 
 import json
 
-import contestants
-import prompts
 import pytest
-import throughput
 
+from benchmarks.engine import throughput
+from benchmarks.lib import contestants, prompts
 from folospec.models.loader import load_tokenizer
 
 MAX_TOKENS = 8

@@ -6,7 +6,7 @@ from native_builds import require_native
 
 
 def test_turns_are_measured_beside_what_both_cost_alone(tmp_path, monkeypatch):
-    import turns
+    from benchmarks.engine import turns
 
     require_native()
     monkeypatch.setattr(turns, "ROUNDS", 1)

@@ -1,7 +1,7 @@
 """The kernels share torch's OpenMP: one runtime is mapped, and it is torch's own.
 
 The threads of a second runtime would go on spinning after each call and take the cores from those
-of the first (`benchmarks/turns.py` measures it).
+of the first (`benchmarks/engine/turns.py` measures it).
 """
 
 from __future__ import annotations
