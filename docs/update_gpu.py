@@ -1,6 +1,6 @@
-"""Write the results of benchmarks/gpu_check.py into docs/gpu.md.
+"""Write the results of the GPU check into docs/gpu.md.
 
-python benchmarks/gpu_check.py --out gpu_check.jsonl
+python -m gpu_check --out gpu_check.jsonl
 python docs/update_gpu.py gpu_check.jsonl
 """
 
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent / "benchmarks")]
-from gpu_goals import find  # noqa: E402 - their folders are known only now
-from gpu_report import Sheet, sheets  # noqa: E402
+sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 from page_sections import fill, read_rows  # noqa: E402
+
+from gpu_check.goals import find  # noqa: E402 - their folders are known only now
+from gpu_check.report import Sheet, sheets  # noqa: E402
 
 PAGE = DOCS / "gpu.md"
 CHANGES = {True: " with uncommitted changes", False: "", None: " changes not known"}

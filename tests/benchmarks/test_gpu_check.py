@@ -8,27 +8,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gpu_bits
-import gpu_check
-import gpu_checkpoints
-import gpu_drafters
-import gpu_goals
-import gpu_jobs
-import gpu_lossless
-import gpu_report
-import gpu_rules
-import gpu_steps
-import gpu_throughput
 import pytest
 import torch
-from gpu_jobs import Budget, Context, Job, rows_of, run_in_process
-from gpu_plan import SECTIONS, planned
-from gpu_ties import Parting, Referee
 
 from benchmarks.lib import limits
 from folospec import SamplingParams
 from folospec.spec.verifier import Verifier
 from folospec.spec.verify import Verdict
+from gpu_check import (
+    bits,
+    check,
+    checkpoints,
+    drafters,
+    goals,
+    jobs,
+    lossless,
+    report,
+    rules,
+    steps,
+    throughput,
+)
+from gpu_check.jobs import Budget, Context, Job, rows_of, run_in_process
+from gpu_check.plan import SECTIONS, planned
+from gpu_check.ties import Parting, Referee
 
 CASES = """
 import torch
@@ -101,14 +103,14 @@ def run_job(name: str, folder: Path) -> list[dict[str, Any]]:
     job = next(job for job in planned(SECTIONS, quick=True) if job.name == name)
     rows = list(rows_of(job, context_of(folder)))
     assert rows[-1]["end"] == "complete", rows
-    assert gpu_report.failed(rows) == []
+    assert report.failed(rows) == []
     json.dumps(rows)
     return rows[:-1]
 
 
 def kernel_job(folder: Path, seeds: int) -> Job:
     told = {"folder": str(folder), "module": "gpu_cases_fake", "seeds": seeds}
-    return Job("kernels", "fake", 60.0, "gpu_kernels.check", arguments=told)
+    return Job("kernels", "fake", 60.0, "gpu_check.kernels.check", arguments=told)
 
 
 class TestKernels:
@@ -141,17 +143,17 @@ class TestKernels:
         self, fake_cases: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         jobs = [kernel_job(fake_cases, 1)]
-        monkeypatch.setattr(gpu_check, "planned", lambda *_: jobs)
+        monkeypatch.setattr(check, "planned", lambda *_: jobs)
         out = fake_cases / "rows.jsonl"
         options = ["--device", "cpu", "--in-process", "--commit", "abc", "--out", str(out)]
-        assert gpu_check.main(options) == 1
+        assert check.main(options) == 1
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert len(rows) == 5
         assert all(row["provenance"]["git_commit"] == "abc" for row in rows)
         assert "kernels: failed checks" in capsys.readouterr().err
         good = Job("models", "none", 1.0, "builtins.iter", arguments={})
         jobs[:] = [good]
-        assert gpu_check.main(options) == 1  # a context is not iterable: the job broke
+        assert check.main(options) == 1  # a context is not iterable: the job broke
 
 
 class TestJobs:
@@ -205,8 +207,8 @@ class TestJobs:
         allowed: float,
     ) -> None:
         timers = self.stopped_timers(monkeypatch)
-        monkeypatch.setattr(gpu_jobs, "START_SECONDS", 0.0)
-        monkeypatch.setattr(gpu_jobs.time, "monotonic", lambda: 100.0)
+        monkeypatch.setattr(jobs, "START_SECONDS", 0.0)
+        monkeypatch.setattr(jobs.time, "monotonic", lambda: 100.0)
         self.run("dying", tmp_path, command, 30.0, last)
         assert timers[0].seconds == pytest.approx(allowed)
 
@@ -223,7 +225,7 @@ class TestJobs:
 
             def cancel(self) -> None: ...
 
-        monkeypatch.setattr(gpu_jobs.threading, "Timer", Timer)
+        monkeypatch.setattr(jobs.threading, "Timer", Timer)
         return timers
 
     def test_a_job_without_time_says_so(self, scratch: Path) -> None:
@@ -235,14 +237,14 @@ class TestJobs:
         out = tmp_path / "rows.jsonl"
         options = ["--device", "cpu", "--quick", "--minutes", "0.01", "--out", str(out)]
         for section, code in (("bits", 1), ("memory", 0)):
-            assert gpu_check.main([*options, "--only", section]) == code
+            assert check.main([*options, "--only", section]) == code
             [row] = [json.loads(line) for line in out.read_text().splitlines()]
             assert row["end"] == "not begun, out of time"
 
     def test_a_section_runs_in_a_process_of_its_own(self, tmp_path: Path) -> None:
         out = tmp_path / "rows.jsonl"
         options = ["--device", "cpu", "--quick", "--only", "memory", "--out", str(out)]
-        assert gpu_check.main(options) == 0
+        assert check.main(options) == 0
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert [row["kind"] for row in rows] == [*["memory"] * 2, *["weights"] * 2, "end"]
         assert "skipped" in rows[3] or rows[3]["weight_bytes"] < 0.6 * rows[2]["weight_bytes"]
@@ -263,18 +265,18 @@ class TestLossless:
         self, scratch: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked = {"broken": {"method": "nobody"}, "ngram": {"method": "ngram"}}
-        monkeypatch.setattr(gpu_lossless, "drafters", lambda *_: asked)
-        rows = list(gpu_lossless.check(context_of(scratch), "tiny", None))
-        [broken] = gpu_report.failed(row for row in rows if row["kind"] == "failure")
+        monkeypatch.setattr(lossless, "drafters", lambda *_: asked)
+        rows = list(lossless.check(context_of(scratch), "tiny", None))
+        [broken] = report.failed(row for row in rows if row["kind"] == "failure")
         assert broken["drafter"] == "broken"
         assert "nobody" in broken["error"]
         assert [row["drafter"] for row in rows if row["kind"] == "proof"] == ["ngram"]
 
     def test_differences_are_counted_and_not_excused(self, scratch: Path) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=4)
-        work = gpu_lossless.Work(gpu_lossless.demo_pair(), [[5, 6], [7]], 4, {})
+        work = lossless.Work(lossless.demo_pair(), [[5, 6], [7]], 4, {})
         assert work.params("greedy")[0].temperature == params.temperature
-        found = gpu_lossless.compare(
+        found = lossless.compare(
             work, "greedy", [[[1, 2, 3, 4]], [[5, 6, 7, 8]]], [[[1, 2, 9, 4]], [[5, 6, 7, 8]]], None
         )
         assert found["differing_tokens"] == 2
@@ -282,10 +284,10 @@ class TestLossless:
         assert not found["passed"]
 
     def test_a_run_without_accepted_drafts_proves_nothing(self) -> None:
-        counts = dict.fromkeys((*gpu_lossless.COUNTS, *gpu_lossless.EVENTS), 3)
+        counts = dict.fromkeys((*lossless.COUNTS, *lossless.EVENTS), 3)
         known = {"drafter": "ngram", "deterministic": True, "promise": "bit", "mode": "graphs"}
         known |= {"num_accepted_tokens": 0, "num_cuda_graphs": 0}
-        lacking = gpu_lossless.proof([{**counts, **known}], "demo")
+        lacking = lossless.proof([{**counts, **known}], "demo")
         assert lacking["lacking"] == ["num_accepted_tokens", "CUDA graphs"]
         assert not lacking["passed"]
 
@@ -294,7 +296,7 @@ class TestReferee:
     PROMPT = list(range(40, 60))
 
     def parting(self, referee: Referee, rank: int, **options: Any) -> dict[str, Any]:
-        from gpu_ties import logits_after
+        from gpu_check.ties import logits_after
 
         order = logits_after(referee._fine, self.PROMPT).argsort(descending=True)
         pair = [[int(order[0])], [int(order[rank])]]
@@ -311,11 +313,11 @@ class TestReferee:
     def test_a_token_within_rounding_is_a_near_tie(
         self, referee: Referee, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import gpu_ties
+        from gpu_check import ties
 
         rows = {"fine": torch.tensor([1.0, 1.01, 0.0]), "coarse": torch.tensor([1.01, 1.0, 0.0])}
         monkeypatch.setattr(
-            gpu_ties,
+            ties,
             "logits_after",
             lambda runner, _: rows["fine" if runner is referee._fine else "coarse"],
         )
@@ -340,8 +342,8 @@ class TestBitsAndRules:
     def test_bits_are_counted(self) -> None:
         one = torch.tensor([1.0, 2.0])
         other = torch.tensor([1.0, 2.0 + 2**-22 + 2**-21])
-        assert gpu_bits.differing_bits(one, one) == 0
-        assert gpu_bits.differing_bits(one, other) == 2
+        assert bits.differing_bits(one, one) == 0
+        assert bits.differing_bits(one, other) == 2
 
     def test_verdicts_are_judged_twice(self, scratch: Path) -> None:
         rows = run_job("rules:rejection", scratch)
@@ -364,7 +366,7 @@ class TestBitsAndRules:
             return shown
 
         monkeypatch.setattr(Verifier, "verify", wrong)
-        [row] = gpu_rules.check(context_of(scratch), "block")
+        [row] = rules.check(context_of(scratch), "block")
         assert row["differing_verdicts"] == row["num_verdicts"] > 0
         assert not row["passed"]
 
@@ -396,13 +398,13 @@ class TestTimings:
         self, scratch: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """In the 8b model a token is followed by the next one."""
-        path = gpu_checkpoints.write_8b_config(scratch / "counting", quick=True)
+        path = checkpoints.write_8b_config(scratch / "counting", quick=True)
         machine = limits.Machine(1e9, {"bfloat16": 1e9})
-        with gpu_checkpoints.without_files(path, "cpu"):
-            bench = gpu_steps.Bench.of(context_of(scratch), "8b, small", path, machine)
-            engine = bench.engine(8, 20, gpu_drafters.chains(8))
+        with checkpoints.without_files(path, "cpu"):
+            bench = steps.Bench.of(context_of(scratch), "8b, small", path, machine)
+            engine = bench.engine(8, 20, drafters.chains(8))
         assert bench.measure(engine, "chain", 8, 10)["steps"] == 3
-        monkeypatch.setattr(gpu_drafters, "FAR", 1)
+        monkeypatch.setattr(drafters, "FAR", 1)
         with pytest.raises(RuntimeError, match="drafts were accepted"):
             bench.measure(engine, "chain", 8, 10)
 
@@ -412,20 +414,20 @@ class TestTimings:
         def fails(*_: Any) -> None:
             raise MemoryError("too large")
 
-        monkeypatch.setattr(gpu_throughput.TransformersGenerateBatch, "generate", fails)
+        monkeypatch.setattr(throughput.TransformersGenerateBatch, "generate", fails)
         rows = run_job("throughput:8b", scratch)
         own, first = ([r for r in rows if r.get("prompts") == n] for n in (2, 1))
         by_name = {row["contestant"]: row for row in first}
         assert by_name["transformers generate_batch"]["error"] == "MemoryError: too large"
         assert by_name["transformers generate"]["tokens_equal_to_plain"]
-        told = next(row for row in own if row["contestant"] == gpu_throughput.TOLD)
+        told = next(row for row in own if row["contestant"] == throughput.TOLD)
         assert told["tokens_equal_to_plain"]
         assert told["acceptance_length"] > 1
         assert told["expected_acceptance_length"] == pytest.approx(3.68928)
         assert [row["shape"] for row in rows if row["kind"] == "step"] == ["chain", "chain"]
 
     def test_what_is_told_is_right_with_its_probability(self) -> None:
-        told = gpu_drafters.ToldDrafter.__new__(gpu_drafters.ToldDrafter)
+        told = drafters.ToldDrafter.__new__(drafters.ToldDrafter)
         future = list(range(4000))
         chain = told._with_lies(future)
         share = sum(a == b for a, b in zip(future, chain, strict=True)) / len(future)
@@ -435,7 +437,7 @@ class TestTimings:
 
 class TestReport:
     def rows(self, share: float) -> list[dict[str, Any]]:
-        known = {"section": "steps", "part": "grown", "model": gpu_goals.MODEL}
+        known = {"section": "steps", "part": "grown", "model": goals.MODEL}
         step = {**known, "kind": "step", "shape": "plain", "rows": 1, "context": 512}
         kernel = {"section": "kernels", "part": "x", "kind": "kernel", "case": "c", "seed": 0}
         end = {"section": "kernels", "part": "x", "kind": "end", "end": "complete", "seconds": 1.0}
@@ -449,7 +451,7 @@ class TestReport:
         ]
 
     def verdict(self, rows: list[dict[str, Any]], name: str) -> Any:
-        [goal] = [goal for goal in gpu_goals.GOALS if name in goal.name]
+        [goal] = [goal for goal in goals.GOALS if name in goal.name]
         return goal.verdict(rows)
 
     def test_verdicts_are_those_of_the_rows(self) -> None:
@@ -470,7 +472,7 @@ class TestReport:
         job = Job("kernels", "x", 1.0, "none.at_all")
 
         def unproven(rows: list[dict[str, Any]], *jobs: Job) -> list[str]:
-            return gpu_report.unproven(rows, ["kernels", "steps"], jobs)
+            return report.unproven(rows, ["kernels", "steps"], jobs)
 
         rows = self.rows(0.9)
         *_, check, end = rows
@@ -478,7 +480,7 @@ class TestReport:
         assert unproven(rows) == ["kernels"]
         for lacking in ([], [end], [check], [check, {**end, "end": "short of time"}]):
             assert unproven(lacking, job) == ["kernels:x"]
-        assert gpu_report.unproven([], ["steps"], [job]) == []
+        assert report.unproven([], ["steps"], [job]) == []
 
     def test_the_fastest_way_of_transformers_counts(self) -> None:
         cell = {"kind": "throughput", "model": "8b", "batch": 8, "prompts": 8}
@@ -490,8 +492,8 @@ class TestReport:
         assert self.verdict(rows[1:], "8b, batch 8:") == (None, "not measured")
 
     def test_every_kind_of_row_has_a_line(self) -> None:
-        titles = [sheet.title for sheet in gpu_report.sheets(self.rows(0.9))]
+        titles = [sheet.title for sheet in report.sheets(self.rows(0.9))]
         assert titles == ["Kernels against their oracles", "Steps", "How the parts ended", "Goals"]
         bad = {"section": "bits", "part": "x", "kind": "failure", "passed": False, "error": "[no]"}
-        [sheet] = [s for s in gpu_report.sheets([bad]) if s.title == "Failures"]
+        [sheet] = [s for s in report.sheets([bad]) if s.title == "Failures"]
         assert sheet.lines == [("bits", "x", "failure", "-", "[no]")]

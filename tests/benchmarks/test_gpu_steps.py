@@ -12,10 +12,6 @@ import pytest
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "worker"))
 
-import gpu_bits
-import gpu_steps
-from gpu_engines import watched
-from gpu_jobs import Budget, Context
 from gpu_models import VOCAB_SIZE, save_gpu_llama
 from graph_stand_in import StandIn
 
@@ -23,6 +19,9 @@ from benchmarks.lib import limits
 from folospec.kernels.gpu import launch
 from folospec.worker.cuda import capture
 from folospec.worker.cuda.graphs import PassGraph
+from gpu_check import bits, steps
+from gpu_check.engines import watched
+from gpu_check.jobs import Budget, Context
 
 pytestmark = pytest.mark.skipif(not launch.is_interpreted(), reason="a card has graphs of its own")
 CONTEXT, STEPS = 10, 2
@@ -36,14 +35,14 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> gpu_steps.Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> steps.Bench:
     path = save_gpu_llama(tmp_path_factory.mktemp("model"))
     work = limits.Work.of_checkpoint(Path(path))
     machine = limits.Machine(1e9, {"bfloat16": 1e9})
-    return gpu_steps.Bench("tiny", path, VOCAB_SIZE, machine, work, "cpu", STEPS)
+    return steps.Bench("tiny", path, VOCAB_SIZE, machine, work, "cpu", STEPS)
 
 
-def test_plain_decoding_is_timed_as_it_comes(bench: gpu_steps.Bench, recorder: StandIn) -> None:
+def test_plain_decoding_is_timed_as_it_comes(bench: steps.Bench, recorder: StandIn) -> None:
     with watched() as made:
         engine = bench.engine(1, 60, attention_backend="triton", run_ahead=None)
     ahead = engine.engine.run_ahead.length
@@ -59,7 +58,7 @@ def test_plain_decoding_is_timed_as_it_comes(bench: gpu_steps.Bench, recorder: S
 
 
 def test_single_steps_are_single_where_others_would_go_ahead(
-    bench: gpu_steps.Bench, recorder: StandIn
+    bench: steps.Bench, recorder: StandIn
 ) -> None:
     engine = bench.engine(1, 30, attention_backend="triton")
     row = bench.measure(engine, "batch", 1, CONTEXT)
@@ -68,7 +67,7 @@ def test_single_steps_are_single_where_others_would_go_ahead(
 
 
 def test_a_graph_that_cannot_be_recorded_fails_the_check(
-    bench: gpu_steps.Bench, recorder: StandIn, monkeypatch: pytest.MonkeyPatch
+    bench: steps.Bench, recorder: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:
         raise RuntimeError("operation not permitted while capturing")
@@ -83,7 +82,7 @@ def test_a_graph_that_cannot_be_recorded_fails_the_check(
 
 @pytest.mark.parametrize("most_rows", [4, 0])
 def test_every_way_of_the_bits_runs_as_a_graph_or_fails(
-    bench: gpu_steps.Bench,
+    bench: steps.Bench,
     recorder: StandIn,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -94,9 +93,9 @@ def test_every_way_of_the_bits_runs_as_a_graph_or_fails(
     changes = {"DEMO": bench.path, "COMPANY": 1, "NUM_TOKENS": 2, "VOCAB_SIZE": VOCAB_SIZE}
     changes |= {"CONTEXTS": (3,), "CHUNKS": (2,), "MOST_ROWS": most_rows}
     for name, value in changes.items():
-        monkeypatch.setattr(gpu_bits, name, value)
+        monkeypatch.setattr(bits, name, value)
     options = {"enforce_eager": False, "attention_backend": "triton"}
     context = Context("cpu", True, tmp_path, Budget(6000.0))
-    rows = [*gpu_bits._mode(context, "float32", None, options, (3,))]
+    rows = [*bits._mode(context, "float32", None, options, (3,))]
     assert all(row["passed"] is (row["num_replays"] > 0) for row in rows)
     assert all(row["passed"] for row in rows) is bool(most_rows)

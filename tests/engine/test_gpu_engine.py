@@ -26,7 +26,7 @@ from folospec.worker.cuda import capture
 from folospec.worker.model_runner import ModelRunner
 
 pytestmark = pytest.mark.skipif(
-    not launch.is_interpreted(), reason="benchmarks/gpu_check.py does it on a card"
+    not launch.is_interpreted(), reason="python -m gpu_check does it on a card"
 )
 PROMPTS = [{"prompt_token_ids": ids} for ids in ([5, 6, 7, 8, 5, 6, 7], [10, 20, 30])]
 COMMON: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}

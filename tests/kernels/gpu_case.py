@@ -1,7 +1,7 @@
 """One check of a GPU kernel: inputs, a launch, and what its oracle says.
 
 The same cases run in Triton's interpreter (`test_gpu_*`), are compiled without a card
-(`test_gpu_compile`), and run on a real one (`benchmarks/gpu_check.py`).
+(`test_gpu_compile`), and run on a real one (`python -m gpu_check`).
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gpu_jobs import Context, Row, failure, is_lost
 
 from benchmarks import ROOT
+from gpu_check.jobs import Context, Row, failure, is_lost
 
 CASES = ROOT / "tests" / "kernels"
 

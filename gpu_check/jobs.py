@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ROOT
+
 Row = dict[str, Any]
 
 START_SECONDS = 60.0
@@ -91,7 +93,7 @@ def rows_of(job: Job, context: Context) -> Iterator[Row]:
     begin, failed, lost = time.monotonic(), False, False
     try:
         module, _, function = job.entry.rpartition(".")
-        with importlib.import_module("gpu_engines").watched() as engines:
+        with importlib.import_module("gpu_check.engines").watched() as engines:
             for row in getattr(importlib.import_module(module), function)(context, **job.arguments):
                 lost |= "resume" in row
                 yield {**known, **row}
@@ -169,6 +171,7 @@ def _run_once(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            cwd=ROOT,
             env=dict(os.environ) if job.alone else {"OMP_NUM_THREADS": THREADS, **os.environ},
         )
         hung = threading.Event()

@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from gpu_checkpoints import DEMO, DEMO_DRAFT, grown, grown_name, random_prompts
-from gpu_device import measure_machine, synchronize
-from gpu_jobs import Context, Row, guarded
-from gpu_steps import Bench
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from folospec import LLM, SamplingParams
 from folospec.models.decoder import Decoder
+from gpu_check.checkpoints import DEMO, DEMO_DRAFT, grown, grown_name, random_prompts
+from gpu_check.device import measure_machine, synchronize
+from gpu_check.jobs import Context, Row, guarded
+from gpu_check.steps import Bench
 
 PLAIN_SHARE, DRAFT_SHARE = 0.3, 0.6
 HOST_BYTES = 8 << 20

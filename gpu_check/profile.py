@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 import torch
-from gpu_device import synchronize
 
 from folospec import LLM, SamplingParams
+from gpu_check.device import synchronize
 
 STEPS = 8
 SHOWN_KERNELS = 8

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_goals import CHECKS, GOALS, find
-from gpu_jobs import COMPLETE, Job
+from gpu_check.goals import CHECKS, GOALS, find
+from gpu_check.jobs import COMPLETE, Job
 
 Row = dict[str, Any]
 

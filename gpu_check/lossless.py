@@ -7,7 +7,7 @@ greedily and sampled, and compares each with plain decoding of the same kind:
     tiny    float32, a small pool and a small token budget: prompts in chunks, preemption
 
 With `deterministic=True` tokens must be equal. Without, they are counted where they are not, and
-every first difference must be a near tie (`gpu_ties`). A run proves something only if drafts were
+every first difference must be a near tie (`ties`). A run proves something only if drafts were
 made, accepted and rejected; and the comparison only if it notices an engine that is broken on
 purpose.
 """
@@ -22,14 +22,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_checkpoints import Pair, demo_pair, random_prompts, source_prompts, tiny_pair
-from gpu_jobs import Context, Row, guarded
-from gpu_ties import Parting, Referee
 
 from folospec import LLM, SamplingParams
 from folospec.engine.commit import Committer
 from folospec.models.loader import load_tokenizer
 from folospec.worker.kv_cache import KVCache
+from gpu_check.checkpoints import Pair, demo_pair, random_prompts, source_prompts, tiny_pair
+from gpu_check.jobs import Context, Row, guarded
+from gpu_check.ties import Parting, Referee
 
 SEED = 11
 NUM_PROMPTS = 8

@@ -25,7 +25,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_jobs import Context, Row
 from torch import Tensor
 
 from benchmarks import ROOT
@@ -33,6 +32,7 @@ from benchmarks.models.grown import SHAPES, write_grown
 from benchmarks.models.growth import Shape
 from folospec.models import loader
 from folospec.models.checkpoint import Checkpoint
+from gpu_check.jobs import Context, Row
 
 DEMO, DEMO_DRAFT = "folospec-demo", "folospec-demo-draft"
 LONG = 8192

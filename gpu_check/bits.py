@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_checkpoints import DEMO, random_prompts
-from gpu_drafters import chains
-from gpu_jobs import Context, Row, guarded
 from torch import Tensor
 
 from folospec import LLM
 from folospec.models.forward import ForwardResult, Rows
 from folospec.worker.cuda.graphs import StepGraphs
+from gpu_check.checkpoints import DEMO, random_prompts
+from gpu_check.drafters import chains
+from gpu_check.jobs import Context, Row, guarded
 
 VOCAB_SIZE = 4096
 BLOCK_SIZE = 16

@@ -15,15 +15,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_checkpoints import DEMO, demo_pair, source_prompts
-from gpu_jobs import Context, Row
-from gpu_ties import Parting, Referee
 
 from folospec import LLM, SamplingParams
 from folospec.core.sequence_step import SequenceStep
 from folospec.models.loader import load_tokenizer
 from folospec.spec.verifier import Verifier
 from folospec.spec.verify_batch import verify_batch
+from gpu_check.checkpoints import DEMO, demo_pair, source_prompts
+from gpu_check.jobs import Context, Row
+from gpu_check.ties import Parting, Referee
 
 SEEDS, QUICK_SEEDS = 24, 1
 MAX_TOKENS, QUICK_TOKENS = 32, 8

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_jobs import COMPLETE
+from gpu_check.jobs import COMPLETE
 
 Row = dict[str, Any]
 

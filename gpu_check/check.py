@@ -1,11 +1,11 @@
 """Everything that needs a real GPU, in one run of under eight minutes.
 
-    python benchmarks/gpu_check.py --out gpu.jsonl
-    python benchmarks/gpu_check.py --only kernels lossless
-    python benchmarks/gpu_check.py --device cpu --quick        # every part at its smallest
+    python -m gpu_check --out gpu.jsonl
+    python -m gpu_check --only kernels lossless
+    python -m gpu_check --device cpu --quick  # every part at its smallest
 
-Runs from the root of the repository; where folospec is not installed, with PYTHONPATH=. before it.
-It makes its own models in a temporary folder and needs no network. Sections:
+Runs from the root of the repository; folospec need not be installed. It makes its own models in a
+temporary folder and needs no network. Sections:
 
     kernels      every Triton kernel against its oracle, over several seeds
     lossless     speculative tokens against plain ones, deterministic and not, graphs and not
@@ -39,11 +39,10 @@ from typing import TextIO
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import gpu_report
-from gpu_jobs import Budget, Context, Job, Row, rows_of, run_in_process, write_as_child
-from gpu_plan import SECTIONS, SHARED_SECONDS, planned
-
 from benchmarks.lib.output import opened
+from gpu_check import report
+from gpu_check.jobs import Budget, Context, Job, Row, rows_of, run_in_process, write_as_child
+from gpu_check.plan import SECTIONS, SHARED_SECONDS, planned
 
 MINUTES = 7.75
 GRACE_SECONDS = 10.0
@@ -64,12 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         context = Context(args.device, args.quick, args.scratch, budget, args.resume)
         write_as_child(job, context)
         return 0
-    rows = run(args, [__file__, *(sys.argv[1:] if argv is None else argv)], begin)
+    script = str(Path(__file__).with_name("__main__.py"))
+    rows = run(args, [script, *(sys.argv[1:] if argv is None else argv)], begin)
     show(rows)
-    unproven = gpu_report.unproven(rows, args.only, planned(args.only, args.quick))
+    unproven = report.unproven(rows, args.only, planned(args.only, args.quick))
     if unproven:
         print(f"not complete: {', '.join(unproven)}", file=sys.stderr)
-    return 1 if unproven or gpu_report.failed(rows) else 0
+    return 1 if unproven or report.failed(rows) else 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -139,15 +139,14 @@ def not_run(job: Job) -> Row:
 
 def child_command(args: argparse.Namespace, folder: Path) -> list[str]:
     """What runs a job in a process of its own, but for the job's name."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--device", args.device]
-    return [*command, "--scratch", str(folder), *(["--quick"] if args.quick else [])]
+    command = [sys.executable, "-m", "gpu_check", "--device", args.device]
+    return [*command, "--scratch", str(folder.resolve()), *(["--quick"] if args.quick else [])]
 
 
 def provenance(args: argparse.Namespace, command: list[str]) -> Row:
     """Where and of what the figures are."""
-    from gpu_device import facts
-
     from benchmarks.lib import output
+    from gpu_check.device import facts
 
     found = output.begin(command[1:], command[0])
     if args.commit is not None:
@@ -191,12 +190,8 @@ def show(rows: Sequence[Row]) -> None:
 
     from benchmarks.lib.output import show as show_table
 
-    for sheet in gpu_report.sheets(rows):
+    for sheet in report.sheets(rows):
         table = Table(*sheet.header, title=sheet.title)
         for line in sheet.lines:
             table.add_row(*(cell.replace("[", r"\[") for cell in line))
         show_table(table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_jobs import Job
+from benchmarks import ROOT
+from gpu_check.jobs import Job
 
 SECTIONS = ("models", "kernels", "lossless", "bits", "rules", "steps", "throughput", "memory")
-CASES = Path(__file__).resolve().parents[1] / "tests" / "kernels"
+CASES = ROOT / "tests" / "kernels"
 PATTERN = "gpu_cases_*.py"
 SHARED_SECONDS = 130.0
 """For all jobs together that run side by side."""
@@ -34,25 +35,27 @@ def planned(sections: Sequence[str], quick: bool, cases: Path = CASES) -> list[J
 
 
 def _all(quick: bool, cases: Path) -> Iterator[Job]:
-    yield _shared("models", "grown", "gpu_checkpoints.make_grown")
+    yield _shared("models", "grown", "gpu_check.checkpoints.make_grown")
     seeds = 1 if quick else SEEDS
     for path in sorted(cases.glob(PATTERN)):
         told = {"folder": str(cases), "module": path.stem, "seeds": seeds}
-        yield _shared("kernels", path.stem.removeprefix("gpu_cases_"), "gpu_kernels.check", **told)
+        yield _shared(
+            "kernels", path.stem.removeprefix("gpu_cases_"), "gpu_check.kernels.check", **told
+        )
     for model in ("demo", "tiny"):
         for name, deterministic in (("deterministic", True), ("fast", None)):
             told = {"model": model, "deterministic": deterministic}
-            yield _shared("lossless", f"{model}-{name}", "gpu_lossless.check", **told)
+            yield _shared("lossless", f"{model}-{name}", "gpu_check.lossless.check", **told)
     for dtype in ("bfloat16",) if quick else ("bfloat16", "float32"):
-        yield _shared("bits", dtype, "gpu_bits.check", dtype=dtype)
+        yield _shared("bits", dtype, "gpu_check.bits.check", dtype=dtype)
     for rule in ("coupled", "rejection", "block"):
-        yield _shared("rules", rule, "gpu_rules.check", rule=rule)
-    yield _shared("rules", "cpu-tokens", "gpu_rules.check_cpu")
-    yield _alone("steps", "grown", "gpu_steps.check_rows")
-    yield _alone("steps", "parts", "gpu_steps.check_parts")
+        yield _shared("rules", rule, "gpu_check.rules.check", rule=rule)
+    yield _shared("rules", "cpu-tokens", "gpu_check.rules.check_cpu")
+    yield _alone("steps", "grown", "gpu_check.steps.check_rows")
+    yield _alone("steps", "parts", "gpu_check.steps.check_parts")
     for model in ("demo", "grown", "8b"):
-        yield _alone("throughput", model, "gpu_throughput.check", model=model)
-    yield _alone("memory", "grown", "gpu_memory.check")
+        yield _alone("throughput", model, "gpu_check.throughput.check", model=model)
+    yield _alone("memory", "grown", "gpu_check.memory.check")
 
 
 def _shared(section: str, part: str, entry: str, **arguments: Any) -> Job:

@@ -1,7 +1,7 @@
 """Tokens per second on the device: folospec plain and speculative, and transformers in its ways.
 
 What speculation gains depends on what is accepted: to have that in hand, a drafter is told what the
-target will say (`gpu_drafters`). Who is measured takes turns, so that all meet the same machine; a
+target will say (`drafters`). Who is measured takes turns, so that all meet the same machine; a
 ratio is the median of the turns' own ratios. Everyone generates the same number of tokens after the
 same prompts, in the same type.
 """
@@ -16,23 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_checkpoints import (
-    DEMO,
-    DEMO_DRAFT,
-    grown,
-    grown_name,
-    name_8b,
-    random_prompts,
-    source_prompts,
-    transformers_8b,
-    vocab_size_8b,
-    without_files,
-    write_8b_config,
-)
-from gpu_device import ceilings, measure_machine
-from gpu_drafters import ACCEPTANCE, ToldDrafter, chains
-from gpu_jobs import Budget, Context, Row, failure, is_lost
-from gpu_steps import Bench
 
 from benchmarks.engine.throughput import comparison, summary
 from benchmarks.lib.contestants import (
@@ -47,6 +30,23 @@ from benchmarks.lib.contestants import (
 from benchmarks.lib.limits import run_seconds
 from folospec import LLM
 from folospec.models.loader import load_tokenizer, resolve_model
+from gpu_check.checkpoints import (
+    DEMO,
+    DEMO_DRAFT,
+    grown,
+    grown_name,
+    name_8b,
+    random_prompts,
+    source_prompts,
+    transformers_8b,
+    vocab_size_8b,
+    without_files,
+    write_8b_config,
+)
+from gpu_check.device import ceilings, measure_machine
+from gpu_check.drafters import ACCEPTANCE, ToldDrafter, chains
+from gpu_check.jobs import Budget, Context, Row, failure, is_lost
+from gpu_check.steps import Bench
 
 DTYPE = "bfloat16"
 BATCHES, QUICK_BATCHES = (1, 8, 64), (1, 2)

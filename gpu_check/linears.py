@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gpu_device import median_seconds
-from gpu_jobs import Context, Row
-from gpu_kernels import interpret
 
 from benchmarks.lib.limits import Machine
+from gpu_check.device import median_seconds
+from gpu_check.jobs import Context, Row
+from gpu_check.kernels import interpret
 
 LINEARS = {"1.2b qkv": (3072, 2048), "1.2b down": (2048, 8192), "8b gate and up": (28672, 4096)}
 LINEAR_ROWS = (1, 4, 16, 64, 256)

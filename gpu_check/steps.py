@@ -18,18 +18,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_checkpoints import DEMO, grown, grown_name, name_8b, random_prompts, vocab_size_8b
-from gpu_device import ceilings, measure_machine, synchronize
-from gpu_drafters import chains
-from gpu_jobs import Context, Row, guarded
-from gpu_linears import linears
-from gpu_profile import profiled
-
 from benchmarks.engine.step_cost import limit_of, timed_steps
 from benchmarks.lib.limits import Machine, Work
 from folospec import LLM, SamplingParams
 from folospec.models.loader import resolve_model
 from folospec.worker.run_ahead import DEFAULT
+from gpu_check.checkpoints import DEMO, grown, grown_name, name_8b, random_prompts, vocab_size_8b
+from gpu_check.device import ceilings, measure_machine, synchronize
+from gpu_check.drafters import chains
+from gpu_check.jobs import Context, Row, guarded
+from gpu_check.linears import linears
+from gpu_check.profile import profiled
 
 DTYPE = "bfloat16"
 CHAIN_ROWS = (1, 2, 4, 8, 16, 32, 64)
