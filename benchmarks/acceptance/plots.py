@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-mpl.rcParams["svg.hashsalt"] = "folospec"  # the same rows, the same file
-mpl.rcParams["svg.fonttype"] = "none"  # text stays text
 COLORS = {0.0: "#33608c", 0.8: "#e08a3c"}
 INK, MUTED = "#222222", "#999999"
 
 Row = dict[str, Any]
-
-
-def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None}, facecolor="white", bbox_inches="tight")
 
 
 def acceptance(rows: Sequence[Row]) -> Figure:

@@ -1,7 +1,7 @@
 """Which causal model classes of transformers run, checked against transformers itself.
 
 python -m benchmarks.engine.architectures --out architectures.jsonl
-python docs/update_models.py architectures.jsonl
+python -m docs.update architectures.jsonl
 
 Every class gets a tiny random checkpoint. "right": the logits of ragged prompts in chunks are
 within 1e-4 of transformers', and the greedy tokens are those of its `generate`. "refused": loading

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.engine.step_parts import HOST_PARTS
 
-mpl.rcParams["svg.hashsalt"] = "folospec"  # the same rows, the same file
-mpl.rcParams["svg.fonttype"] = "none"  # text stays text
 COLORS = ("#33608c", "#7fa8cc", "#5a9e6f", "#e08a3c", "#b5523b", "#8c6bb1", "#999999")
 
 Row = dict[str, Any]

@@ -84,9 +84,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     for checkpoint in args.checkpoints:
         show(rate_table([row for row in rows if row["checkpoint"] == checkpoint], checkpoint))
     if args.plot is not None:
-        from benchmarks.peers import plots
+        from benchmarks.lib.plots import save
+        from benchmarks.peers.plots import rates
 
-        plots.save(plots.rates(rows), args.plot)
+        save(rates(rows), args.plot)
     return rows
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-mpl.rcParams["svg.hashsalt"] = "folospec"  # the same rows, the same file
-mpl.rcParams["svg.fonttype"] = "none"  # text stays text
 COLORS = {
     "folospec": "#33608c",
     "transformers": "#8c8c8c",
@@ -25,11 +21,6 @@ TASKS, TEMPERATURE = ("completion", "code"), 0.0
 """The same kind of text, for the bundled models and for a chat model."""
 
 Row = dict[str, Any]
-
-
-def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None}, facecolor="white", bbox_inches="tight")
 
 
 def _line(row: Row) -> tuple[str, str, str]:

@@ -1,13 +1,16 @@
 """The page of acceptance is what the benchmarks wrote; sections without rows stay."""
 
-import runpy
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from docs import update
+from docs.tables import acceptance
+
 ROOT = Path(__file__).parents[2]
+updated = partial(update.updated, path=acceptance.PAGE)
 PROVENANCE = {
     "command": "python benchmarks/acceptance.py --out rows.jsonl",
     "time": "2026-01-01T00:00:00+00:00",
@@ -95,17 +98,12 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def script() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "update_acceptance.py")))
-
-
-@pytest.fixture(scope="module")
 def page() -> str:
     return (ROOT / "docs" / "acceptance.md").read_text()
 
 
-def test_every_row_has_its_line(script: SimpleNamespace, page: str) -> None:
-    filled = script.updated(page, [*ROWS, CALIBRATED, COUPLED])
+def test_every_row_has_its_line(page: str) -> None:
+    filled = updated(page, [*ROWS, CALIBRATED, COUPLED])
     assert (
         "| ngram | 0 | 16 | 2.50 | 0.500 | 3.25 | 0.400 | 0.80 | 0.010 | 1.50 | equal |" in filled
     )
@@ -118,23 +116,21 @@ def test_every_row_has_its_line(script: SimpleNamespace, page: str) -> None:
     assert "commit 0123456789. Command" in filled
 
 
-def test_lines_of_a_table_are_equally_long(script: SimpleNamespace) -> None:
-    lines = script.acceptance_section(ROWS).splitlines()
+def test_lines_of_a_table_are_equally_long() -> None:
+    lines = acceptance.acceptance_text(ROWS).splitlines()
     widths = {line.count("|") for line in lines if line.startswith("|")}
     assert len(widths) == 1
 
 
-def test_filling_in_twice_is_once_and_other_sections_stay(
-    script: SimpleNamespace, page: str
-) -> None:
-    once = script.updated(page, [*ROWS, CALIBRATED])
-    assert script.updated(once, ROWS) == once
-    assert script.updated(once, [COUPLED]).count("Some CPU") == 3
+def test_filling_in_twice_is_once_and_other_sections_stay(page: str) -> None:
+    once = updated(page, [*ROWS, CALIBRATED])
+    assert updated(once, ROWS) == once
+    assert updated(once, [COUPLED]).count("Some CPU") == 3
 
 
-def test_a_chat_model_has_a_section_of_its_own(script: SimpleNamespace, page: str) -> None:
+def test_a_chat_model_has_a_section_of_its_own(page: str) -> None:
     chat = accepted("suffix", 0.0, model="build/models/smollm2/bf16", task="file_editing")
-    filled = script.updated(page, [chat])
+    filled = updated(page, [chat])
     _, _, rest = filled.partition("<!-- acceptance of a chat model")
     section, _, _ = rest.partition("<!-- end of acceptance of a chat model")
     assert "**file_editing**" in section
@@ -143,20 +139,18 @@ def test_a_chat_model_has_a_section_of_its_own(script: SimpleNamespace, page: st
     assert filled.partition("### A chat model")[0] == page.partition("### A chat model")[0]
 
 
-def test_rows_of_two_runs_and_no_rows_are_refused(script: SimpleNamespace, page: str) -> None:
+def test_rows_of_two_runs_and_no_rows_are_refused(page: str) -> None:
     other = {**PROVENANCE, "time": "2026-01-02T00:00:00+00:00"}
     with pytest.raises(ValueError, match="must come from one run"):
-        script.updated(page, [*ROWS, accepted("nasd", 0.0, provenance=other)])
+        updated(page, [*ROWS, accepted("nasd", 0.0, provenance=other)])
     with pytest.raises(ValueError, match="got none"):
-        script.updated(page, [])
+        updated(page, [])
 
 
-def test_the_plots_are_drawn_alike_from_the_same_rows(
-    script: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_the_plots_are_drawn_alike_from_the_same_rows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for folder in ("first", "second"):
-        script.draw([*ROWS, CALIBRATED], tmp_path / folder)
+        update.draw([*ROWS, CALIBRATED], tmp_path / folder)
     for name in ("acceptance.svg", "positions.svg", "calibration.svg"):
         first, second = ((tmp_path / folder / name).read_bytes() for folder in ("first", "second"))
         assert first == second

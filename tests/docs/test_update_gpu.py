@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from docs import update
 
 ROOT = Path(__file__).parents[2]
 PROVENANCE = {
@@ -42,7 +44,7 @@ def step(**entries: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def updated() -> Any:
-    return runpy.run_path(str(ROOT / "docs" / "update_gpu.py"))["updated"]
+    return partial(update.updated, path="docs/gpu.md")
 
 
 @pytest.fixture(scope="module")

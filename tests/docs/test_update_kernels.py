@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from docs import update
 
 ROOT = Path(__file__).parents[2]
 PROVENANCE = {
@@ -30,7 +32,7 @@ def row(case: str, **extra: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def updated() -> Any:
-    return runpy.run_path(str(ROOT / "docs" / "update_kernels.py"))["updated"]
+    return partial(update.updated, path="docs/kernels.md")
 
 
 def test_times_and_their_source_are_on_the_page(updated: Any) -> None:

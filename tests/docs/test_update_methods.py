@@ -1,15 +1,18 @@
 """The tables of docs/methods are what the benchmark wrote, with all that a number has to name."""
 
-import runpy
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from docs import update
+
 ROOT = Path(__file__).parents[2]
+updated = partial(update.updated, path="docs/methods/*.md")
 PROVENANCE = {
     "command": "python benchmarks/acceptance.py --out rows.jsonl",
+    "time": "2026-01-01T00:00:00+00:00",
     "git_commit": "0123456789abcdef",
     "git_uncommitted_changes": False,
     "cpu": "Some CPU",
@@ -63,13 +66,8 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def script() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "update_methods.py")))
-
-
-def test_a_table_has_a_line_for_each_contestant_and_temperature(script: SimpleNamespace) -> None:
-    page = script.updated(PAGE, ROWS)
+def test_a_table_has_a_line_for_each_contestant_and_temperature() -> None:
+    page = updated(PAGE, ROWS)
     assert "|  | budget | T | completion | prose | draft | verify |\n" in page
     assert "| ngram | 5 | 0 | 2.35 (0.51) | no draft | 0.25 | 1.50 |\n" in page.replace(
         "2.34", "2.35"
@@ -78,50 +76,48 @@ def test_a_table_has_a_line_for_each_contestant_and_temperature(script: SimpleNa
     assert page.count("\n| ngram") == 3
 
 
-def test_tokens_that_differ_are_said(script: SimpleNamespace) -> None:
-    page = script.updated(PAGE, ROWS)
+def test_tokens_that_differ_are_said() -> None:
+    page = updated(PAGE, ROWS)
     assert "(0.51), other tokens |" in page
     assert "in 5 runs: other ones in 1 of them" in page
-    assert "in 3 runs: the same in all of them" in script.updated(PAGE, ROWS[:3])
+    assert "in 3 runs: the same in all of them" in updated(PAGE, ROWS[:3])
 
 
-def test_a_failed_contestant_is_said(script: SimpleNamespace) -> None:
+def test_a_failed_contestant_is_said() -> None:
     failed = row("suffix")
     for name in ("budget", "acceptance_length", "tokens_equal_to_plain", "draft_cost"):
         del failed[name]
-    assert "| failed: ValueError: no |" in script.updated(
-        PAGE, [{**failed, "error": "ValueError: no"}]
-    )
+    assert "| failed: ValueError: no |" in updated(PAGE, [{**failed, "error": "ValueError: no"}])
 
 
 @pytest.mark.parametrize(
     "word", ["Some CPU", "folospec-demo", "float64", "float32", "16 items", "8 requests"]
 )
-def test_a_page_names_what_it_was_measured_on(script: SimpleNamespace, word: str) -> None:
-    assert word in script.updated(PAGE, ROWS)
+def test_a_page_names_what_it_was_measured_on(word: str) -> None:
+    assert word in updated(PAGE, ROWS)
 
 
-def test_commit_and_command_are_named(script: SimpleNamespace) -> None:
-    page = script.updated(PAGE, ROWS)
+def test_commit_and_command_are_named() -> None:
+    page = updated(PAGE, ROWS)
     assert "commit 0123456789." in page
     assert f"`{PROVENANCE['command']}`" in page
 
 
-def test_what_stands_between_the_parts_stays(script: SimpleNamespace) -> None:
-    page = script.updated(PAGE, ROWS)
+def test_what_stands_between_the_parts_stays() -> None:
+    page = updated(PAGE, ROWS)
     assert page.startswith("# A page\n<!-- measured: ngram; ngram tree -->\n|")
     assert "<!-- end of measured -->\n\nBetween.\n<!-- measured: suffix -->\nNot measured" in page
     assert page.endswith("<!-- end of measured -->\nThe end.\n")
 
 
-def test_filling_in_twice_is_filling_in_once(script: SimpleNamespace) -> None:
+def test_filling_in_twice_is_filling_in_once() -> None:
     for path in (ROOT / "docs" / "methods").glob("*.md"):
-        once = script.updated(path.read_text(), ROWS)
-        assert script.updated(once, ROWS) == once
+        once = updated(path.read_text(), ROWS)
+        assert updated(once, ROWS) == once
         assert once.count("## ") == path.read_text().count("## ")
 
 
-def test_rows_of_several_runs_are_refused(script: SimpleNamespace) -> None:
-    other = row("ngram", provenance={**PROVENANCE, "git_commit": "fedcba"})
+def test_rows_of_several_runs_are_refused() -> None:
+    other = row("ngram", provenance={**PROVENANCE, "time": "later"})
     with pytest.raises(ValueError, match="one run"):
-        script.updated(PAGE, [*ROWS, other])
+        updated(PAGE, [*ROWS, other])

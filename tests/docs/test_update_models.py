@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
-import update_models
+from docs import update
+
+updated = partial(update.updated, path="docs/models.md")
 
 SOURCE = {"command": "c", "time": "t", "git_uncommitted_changes": False, "git_commit": "abc"}
 SOURCE |= {"transformers": "5", "torch": "2", "cpu": "a cpu"}
-PAGE = "<!-- architectures: written by docs/update_models.py -->\n<!-- end of architectures -->\n"
+PAGE = "<!-- architectures: written by docs/update.py -->\n<!-- end of architectures -->\n"
 
 
 def row(model_type, result, reason="", **more):
@@ -31,7 +31,7 @@ ROWS = [
 
 
 def test_every_class_stands_in_the_table_by_its_result():
-    page = update_models.updated(PAGE, ROWS)
+    page = updated(PAGE, ROWS)
     assert "By folospec's decoder: `llama`. the others: `olmo`." in page.replace("The", "the")
     assert "| on plain text its logits are not its own | `camembert`, `roberta` |" in page
     assert "| some of its layers alone use the interface | `lfm2` |" in page
@@ -41,13 +41,13 @@ def test_every_class_stands_in_the_table_by_its_result():
 @pytest.mark.parametrize("result", ["wrong", "crash"])
 def test_a_fault_is_not_documented(result):
     with pytest.raises(ValueError, match="phi"):
-        update_models.updated(PAGE, [*ROWS, row("phi", result)])
+        updated(PAGE, [*ROWS, row("phi", result)])
 
 
 def test_the_page_in_the_repository_has_a_result_for_every_class():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    page = update_models.PAGE.read_text()
+    page = (update.ROOT / "docs/models.md").read_text()
     named = [name for name in NAMES if f"`{name}`" in page]
     # Later versions of transformers have other classes.
     assert len(named) > 0.9 * len(NAMES)

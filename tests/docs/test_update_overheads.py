@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from docs import update
+from docs.tables import overheads
+
 ROOT = Path(__file__).parents[2]
+updated = partial(update.updated, path=overheads.PAGE)
 PROVENANCE = {
     "command": "python benchmarks/step_cost.py --host",
     "time": "2026-01-01T00:00:00+00:00",
@@ -79,23 +83,16 @@ def cost_row(shape: str, rows: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def update() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "docs/update_overheads.py"))
-
-
-@pytest.fixture(scope="module")
 def page() -> str:
     def section(name: str) -> str:
-        begin = f"<!-- {name}: written by docs/update_overheads.py -->"
+        begin = f"<!-- {name}: written by docs/update.py -->"
         return f"{begin}\nold {name}\n<!-- end of {name} -->\n"
 
     return "head\n" + "".join(map(section, ("host_time", "step_cost", "planner_overhead")))
 
 
-def test_a_section_is_written_from_its_rows_and_the_other_stays(
-    update: dict[str, Any], page: str
-) -> None:
-    new = update["updated"](page, [host_row(32), host_row(32, "torch", host_ms=9.0)])
+def test_a_section_is_written_from_its_rows_and_the_other_stays(page: str) -> None:
+    new = updated(page, [host_row(32), host_row(32, "torch", host_ms=9.0)])
     cells = "32 | 0.8 | 0.95 | 5 | 3.50"
     assert f"| {cells} | native | **1.75** | 0.250 |" in new
     assert f"| {cells} | torch | **9.00** |" in new
@@ -103,46 +100,42 @@ def test_a_section_is_written_from_its_rows_and_the_other_stays(
     assert "old step_cost" in new
     assert "commit 0123456789 with uncommitted changes" in new
     assert "`python benchmarks/step_cost.py --host`" in new
-    again = update["updated"](new, [cost_row("chain", 1), cost_row("batch", 8)])
+    again = updated(new, [cost_row("chain", 1), cost_row("batch", 8)])
     assert "| batch | 8 | 2.50 | 1.25 | 0.25 | 0.50 |" in again
     assert again.count("| native |") == 1
 
 
-def test_rows_of_several_runs_and_pages_without_markers_are_refused(
-    update: dict[str, Any], page: str
-) -> None:
+def test_rows_of_several_runs_and_pages_without_markers_are_refused(page: str) -> None:
     other = {**PROVENANCE, "time": "2026-01-02T00:00:00+00:00"}
     with pytest.raises(ValueError, match="must come from one run"):
-        update["updated"](page, [host_row(1), host_row(32, provenance=other)])
+        updated(page, [host_row(1), host_row(32, provenance=other)])
     with pytest.raises(ValueError, match="got none"):
-        update["updated"](page, [{"benchmark": "else"}])
+        updated(page, [{"benchmark": "else"}])
     with pytest.raises(ValueError, match="the page must have the lines"):
-        update["updated"]("empty", [host_row(1)])
+        updated("empty", [host_row(1)])
 
 
-def test_the_plots_are_drawn(update: dict[str, Any], tmp_path: Path) -> None:
+def test_the_plots_are_drawn(tmp_path: Path) -> None:
     rows = [host_row(batch, sampling) for batch in (1, 32) for sampling in ("torch", "native")]
     rows += [cost_row(shape, count) for shape in ("chain", "batch") for count in (1, 2, 8)]
-    update["draw"](rows, tmp_path)
+    update.draw(rows, tmp_path)
     assert "batch 32" in (tmp_path / "host_time.svg").read_text()
     assert "one sequence, a chain" in (tmp_path / "step_cost.svg").read_text()
 
 
-def test_the_page_has_all_sections(update: dict[str, Any]) -> None:
+def test_the_page_has_all_sections() -> None:
     text = (ROOT / "docs/overheads.md").read_text()
-    filled = update["updated"](text, [host_row(1), cost_row("chain", 1)])
+    filled = updated(text, [host_row(1), cost_row("chain", 1)])
     assert filled != text
     assert filled.count("<!-- end of ") == text.count("<!-- end of ") == 3
 
 
-def test_calls_are_listed_by_what_they_cost_more_than_in_a_plain_step(
-    update: dict[str, Any], page: str
-) -> None:
+def test_calls_are_listed_by_what_they_cost_more_than_in_a_plain_step(page: str) -> None:
     rows = [
         planner_row("plain", forward=900.0, plan=1.0, tiny=0.1),
         planner_row("resting", forward=902.0, plan=4.5, begin=8.0, tiny=0.1),
     ]
-    written = update["updated"](page, rows)
+    written = updated(page, rows)
     assert "**T 1.5, batch 8**" in written
     lines = [line for line in written.splitlines() if line.startswith("| `")]
     assert lines == [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from docs import update
+
 ROOT = Path(__file__).parents[2]
-PAGE = "head\n<!-- never_slower: written by docs/update_planner.py -->\nold\n"
+PAGE = "head\n<!-- never_slower: written by docs/update.py -->\nold\n"
 PAGE += "<!-- end of never_slower -->\ntail\n"
 PROVENANCE = {
     "command": "python benchmarks/never_slower.py",
@@ -50,7 +52,7 @@ def row(**extra: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def updated() -> Any:
-    return runpy.run_path(str(ROOT / "docs" / "update_planner.py"))["updated"]
+    return partial(update.updated, path="docs/planner.md")
 
 
 def test_ratios_and_their_source_are_on_the_page(updated: Any) -> None:

@@ -1,28 +1,18 @@
-"""Write the results of benchmarks/engine/architectures.py into docs/models.md.
-
-python -m benchmarks.engine.architectures --out architectures.jsonl
-python docs/update_models.py architectures.jsonl
-"""
+"""docs/models.md: which causal model classes of transformers run."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS))
-from page_sections import fill, read_rows  # noqa: E402 - the page's folder is known only now
+from docs.tables.markdown import LEFT, Row, markdown, setting
+from docs.tables.sections import Section
 
-PAGE = DOCS / "models.md"
 FAULTS = ("wrong", "crash")
+SETTING = "transformers {transformers}, torch {torch}, float32 on {cpu}, commit {revision}."
 
-Row = dict[str, Any]
 
-
-def section(rows: Sequence[Row]) -> str:
+def text(rows: Sequence[Row]) -> str:
     """Which classes run and which are refused, by reason; and what was checked.
 
     Raises:
@@ -38,13 +28,13 @@ def section(rows: Sequence[Row]) -> str:
     parts[-1] = parts[-1].rstrip() + "\n\n"
     refused = _by_reason(rows, "refused")
     parts.append(f"**Refused** ({sum(map(len, refused.values()))}):\n\n")
-    parts.append("| reason | model types |\n|---|---|\n")
-    parts += [f"| {reason} | {_code(names)} |\n" for reason, names in refused.items()]
+    lines = [(reason, _code(names)) for reason, names in refused.items()]
+    parts.append(markdown(("reason", "model types"), (LEFT, LEFT), lines, compact=True))
     if unmade := _by_reason(rows, "no checkpoint"):
         names = sorted(name for group in unmade.values() for name in group)
         parts.append(f"\n**Not checked** ({len(names)}), since transformers cannot make, save and ")
         parts.append(f"load a tiny one with a varied output: {_code(names)}.\n")
-    return "".join([*parts, "\n", _setting(rows[0])])
+    return "".join([*parts, "\n", setting(rows[0], SETTING)])
 
 
 def _by_reason(rows: Sequence[Row], result: str) -> dict[str, list[str]]:
@@ -69,25 +59,4 @@ def _code(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _setting(row: Row) -> str:
-    source = row["provenance"]
-    changed = " with uncommitted changes" if source["git_uncommitted_changes"] else ""
-    return (
-        f"transformers {source['transformers']}, torch {source['torch']}, float32 on "
-        f"{source['cpu']}, commit {str(source['git_commit'])[:10]}{changed}. "
-        f"Command: `{source['command']}`.\n"
-    )
-
-
-def updated(page: str, rows: Sequence[Row]) -> str:
-    """Return the page with the section filled in; see `fill`."""
-    return fill(page, rows, {"architectures": section}, Path(__file__).name)
-
-
-def main() -> None:
-    rows = read_rows(sys.argv)
-    PAGE.write_text(updated(PAGE.read_text(), rows))
-
-
-if __name__ == "__main__":
-    main()
+SECTIONS = (Section("architectures", "docs/models.md", text),)

@@ -1,0 +1,1 @@
+"""The pages, and what writes measured tables and plots into them."""
