@@ -8,11 +8,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 COLORS = {0.0: "#33608c", 0.8: "#e08a3c"}
 INK, MUTED = "#222222", "#999999"
+LEAST_SHARE = 0.01
+"""Of the nodes, for a bin to be drawn."""
 
 Row = dict[str, Any]
 
@@ -57,55 +60,61 @@ def positions(rows: Sequence[Row]) -> Figure:
     for row in rows:
         shares = row["acceptance_rate_per_pos"]
         panel = panels[names.index(row["contestant"])]
-        panel.plot(range(1, len(shares) + 1), shares, "o-", ms=3, color=colors[row["task"]])
-        panel.set_xlim(0.5, longest + 0.5)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_ylim(0, 1.03)
-        panel.set_xlabel("draft position", fontsize=8)
-    for task, color in colors.items():
-        panels[0].plot([], [], "o-", ms=3, color=color, label=task)
-    figure.legend(loc="lower center", ncols=len(tasks), fontsize=9, frameon=False)
+        panel.plot(range(1, len(shares) + 1), shares, color=colors[row["task"]])
+    panels[0].set_xlim(0.5, longest + 0.5)
+    panels[0].set_ylim(0, 1.03)
+    panels[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    figure.supxlabel("draft position", y=0.4 / figure.get_figheight(), fontsize=9)
+    figure.supylabel("accepted up to it", fontsize=9)
+    lines = [Line2D([], [], color=color, label=task) for task, color in colors.items()]
+    figure.legend(handles=lines, loc="lower center", ncols=len(tasks), fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
     return figure
 
 
 def reliability(rows: Sequence[Row]) -> Figure:
-    """Confidence against what was accepted, one panel per contestant; the area of a point grows
-    with its nodes, and the numbers count the nodes of all points."""
+    """Confidence against what was accepted, one panel per contestant, without the bins that have
+    fewer than a hundredth of the nodes; the numbers count all nodes."""
     rows = [row for row in rows if row["num_nodes"]]
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     figure, panels = _grid(names)
     for row in rows:
         panel = panels[names.index(row["contestant"])]
-        color, bins = COLORS[row["temperature"]], row["bins"]
+        color = COLORS[row["temperature"]]
+        bins = [b for b in row["bins"] if b["num_nodes"] >= LEAST_SHARE * row["num_nodes"]]
         x, y = [b["confidence"] for b in bins], [b["accepted"] for b in bins]
-        sizes = [6 + 120 * b["num_nodes"] / row["num_nodes"] for b in bins]
-        panel.plot(x, y, color=color, linewidth=1)
-        panel.scatter(x, y, sizes, color=color, alpha=0.6, linewidths=0)
+        panel.plot(x, y, "o-", ms=3, linewidth=1, color=color)
         place = 0.92 if row["temperature"] == 0 else 0.82
         panel.text(0.04, place, f"{row['num_nodes']} nodes", color=color, fontsize=8)
-        panel.set_xlim(0, 1)
-        panel.set_ylim(0, 1)
-        panel.set_xlabel("confidence", fontsize=8)
-        panel.set_ylabel("accepted", fontsize=8)
     for panel in panels[: len(names)]:
         panel.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8)
+    panels[0].set_xlim(0, 1.02)
+    panels[0].set_ylim(0, 1.02)
+    panels[0].set_xticks((0, 0.5, 1))
+    figure.supxlabel("confidence", y=0.4 / figure.get_figheight(), fontsize=9)
+    figure.supylabel("accepted", fontsize=9)
     _name_temperatures(figure)
     figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
     return figure
 
 
 def _grid(names: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """A panel for each name, four in a row."""
+    """A panel for each name, four in a row, with the same axes."""
     columns = min(4, max(1, len(names)))
     lines = max(1, math.ceil(len(names) / columns))
-    figure = Figure(figsize=(2.7 * columns, 2.5 * lines + 0.5))
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    figure = Figure(figsize=(2.4 * columns + 0.4, 2.0 * lines + 0.8))
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    panels = list(grid.flat)
     for panel, name in zip(panels, names, strict=False):
         panel.set_title(name, fontsize=9)
         _plain_frame(panel)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
+    lowest = panels[max(0, len(names) - columns) : len(names)]
+    for panel in panels:
+        panel.tick_params(bottom=panel in lowest, labelbottom=panel in lowest)
+        panel.tick_params(left=panel in panels[::columns])
+    panels[0].set_yticks((0, 0.5, 1))
     return figure, panels
 
 

@@ -200,7 +200,7 @@ def contest(
                     for row in make_rows(cell, found, own, part.max_tokens, setup, work, machine):
                         entry = entry_of(row, found)
                         past = {"share_past_end": past_end(entry.token_ids, ends)}
-                        yield {**row, **past, **law(row, entry, own, str(folder))}
+                        yield {**row, **past, **surprise(row, entry, own, str(folder))}
 
 
 def entry_of(row: Row, entries: Sequence[Entry]) -> Entry:
@@ -208,7 +208,9 @@ def entry_of(row: Row, entries: Sequence[Entry]) -> Entry:
     return next(e for e in entries if (e.contestant.name, e.group) == key)
 
 
-def law(row: Row, entry: Entry, rounds: Sequence[list[list[int]]], model: str) -> dict[str, float]:
+def surprise(
+    row: Row, entry: Entry, rounds: Sequence[list[list[int]]], model: str
+) -> dict[str, float]:
     """Whether what was sampled was drawn from the model; nothing for greedy and failed rows."""
     if row["temperature"] == 0 or "error" in row:
         return {}

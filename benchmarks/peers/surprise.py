@@ -1,13 +1,13 @@
 """Whether sampled texts look as if they were drawn from the model: a peer that draws from another
-law may be fast for the wrong reason.
+distribution may be fast for the wrong reason.
 
-A token drawn from a law p has the surprise -log p(token), whose mean is the entropy of p. So
+A token drawn from a distribution p has the surprise -log p(token), whose mean is the entropy of p.
 
     excess = mean over the tokens of (surprise - entropy)
 
-is 0 up to chance if every token was drawn from the law at its place. Garbage lies far above; a
-sampler that is too cautious, below. The demo target says what the law is, also of the grown ones,
-which compute the same; another model has to be named.
+is 0 up to chance if every token was drawn from the distribution at its place. Garbage lies far
+above; a sampler that is too cautious, below. The demo target gives the distribution, also of the
+grown ones, which compute the same; another model has to be named.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from folospec.models.loader import resolve_model
 
 DEMO = "folospec-demo"
 MOST_TEXTS = 32
-"""Enough to see a wrong law, and soon done."""
+"""Enough to see a wrong distribution, and soon done."""
 
 
 @torch.inference_mode()
