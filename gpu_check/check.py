@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Check folospec on a GPU.")
+    parser = argparse.ArgumentParser("python -m gpu_check", description="Check folospec on a GPU.")
     parser.add_argument("--out", type=Path, help="write the JSON lines here instead of to stdout")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--device", help='default: "cuda"; "cpu" interprets the kernels')
