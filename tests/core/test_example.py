@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "fork_draft_verify_merge.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "03_fork_draft_verify_merge.py"
 
 
 def test_fork_draft_verify_merge_example_prints_what_it_promises(

@@ -1,6 +1,6 @@
 """Print text as it is generated; an accepted draft arrives as one increment of several tokens.
 
-Run: python examples/04_stream.py
+Run: python examples/05_stream.py
 """
 
 from folospec import LLM, SamplingParams

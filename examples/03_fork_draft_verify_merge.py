@@ -1,6 +1,6 @@
 """Fork a sequence, draft on the fork, verify, and merge what was accepted: tokens, then KV blocks.
 
-Run: python examples/fork_draft_verify_merge.py
+Run: python examples/03_fork_draft_verify_merge.py
 """
 
 from folospec.core import KVCacheManager, Sequence

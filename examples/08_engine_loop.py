@@ -1,6 +1,6 @@
 """Drive the engine by hand: requests come while others run, and one is aborted.
 
-Run: python examples/06_engine_loop.py
+Run: python examples/08_engine_loop.py
 """
 
 from folospec import EngineConfig, LLMEngine, SamplingParams, SpeculativeConfig

@@ -3,7 +3,7 @@
 Plain decoding and verification draw the target's token with the same keyed noise. In float64 no
 two candidates are ever close enough for rounding to decide; in float32 that can happen, rarely.
 
-Run: python examples/03_sampling_seeded.py
+Run: python examples/06_sampling_seeded.py
 """
 
 from folospec import LLM, SamplingParams
