@@ -119,7 +119,7 @@ static void call(void* function, const std::string& name) {
         float value = ((float (*)(TYPES))function)(ARGUMENTS);
         write_all(&value, sizeof value);
     } else {
-        Word value = ((Word(*)(TYPES))function)(ARGUMENTS);
+        Word value = ((Word (*)(TYPES))function)(ARGUMENTS);
         Word length = result == 's' ? strlen((const char*)value) : value;
         write_all(&length, sizeof length);
         if (result == 's') write_all((const char*)value, length);

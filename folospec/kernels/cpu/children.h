@@ -150,10 +150,12 @@ private:
         Best best(wanted.count, room.best);
         const std::vector<float>& scores = room.scores;
         float top = -HUGE_VALF;
-        each_above([&] { return best.least(); }, [&](int64_t id) {
-            best.offer(scores[id]);
-            top = std::max(top, scores[id]);
-        });
+        each_above(
+            [&] { return best.least(); },
+            [&](int64_t id) {
+                best.offer(scores[id]);
+                top = std::max(top, scores[id]);
+            });
         float floor = best.least() - ROUGH_MARGIN;
         room.found.clear();
         each_above([&] { return floor; }, [&](int64_t id) { room.found.push_back({exact(id), id}); });

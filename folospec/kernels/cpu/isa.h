@@ -56,7 +56,11 @@ constexpr int outputs_of(int rows, int parts) {
 
 // In which order memory is asked for the weights that come next, beside the machine's own prefetching: not
 // at all, in the order of addresses, or for the same columns of the rows that come next.
-enum Fetching : int { NOT_AT_ALL, IN_ORDER, BY_ROWS };
+enum Fetching : int {
+    NOT_AT_ALL,
+    IN_ORDER,
+    BY_ROWS,
+};
 
 // Which rows of a matrix, read side by side, the machine's own prefetching follows. Intel's follows many,
 // and is disturbed by requests in another order (measured on a Sapphire Rapids: 9 GB/s in the order of
@@ -64,7 +68,11 @@ enum Fetching : int { NOT_AT_ALL, IN_ORDER, BY_ROWS };
 // the order of addresses, where reading alone gives 50). A Zen 3, the last without AVX-512, follows long
 // ones (float32 rows of 8 kB for one row of activations: 19 GB/s in order, 21 by rows, 25 without requests;
 // bfloat16 rows of 1 kB: 9, 8 and 7).
-enum Follows : int { ALL_ROWS, LONG_ROWS, NO_ROWS };
+enum Follows : int {
+    ALL_ROWS,
+    LONG_ROWS,
+    NO_ROWS,
+};
 
 inline Follows follows() {
 #if defined(__x86_64__)

@@ -21,7 +21,11 @@
 
 namespace folospec {
 
-enum Format : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+enum Format : int32_t {
+    FLOAT32 = 0,
+    BFLOAT16 = 1,
+    INT8 = 2,
+};
 
 // What a step does, for each way to keep a weight. A step is one load of a weight row, COLUMNS of them; it
 // has PARTS, each one vector of what that load holds against one vector of `X`, the activations it wants;
@@ -99,7 +103,7 @@ struct Tiling {
     int64_t rows, tiles, size, larger;  // the first `larger` tiles have one row more than `size`
 
     explicit Tiling(int64_t count, bool single_rows = false)
-        : rows(count), tiles(single_rows ? count : count <= FEW_ROWS ? 1 : (count + ROW_TILE - 1) / ROW_TILE),
+        : rows(count), tiles(single_rows ? count : (count <= FEW_ROWS ? 1 : (count + ROW_TILE - 1) / ROW_TILE)),
           size(count ? count / tiles : 0), larger(count ? count % tiles : 0) {}
     int64_t first(int64_t tile) const { return tile * size + std::min(tile, larger); }
     int64_t tile_of(int64_t row) const {

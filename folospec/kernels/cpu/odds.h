@@ -37,8 +37,8 @@ INLINE DoubleVec exp_of_negative(DoubleVec x) {
     r = fma(n, splat_double(-0x1.a39ef35793c76p-33), r);                 // times n exact
     const double series[] = {0x1.1eed8eff8d898p-29, 0x1.ae64567f544e4p-26, 0x1.27e4fb7789f5cp-22,
                              0x1.71de3a556c734p-19, 0x1.a01a01a01a01ap-16, 0x1.a01a01a01a01ap-13,
-                             0x1.6c16c16c16c17p-10, 0x1.1111111111111p-7,  0x1.5555555555555p-5,
-                             0x1.5555555555555p-3,  0.5};
+                             0x1.6c16c16c16c17p-10, 0x1.1111111111111p-7, 0x1.5555555555555p-5,
+                             0x1.5555555555555p-3, 0.5};
     DoubleVec y = splat_double(0x1.6124613a86d09p-33);  // 1 / 13!, and on to 1 / 2!: |r| is at most log(2) / 2
     for (double factor : series) y = fma(y, r, splat_double(factor));
     y = fma(y * r, r, r) + 1.0;
