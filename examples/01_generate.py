@@ -18,7 +18,7 @@ def main() -> None:
     for output in llm.generate(PROMPTS, params, use_tqdm=False):
         completion = output.outputs[0]
         print(f"--- {len(completion.token_ids)} tokens, ended by {completion.finish_reason}")
-        print(output.prompt + completion.text)
+        print(f"{output.prompt}{completion.text}")
 
 
 if __name__ == "__main__":

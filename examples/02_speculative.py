@@ -3,6 +3,8 @@
 Run: python examples/02_speculative.py
 """
 
+from typing import Any
+
 from folospec import LLM, RequestOutput, SamplingParams
 
 PROMPT = """class Point:
@@ -24,7 +26,7 @@ WAYS = {
 }
 
 
-def run(speculative: object) -> RequestOutput:
+def run(speculative: Any) -> RequestOutput:
     llm = LLM("folospec-demo", speculative=speculative)
     return llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)[0]
 

@@ -6,10 +6,12 @@ two candidates are ever close enough for rounding to decide; in float32 that can
 Run: python examples/06_sampling_seeded.py
 """
 
+from typing import Any
+
 from folospec import LLM, SamplingParams
 
 PROMPTS = ["def parse(text):\n", "class Queue:\n    def "]
-OPTIONS = {"dtype": "float64", "num_blocks": 64}
+OPTIONS: dict[str, Any] = {"dtype": "float64", "num_blocks": 64}
 PARAMS = SamplingParams(temperature=0.8, top_p=0.95, seed=7, n=2, max_tokens=24)
 
 

@@ -26,8 +26,7 @@ def main() -> None:
             request_id, prompt, max_tokens = ARRIVALS[step]
             params = SamplingParams(temperature=0, max_tokens=max_tokens)
             engine.add_request(prompt, params, request_id=request_id)
-        if step == ABORT_AT:
-            aborted = engine.abort("never")
+        if step == ABORT_AT and (aborted := engine.abort("never")):
             print(f"step {step}: aborted 'never' with {len(aborted.outputs[0].token_ids)} tokens")
         for output in engine.step():
             completion = output.outputs[0]

@@ -44,11 +44,7 @@ class LLM:
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,
-        speculative: None
-        | str
-        | Mapping[str, Any]
-        | Sequence[str | Mapping[str, Any]]
-        | SpeculativeConfig = None,
+        speculative: None | str | Mapping[str, Any] | Sequence[Any] | SpeculativeConfig = None,
         **options: Any,
     ) -> None:
         for name, value in (("model", model), ("speculative", speculative)):

@@ -81,7 +81,9 @@ class TransformersModel:
     (scaling, soft caps, biases) holds here too.
     """
 
-    def __init__(self, model: Any, found: Probe, spec: ModelSpec, attention: AttentionBackend):
+    def __init__(
+        self, model: Any, found: Probe, spec: ModelSpec, attention: AttentionBackend
+    ) -> None:
         assert found.trunk is not None
         self.config = spec
         self.device: torch.device = model.device
