@@ -1,4 +1,5 @@
 # make install | demo | test | soak | matrix | sanitize | lint | lint-workflows | format | bench | train
+#      check-release
 PYTHON ?= python3
 PIP_ARGS ?=
 TRAIN_STEPS ?= 1700
@@ -12,6 +13,7 @@ LINTS := lint-ruff lint-format lint-types lint-spelling lint-cpp lint-whitespace
 CPP = $(wildcard folospec/kernels/cpu/*.h folospec/kernels/cpu/*.cpp tests/kernels/*.cpp)
 
 .PHONY: install demo test soak matrix sanitize lint $(LINTS) lint-workflows format bench train
+.PHONY: check-release
 
 install: $(INSTALLED)
 
@@ -88,3 +90,7 @@ train: install
 	$(BIN)/python training/train.py --steps $(TRAIN_STEPS)
 	$(BIN)/python training/export.py
 	$(BIN)/python training/evaluate.py
+
+# TAG=v0.2.0: whether the tag fits the version, and the changelog and the citation say so too.
+check-release:
+	$(PYTHON) .ci/release.py $(TAG)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from folospec.spec.proposal import Proposal
     from folospec.speculative_config import SpeculativeConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "LLM": "folospec.engine.llm",
