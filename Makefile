@@ -1,19 +1,20 @@
-# make install | demo | test | soak | matrix | sanitize | lint | lint-workflows | format | bench | train
-#      check-release
+# make install | demo | test | test-no-compiler | soak | matrix | sanitize | lint | lint-workflows
+#      format | bench | train | dist | wheels | check-release
 PYTHON ?= python3
 PIP_ARGS ?=
 TRAIN_STEPS ?= 1700
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+RELEASE_BIN := build/release-venv/bin
 ACTIONLINT ?= build/actionlint-venv/bin/actionlint
 
 # The pre-commit hooks are these targets too; a test compares the lists.
 LINTS := lint-ruff lint-format lint-types lint-spelling lint-cpp lint-whitespace
 CPP = $(wildcard folospec/kernels/cpu/*.h folospec/kernels/cpu/*.cpp tests/kernels/*.cpp)
 
-.PHONY: install demo test soak matrix sanitize lint $(LINTS) lint-workflows format bench train
-.PHONY: check-release
+.PHONY: install demo test test-no-compiler soak matrix sanitize lint $(LINTS) lint-workflows format bench
+.PHONY: train dist wheels check-release
 
 install: $(INSTALLED)
 
@@ -32,6 +33,10 @@ test: export OMP_NUM_THREADS := 1
 test: export TOKENIZERS_PARALLELISM := false
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# The suite as it is where no compiler builds the native kernels: torch does their work.
+test-no-compiler: install
+	$(BIN)/python tests/matrix.py --only "no compiler" $(MATRIX_ARGS)
 
 # Long forms of the tests that run under load: threads, servers, fuzz.
 soak: export OMP_NUM_THREADS := 1
@@ -90,6 +95,18 @@ train: install
 	$(BIN)/python training/train.py --steps $(TRAIN_STEPS)
 	$(BIN)/python training/export.py
 	$(BIN)/python training/evaluate.py
+
+# The sources and the wheel for any platform, into dist.
+dist: $(RELEASE_BIN)/cibuildwheel
+	FOLOSPEC_BUILD_KERNELS=never $(RELEASE_BIN)/pyproject-build --outdir dist
+
+# The wheels of this platform, with kernels; on Linux in containers, which need docker or podman.
+wheels: $(RELEASE_BIN)/cibuildwheel
+	$(RELEASE_BIN)/cibuildwheel --output-dir dist
+
+$(RELEASE_BIN)/cibuildwheel:
+	$(PYTHON) -m venv $(dir $(RELEASE_BIN))
+	$(RELEASE_BIN)/pip install $(PIP_ARGS) "build>=1.2,<2" "cibuildwheel>=2.21,<5"
 
 # TAG=v0.2.0: whether the tag fits the version, and the changelog and the citation say so too.
 check-release:

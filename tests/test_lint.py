@@ -1,4 +1,5 @@
-"""Checks before a commit are those of `make lint`, and blanks at the ends of lines are found."""
+"""Checks before a commit are those of `make lint`, jobs are make targets, and blanks at the ends of
+lines are found."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.MULTILINE))
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 whitespace = runpy.run_path(str(ROOT / ".ci" / "whitespace.py"))
 
 
@@ -30,6 +33,12 @@ def hooks(config: str) -> dict[str, str]:
     return {hook["id"]: hook["entry"] for hook in repository["hooks"]}
 
 
+def commands(workflow: Path) -> list[str]:
+    jobs: dict[str, Any] = yaml.safe_load(workflow.read_text())["jobs"]
+    steps = [step for job in jobs.values() for step in job.get("steps", [])]
+    return [step["run"] for step in steps if "run" in step]
+
+
 def test_the_hooks_before_a_commit_are_the_parts_of_make_lint() -> None:
     found = hooks((ROOT / ".pre-commit-config.yaml").read_text())
     names = [*lints(MAKEFILE), "lint-workflows"]
@@ -42,6 +51,20 @@ def test_a_check_that_only_make_lint_has_is_found() -> None:
     assert set(lints(longer)) - set(hooks((ROOT / ".pre-commit-config.yaml").read_text())) == {
         "lint-more"
     }
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_job_runs_one_make_target(workflow: Path) -> None:
+    for command in commands(workflow):
+        make, target, *variables = command.split()
+        assert (make, target in TARGETS) == ("make", True)
+        assert all(re.match(r"[A-Z_]+=", variable) for variable in variables)
+
+
+def test_the_jobs_of_a_change_are_what_the_local_check_runs() -> None:
+    [checks] = re.findall(r"^make --keep-going (.+) <", (ROOT / ".ci" / "run").read_text(), re.M)
+    jobs = {command.split()[1] for command in commands(ROOT / ".github" / "workflows" / "ci.yml")}
+    assert jobs == {*checks.split(), "test-no-compiler", "lint-workflows"}
 
 
 @pytest.mark.parametrize(
