@@ -18,7 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 
-from docs.tables import acceptance, gpu, kernels, methods, models, overheads, peers, planner, readme
+from docs.tables import (
+    acceptance,
+    gpu,
+    kernels,
+    methods,
+    models,
+    overheads,
+    peers,
+    planner,
+    readme,
+    throughput,
+)
 from docs.tables.sections import Row, Section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +41,7 @@ SECTIONS: tuple[Section, ...] = (
     *kernels.SECTIONS,
     *overheads.SECTIONS,
     *peers.SECTIONS,
+    *throughput.SECTIONS,
     *planner.SECTIONS,
     *models.SECTIONS,
     *gpu.SECTIONS,

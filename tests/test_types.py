@@ -19,7 +19,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 QUICK_START = re.findall(r"^```python\n(.*?)^```\n", README, re.MULTILINE | re.DOTALL)[0]
 RIGHT = f"""
 {QUICK_START}
-drafters = ["suffix", {{"method": "draft_model", "model": "folospec-demo-draft"}}]
+draft_model = {{"method": "draft_model", "model": "folospec-demo-draft"}}
+drafters = ["suffix", draft_model]
 LLM("folospec-demo", speculative=drafters)
 LLM("folospec-demo", speculative=["suffix", "draft_model"])
 merged = {{"drafters": drafters, "merge": True}}

@@ -146,7 +146,7 @@ def _step(llm: LLM, clock: SelfClock) -> tuple[str | None, dict[str, float]]:
         return "plain", spent
     if not planner.is_idle:
         return "drafting", spent
-    return ("resting" if planner._rests else "planned"), spent
+    return ("resting" if planner.is_resting else "planned"), spent
 
 
 def _mean(steps: Sequence[dict[str, float]]) -> Row:

@@ -1,5 +1,7 @@
-"""Packed inputs and results of the kernels that draw and verify; the native ones and those of a GPU
-read the same bytes. See `cpu/sampling.h`."""
+"""Packs what the kernels that draw and verify read, and holds what they return.
+
+The native kernels and those of a GPU read the same bytes. See `cpu/sampling.h`.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
 """The table of throughput is what the benchmark wrote, with all that a number has to name."""
 
 import json
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from docs import update
+from docs.tables import throughput
+
+PAGE = "docs/peers.md"
 ROOT = Path(__file__).parents[2]
 PROVENANCE = {
     "command": "python benchmarks/throughput.py --out rows.jsonl",
@@ -55,13 +57,8 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def script() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "update_throughput.py")))
-
-
-def test_table_has_a_line_for_each_row(script: SimpleNamespace) -> None:
-    section = script.section(ROWS)
+def test_table_has_a_line_for_each_row() -> None:
+    section = throughput.text(ROWS)
     assert "| 8 | folospec plain | 256 | 2.00 (2.00 to 2.00) | 1.00 |  | equal |" in section
     line = "| 8 | folospec draft_model | 320 | 2.50 (2.22 to 4.00) | 1.25 (1.11 to 2.00) | 2.34 |"
     assert f"{line} 1 of 8 prompts differ |" in section
@@ -72,19 +69,19 @@ def test_table_has_a_line_for_each_row(script: SimpleNamespace) -> None:
     "word",
     ["Some CPU", "folospec-demo", "float32", "5 draft tokens", "0123456789", "throughput.py"],
 )
-def test_table_names_what_it_was_measured_on(script: SimpleNamespace, word: str) -> None:
-    assert word in script.section(ROWS)
+def test_table_names_what_it_was_measured_on(word: str) -> None:
+    assert word in throughput.text(ROWS)
 
 
-def test_the_page_is_what_the_committed_rows_say(script: SimpleNamespace) -> None:
+def test_the_page_is_what_the_committed_rows_say() -> None:
     page = (ROOT / "docs" / "peers.md").read_text()
     lines = (ROOT / "benchmarks" / "results" / "throughput.jsonl").read_text().splitlines()
-    assert script.updated(page, [json.loads(line) for line in lines]) == page
-    assert script.updated(page, ROWS) != page
+    assert update.updated(page, [json.loads(line) for line in lines], PAGE) == page
+    assert update.updated(page, ROWS, PAGE) != page
 
 
-def test_rows_of_several_runs_are_refused(script: SimpleNamespace) -> None:
+def test_rows_of_several_runs_are_refused() -> None:
     other = row("folospec plain", [1.0], provenance={**PROVENANCE, "time": "2026-01-02"})
     page = (ROOT / "docs" / "peers.md").read_text()
     with pytest.raises(ValueError, match="one run"):
-        script.updated(page, [*ROWS, other])
+        update.updated(page, [*ROWS, other], PAGE)

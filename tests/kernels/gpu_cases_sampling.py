@@ -170,7 +170,7 @@ def walked(
     sampling: DeviceSampling, logits: Tensor, asked: Walks, case: Case, filters: bool = True
 ) -> dict[str, Tensor]:
     """Walk with room for more than there is; what is beyond must do no harm."""
-    num_walks, num_nodes = len(asked) + 2, len(asked._nodes) // 2 + 5
+    num_walks, num_nodes = len(asked) + 2, len(asked.nodes) // 2 + 5
     tensors = {}
     for name, (dtype, length) in sizes(num_walks, num_nodes).items():
         tensors[name] = torch.full((length,), -1 if name == "draws" else 0, dtype=dtype)

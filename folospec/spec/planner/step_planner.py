@@ -59,7 +59,10 @@ class StepPlanner:
         self._num_nodes = 0
         self._offers: dict[str, Offer] = {}
         self._pruned: set[str] = set()
-        self._has_prompts = self._rests = False
+        self.has_prompts = False
+        """Whether the step computes prompts."""
+        self.is_resting = False
+        """Whether the plan of an earlier step holds, and drafts nothing or the same again."""
         self._learning = 0.0
         """Seconds that learning from a step with drafts takes."""
         self._unpaid: list[tuple[str, dict[str, int], Seq[int], int, float]] = []
@@ -73,13 +76,13 @@ class StepPlanner:
     def begin(self, running: Seq[Sequence]) -> None:
         """Plan the step before it is scheduled."""
         seq_ids = [seq.seq_id for seq in running]
-        self._rests = self.planner.resting(seq_ids)
-        if self._rests and not self._asked:
+        self.is_resting = self.planner.resting(seq_ids)
+        if self.is_resting and not self._asked:
             return  # as in the last step, which has left nothing behind
         self._unpaid.clear()  # of a step that failed
         self.planner.begin_step()
         self._offers, self._pruned, self._drafting, self._num_nodes = {}, set(), 0.0, 0
-        if self._rests:
+        if self.is_resting:
             return
         rows, context, num_ready = [], 0, 0
         for seq in running:
@@ -126,11 +129,11 @@ class StepPlanner:
 
     def note_schedule(self, steps: Seq[SequenceStep]) -> None:
         """Take in what is really scheduled."""
-        if self._rests and len(steps) == self._shape.num_sequences:
-            self._has_prompts = False
+        if self.is_resting and len(steps) == self._shape.num_sequences:
+            self.has_prompts = False
             return  # as in the last step, but for a token more of context
         ready = [step.start for step in steps if step.num_tokens == 1 and step.samples]
-        self._has_prompts = len(ready) < len(steps)
+        self.has_prompts = len(ready) < len(steps)
         self._shape = StepShape(max(1, len(ready)), max(1, len(ready)), sum(ready))
 
     def asks(self, seq_id: str, drafter: DrafterHandle) -> bool:
@@ -260,14 +263,14 @@ class StepPlanner:
     def record(self, seconds: float) -> None:
         """Learn how long the step took, drafting included. One that computes prompts teaches
         nothing."""
-        if self._rests and not self._has_prompts and self.planner.skip_step():
+        if self.is_resting and not self.has_prompts and self.planner.skip_step():
             return
         begin = self.clock()
         if not self.is_idle:
             # What it took to learn from the last one is a part of what such a step costs. Of steps
             # without drafts most are not learned from.
             seconds += self._learning - self._drafting
-        if self._has_prompts:
+        if self.has_prompts:
             self.planner.pass_over(seconds)
         else:
             self.planner.record_step(self._shape, self._num_nodes, seconds)
