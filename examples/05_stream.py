@@ -13,9 +13,9 @@ def main() -> None:
     print(prompt, end="")
     sizes = []
     with LLM("folospec-demo", speculative=DRAFT_MODEL) as llm:
-        for increment in llm.stream(prompt, SamplingParams(temperature=0, max_tokens=48)):
-            print(increment.text, end="", flush=True)
-            sizes.append(len(increment.token_ids))
+        for delta in llm.stream(prompt, SamplingParams(temperature=0, max_tokens=48)):
+            print(delta.text, end="", flush=True)
+            sizes.append(len(delta.token_ids))
     print(f"\n--- tokens per increment: {sizes}")
 
 

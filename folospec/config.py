@@ -20,7 +20,7 @@ DTYPE_NAMES = {
 }
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZATIONS = ("int8", "fp8")
-MAX_RUN_AHEAD = 32
+MAX_MULTI_STEP = 32
 GENERATION_CONFIGS = ("auto", "folospec")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 
@@ -76,7 +76,7 @@ class EngineConfig:
     enforce_eager: bool = False
     """On a GPU, launch every kernel of a step by itself instead of replaying CUDA graphs: the same
     tokens, slower, and easier to look into."""
-    run_ahead: int | None = None
+    multi_step: int | None = None
     """Tokens of plain decoding that are drawn on a GPU before the host looks at them; what follows
     the end of an output is thrown away. None is 8 where CUDA graphs run and nothing is drafted,
     else 1; only there it may be more than 1."""
@@ -140,9 +140,9 @@ class EngineConfig:
         is_number = isinstance(slowdown, (int, float)) and not isinstance(slowdown, bool)
         ok = slowdown is None or (is_number and 1 < slowdown < math.inf)
         require(ok, "max_prefill_slowdown", slowdown, "None or a number above 1")
-        is_count = isinstance(self.run_ahead, int) and not isinstance(self.run_ahead, bool)
-        ok = self.run_ahead is None or (is_count and 1 <= self.run_ahead <= MAX_RUN_AHEAD)
-        require(ok, "run_ahead", self.run_ahead, f"None or an integer in 1..{MAX_RUN_AHEAD}")
+        is_count = isinstance(self.multi_step, int) and not isinstance(self.multi_step, bool)
+        ok = self.multi_step is None or (is_count and 1 <= self.multi_step <= MAX_MULTI_STEP)
+        require(ok, "multi_step", self.multi_step, f"None or an integer in 1..{MAX_MULTI_STEP}")
         require(
             self.num_blocks is None or self.kv_cache_memory is None,
             "kv_cache_memory",

@@ -16,7 +16,7 @@ from folospec.option_names import SAMPLING_NAMES, constructor_takes_names
 
 LogitsProcessor = Callable[[list[int], Any], Any]
 """`processor(output_token_ids, logits) -> logits`: a row of logits, float32 [vocab_size], given the
-tokens generated before it. It is called once per judged node with that node's own history, so it
+tokens generated before it. It is called once per verified node with that node's own history, so it
 must depend on its arguments alone."""
 
 
@@ -75,8 +75,8 @@ class SamplingParams:
     """Generate past the end tokens of the model and its tokenizer."""
     seed: int | None = None
     """Same seed, same tokens, whatever else is in the batch. None derives one from the engine's
-    seed. Under the acceptance rules that promise the law only, the request's number in the engine
-    counts too: there the same requests in the same order have the same tokens."""
+    seed. Under the acceptance rules that promise the distribution only, the request's number in the
+    engine counts too: there the same requests in the same order have the same tokens."""
     logprobs: int | None = None
     """Return the logprob of each output token and of this many most likely ones."""
     prompt_logprobs: int | None = None

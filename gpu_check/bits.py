@@ -57,7 +57,7 @@ class Bench:
             **options,
         ).engine
         self.promise = engine.stats()["lossless"]
-        self.runner = engine.parts.target
+        self.runner = engine.components.target
         self.num_replays = 0
         if self.runner.graphs is not None:
             self._count_replays(self.runner.graphs)
@@ -126,7 +126,9 @@ def _mode(
             return
         [prompt] = random_prompts(VOCAB_SIZE, 1, [size + NUM_TOKENS], seed=size)
         for row in _ways(bench, prompt[:size], prompt[size:]):
-            ok = deterministic is None or (row["differing_bits"] == 0 and bench.promise == "bit")
+            ok = deterministic is None or (
+                row["differing_bits"] == 0 and bench.promise == "bitwise"
+            )
             ok &= row["num_replays"] > 0 or options.get("enforce_eager", not context.on_gpu)
             yield {"kind": "bits", "context": size, **row, "passed": ok}
     if deterministic:

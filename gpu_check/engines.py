@@ -13,7 +13,7 @@ from unittest import mock
 from folospec.config import EngineConfig
 from folospec.engine import llm_engine
 from folospec.worker.cuda.graphs import StepGraphs
-from folospec.worker.loading import Parts
+from folospec.worker.loading import EngineComponents
 
 Row = dict[str, Any]
 
@@ -26,11 +26,11 @@ def watched() -> Iterator[list[Row]]:
     errors: list[str] = []
     warm_up, recorded = llm_engine.warm_up, StepGraphs.recorded
 
-    def timed(config: EngineConfig, parts: Parts, components: Any) -> None:
+    def timed(config: EngineConfig, components: EngineComponents, stages: Any) -> None:
         begin = time.perf_counter()
-        warm_up(config, parts, components)
-        if parts.target.graphs is not None:
-            rows.append(_row(config, parts, time.perf_counter() - begin, errors))
+        warm_up(config, components, stages)
+        if components.target.graphs is not None:
+            rows.append(_row(config, components, time.perf_counter() - begin, errors))
         errors.clear()
 
     def noticed(self: StepGraphs, make: Callable[[], Any]) -> Any:
@@ -50,13 +50,15 @@ def watched() -> Iterator[list[Row]]:
         yield rows
 
 
-def _row(config: EngineConfig, parts: Parts, seconds: float, errors: list[str]) -> Row:
+def _row(
+    config: EngineConfig, components: EngineComponents, seconds: float, errors: list[str]
+) -> Row:
     row = {
         "kind": "engine",
         "model": Path(config.model).name,
-        "drafters": [drafter.name for drafter in parts.drafters],
+        "drafters": [drafter.name for drafter in components.drafters],
         "max_num_seqs": config.max_num_seqs,
-        "num_graphs": sum(r.graphs.num_graphs for r in parts.all_runners if r.graphs),
+        "num_graphs": sum(r.graphs.num_graphs for r in components.all_runners if r.graphs),
         "warm_up_seconds": seconds,
     }
     return {**row, "passed": False, "error": "; ".join(errors)} if errors else row

@@ -195,7 +195,7 @@ def compare(
         if a != b
     ]
     places = [
-        referee.judge(parting) if referee else {"position": parting.place} for parting in partings
+        referee.verify(parting) if referee else {"position": parting.place} for parting in partings
     ]
     return {
         "num_tokens": sum(len(tokens) for completions in expected for tokens in completions),
@@ -216,7 +216,7 @@ def proof(rows: list[Row], model: str) -> Row:
         lacking.append("num_moved_rows")
     if not total["num_preemptions" if model == "tiny" else "prefix_cache_hits"]:
         lacking.append("num_preemptions" if model == "tiny" else "prefix_cache_hits")
-    if rows[0]["deterministic"] and rows[0]["promise"] != "bit":
+    if rows[0]["deterministic"] and rows[0]["promise"] != "bitwise":
         lacking.append("the promise of bits")
     if rows[0]["mode"] == "graphs" and not rows[0]["num_cuda_graphs"]:
         lacking.append("CUDA graphs")

@@ -50,7 +50,7 @@ def _weights(bench: Bench, quantization: str | None, length: int) -> Iterator[Ro
     except ValueError as error:  # torchao is not there
         yield {"skipped": str(error)}
         return
-    model = engine.engine.parts.target.model
+    model = engine.engine.components.target.model
     assert isinstance(model, Decoder)
     matrices = [(layer.qkv, layer.output, layer.gate_up, layer.down) for layer in model.layers]
     num_bytes = sum(_num_bytes(matrix) for layer in matrices for matrix in layer)

@@ -22,10 +22,10 @@ def profiled(llm: LLM, prompt: list[int], drafts: int | None, device: str) -> di
     Profiling is of use, but no check: where it fails the row says why.
     """
     engine, row = llm.engine, {"kind": "profile", "steps": STEPS, "kernels": []}
-    row["run_ahead"] = engine.run_ahead.length
+    row["multi_step"] = engine.multi_step.length
     params = SamplingParams(
         temperature=0.0,
-        max_tokens=2 * STEPS * engine.run_ahead.length + (drafts or 0),
+        max_tokens=2 * STEPS * engine.multi_step.length + (drafts or 0),
         ignore_eos=True,
         num_speculative_tokens=drafts,
     )

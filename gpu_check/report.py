@@ -176,7 +176,7 @@ def _ceilings(rows: Sequence[Row]) -> Sheet:
 
 
 STEP = {"model": "model", "shape": "shape", "rows": "rows", "context": "context"}
-STEP |= {"run ahead": "run_ahead", "ms": "ms"}
+STEP |= {"multi-step": "multi_step", "ms": "ms"}
 SHARES = {"of the first": "ratio_to_first", "limit ms": "limit_ms", "share": "share_of_limit"}
 
 

@@ -1,8 +1,8 @@
 """The acceptance rules on the device against the same rules on the host; and the tokens of the
 device against those of a CPU.
 
-Every step of an engine on the device is judged a second time: its logits and its proposals are
-copied to the host, and judged there by torch. The verdicts may differ where rounding decides: in
+Every step of an engine on the device is verified a second time: its logits and its proposals are
+copied to the host, and verified there by torch. The verdicts may differ where rounding decides: in
 float32 that is hardly ever, and how often is counted.
 """
 
@@ -34,7 +34,7 @@ MOST_DIFFERING = 0.01
 
 @dataclass
 class Shadow:
-    """Judges again on the host what was judged on the device, and counts."""
+    """Judges again on the host what was verified on the device, and counts."""
 
     rule: str
     num_seeds: int = 0
@@ -151,7 +151,7 @@ def check_cpu(context: Context) -> Iterator[Row]:
         found.append([output.outputs[0].token_ids for output in outputs])
     referee = Referee(DEMO, "float32", context.device)
     places = [
-        referee.judge(Parting(prompt, expected, other, params))
+        referee.verify(Parting(prompt, expected, other, params))
         for prompt, expected, other in zip(prompts, *found, strict=True)
         if expected != other
     ]

@@ -6,7 +6,7 @@ every sum in one order.
     batch   as many sequences, each with its last token: 1 to 128 rows
 
 A time is the whole step as its caller sees it, tokens in hand; of plain decoding it is that of a
-token. Chains and batches are single steps, `run_ahead=1`. The limit beside it is that of the
+token. Chains and batches are single steps, `multi_step=1`. The limit beside it is that of the
 bytes the step must read, over the copy bandwidth measured in the same process just before.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.engine.step_cost import limit_of, timed_steps
 from benchmarks.lib.limits import Machine, Work
 from folospec import LLM, SamplingParams
 from folospec.models.loader import resolve_model
-from folospec.worker.run_ahead import DEFAULT
+from folospec.worker.multi_step import DEFAULT
 from gpu_check.checkpoints import DEMO, grown, grown_name, name_8b, random_prompts, vocab_size_8b
 from gpu_check.device import ceilings, measure_machine, synchronize
 from gpu_check.drafters import chains
@@ -79,8 +79,8 @@ class Bench:
 
     def engine(self, most_rows: int, tokens: int, speculative: Any = None, **options: Any) -> LLM:
         """An engine for so many sequences, or for one with so many rows, and so many tokens. It
-        comes back for every token unless `run_ahead` is given."""
-        options.setdefault("run_ahead", 1)
+        comes back for every token unless `multi_step` is given."""
+        options.setdefault("multi_step", 1)
         block_size = options.setdefault("block_size", BLOCK_SIZE)
         return LLM(
             self.path,
@@ -121,7 +121,7 @@ class Bench:
             "shape": shape,
             "rows": rows,
             "context": context,
-            "run_ahead": engine.engine.run_ahead.length,
+            "multi_step": engine.engine.multi_step.length,
             "steps": len(steps),
             "ms": milliseconds,
             **limit_of(self.machine, self.work, lengths, rows // sequences, DTYPE, times),
@@ -130,7 +130,7 @@ class Bench:
     def measure_plain(self, engine: LLM, context: int) -> Row:
         """The time of a token of one sequence, of however many a step has, and its limit."""
         core, known = engine.engine, {"kind": "step", "model": self.model, "dtype": DTYPE}
-        ahead = core.run_ahead.length
+        ahead = core.multi_step.length
         params = SamplingParams(
             temperature=0.0, max_tokens=plain_tokens(self.num_steps, ahead), ignore_eos=True
         )
@@ -149,7 +149,7 @@ class Bench:
             raise RuntimeError("the request ended before its steps did")
         core.abort(request)
         times = {"total_ms": 1e3 * seconds / tokens}
-        shape = {"shape": "plain", "rows": 1, "context": context, "run_ahead": ahead}
+        shape = {"shape": "plain", "rows": 1, "context": context, "multi_step": ahead}
         return {
             **known,
             **shape,
@@ -193,7 +193,7 @@ def check_rows(context: Context) -> Iterator[Row]:
 def _plain(context: Context, bench: Bench) -> Iterator[Row]:
     """Plain decoding as it is without any option, and where its time goes."""
     length = 20 if context.quick else SHORT
-    engine = bench.engine(1, length + plain_tokens(bench.num_steps, DEFAULT), run_ahead=None)
+    engine = bench.engine(1, length + plain_tokens(bench.num_steps, DEFAULT), multi_step=None)
     yield bench.measure_plain(engine, length)
     if context.budget.allows():
         [prompt] = random_prompts(bench.vocab_size, 1, [length])

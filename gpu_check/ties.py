@@ -61,7 +61,7 @@ class Referee:
         self._coarse = _runner(model, getattr(torch, dtype), device)
         self._fine = _runner(model, FINER[dtype], device)
 
-    def judge(self, parting: Parting) -> dict[str, Any]:
+    def verify(self, parting: Parting) -> dict[str, Any]:
         """The place, the gap of the two tokens, what rounding may change, and whether it was a
         near tie. A run that ended early is never excused."""
         place = parting.place

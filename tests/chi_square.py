@@ -1,4 +1,4 @@
-"""The chi-square and Kolmogorov-Smirnov tests that the laws here are judged by."""
+"""The chi-square and Kolmogorov-Smirnov tests that the distributions here are verified by."""
 
 import math
 

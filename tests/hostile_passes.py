@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from folospec.kernels.sampling_records import pack_filters, pack_law
+from folospec.kernels.sampling_records import pack_filters, pack_sampling
 from folospec.models.forward import Rows
-from folospec.spec.draft_runner import ChainLaw
+from folospec.spec.draft_runner import ChainSampling
 
 Pass = Callable[[Any, Any], Any]
 """A function of the runner and a `DraftRequest`."""
@@ -52,15 +52,15 @@ def chains(
     return run
 
 
-LAW = ChainLaw(pack_law(0, 0, pack_filters(1.0, 0, 1.0, 0.0)), 0, 1.0, 2)
+DISTRIBUTION = ChainSampling(pack_sampling(0, 0, pack_filters(1.0, 0, 1.0, 0.0)), 0, 1.0, 2)
 
 
-def drawn(ahead: int = 1, table: Any = None, logits: Any = None, **law: Any) -> Pass:
+def drawn(ahead: int = 1, table: Any = None, logits: Any = None, **params: Any) -> Pass:
     def run(runner: Any, request: Any) -> Any:
         own = request.block_table if table is None else table(request.block_table)
         own_logits = torch.zeros(1, runner.vocab_size) if logits is None else logits
         start = root_of(request) + ahead
-        return runner.draw_chains(own_logits, [start], [own], [LAW._replace(**law)])
+        return runner.draw_chains(own_logits, [start], [own], [DISTRIBUTION._replace(**params)])
 
     return run
 
@@ -150,8 +150,8 @@ WRONG_PASSES: dict[str, Pass] = {
     "drawn chains of a float length": drawn(length=2.0),
     "drawn chains of a huge position": drawn(position=2**70),
     "drawn chains of a NaN scale": drawn(scale=math.nan),
-    "drawn chains without a law": drawn(packed=b""),
-    "drawn chains of a NaN law": drawn(packed=b"\xff" * 48),
+    "drawn chains without a distribution": drawn(packed=b""),
+    "drawn chains of a NaN distribution": drawn(packed=b"\xff" * 48),
     "drawn chains of no logits": drawn(logits=[[0.0]]),
     "drawn chains of other logits": drawn(logits=torch.zeros(2, 5)),
     "a warm-up in words": lambda runner, r: runner.warm_up_chains("1", 1, 1),

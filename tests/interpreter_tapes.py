@@ -24,7 +24,7 @@ class Recorder:
     """Stands in for the builder, and takes down its calls."""
 
     def __init__(self, builder: Any, handles: list[TensorHandle]) -> None:
-        self.builder, self.handles, self.is_whole = builder, handles, True
+        self.builder, self.handles, self.is_complete = builder, handles, True
         self.constants: list[Any] = []
         self.calls: list[tuple[str, list[Any], TensorHandle | None]] = []
         self._known = {id(handle) for handle in handles}
@@ -45,14 +45,14 @@ class Recorder:
     def _take_down(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         for arg in args:
             if isinstance(arg, TensorHandle):
-                self.is_whole &= id(arg) in self._known
+                self.is_complete &= id(arg) in self._known
             elif isinstance(arg, _LISTS) and any(isinstance(each, TensorHandle) for each in arg):
-                self.is_whole = False
-        self.is_whole &= not kwargs
+                self.is_complete = False
+        self.is_complete &= not kwargs
         if isinstance(result, TensorHandle):
             self._known.add(id(result))
         elif result is not None and not name.startswith("get_"):
-            self.is_whole = False
+            self.is_complete = False
         is_fixed = all(not isinstance(arg, TensorHandle) or id(arg) in self._fixed for arg in args)
         if name.startswith("get_") or (name in _PURE and is_fixed):
             self._fixed.add(id(result))
@@ -72,8 +72,8 @@ class Recorder:
         """What was recorded; None if it cannot be replayed."""
         outcomes = outcome if type(outcome) is tuple else (outcome,)
         for one in outcomes:
-            self.is_whole &= isinstance(one, tl.tensor) and id(one.handle) in self._known
-        return Tape(self, outcomes, type(outcome) is tuple) if self.is_whole else None
+            self.is_complete &= isinstance(one, tl.tensor) and id(one.handle) in self._known
+        return Tape(self, outcomes, type(outcome) is tuple) if self.is_complete else None
 
 
 class Tape:
@@ -125,8 +125,8 @@ def taped(operation: Callable[..., Any], key: Any, args: Any, kwargs: dict[str, 
         return tape.replay(handles)
     plain = interpreter_semantic.builder
     # x * x is no example of x * y.
-    has_twins = len({id(handle) for handle in handles}) < len(handles)
-    if key in _TAPES or has_twins or type(plain) is Recorder:
+    has_duplicates = len({id(handle) for handle in handles}) < len(handles)
+    if key in _TAPES or has_duplicates or type(plain) is Recorder:
         return operation(*args, **kwargs)
     recorder = interpreter_semantic.builder = Recorder(plain, handles)
     try:
@@ -164,4 +164,4 @@ def look_at_a_value() -> None:
     """What follows depends on more than types: it cannot be replayed."""
     builder = interpreter_semantic.builder
     if type(builder) is Recorder:
-        builder.is_whole = False
+        builder.is_complete = False

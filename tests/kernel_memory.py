@@ -161,11 +161,11 @@ def forward(memory: Memory, model: int, call: int) -> None:
         sin=angles,
         window_first=INT * rows * max(layer.window for layer in layers),
         hidden=FLOAT * rows * hidden,
-        taps=LONG * (m.num_layers + 1),
+        aux_hidden_states=LONG * (m.num_layers + 1),
         scratch=FLOAT * memory.library.folospec_scratch_floats(model, call),
     )
     for layer_number in range(m.num_layers + 1):
-        memory.point(p.taps + LONG * layer_number, FLOAT * rows * hidden)
+        memory.point(p.aux_hidden_states + LONG * layer_number, FLOAT * rows * hidden)
 
 
 def scratch_floats(memory: Memory, model: int, call: int) -> None:
@@ -201,37 +201,41 @@ def move_rows(
     memory.add((held, count * int(row_bytes.max(initial=0))))
 
 
-LAW = sampling_records.NOISE.size + sampling_records.FILTERS.size
+PARAMS = sampling_records.NOISE.size + sampling_records.FILTERS.size
 
 
-def walk(
-    memory: Memory, logits: int, size: int, laws: int, trees: int, nodes: int, count: int,
-    walked: int, paths: int, _: int,
+def verify(
+    memory: Memory, logits: int, size: int, all_params: int, trees: int, nodes: int, count: int,
+    verified: int, paths: int, _: int,
 ) -> None:  # fmt: skip
     root, _, begin, length = integers(trees, 4 * count, np.int64).reshape(-1, 4).T
-    memory.add((logits, FLOAT * size * ceiling(root + length)), (laws, LAW * count))
+    memory.add((logits, FLOAT * size * ceiling(root + length)), (all_params, PARAMS * count))
     memory.add((trees, sampling_records.TREE.size * count))
     num_nodes = ceiling(begin + 2 * length) - 1
     memory.add((nodes, LONG * num_nodes), (paths, LONG * num_nodes))
-    memory.add((walked, native_sampling._WALKED.size * count))
+    memory.add((verified, native_sampling._VERIFIED.size * count))
 
 
 def log_probs(
-    memory: Memory, logits: int, size: int, laws: int, law_of: int, count: int, out: int,
+    memory: Memory, logits: int, size: int, all_params: int, params_of: int, count: int, out: int,
     peaks: int, _: int,
 ) -> None:  # fmt: skip
-    num_laws = ceiling(integers(law_of, count, np.int64))
-    memory.add((logits, FLOAT * size * count), (laws, LAW * num_laws), (law_of, LONG * count))
+    num_distributions = ceiling(integers(params_of, count, np.int64))
+    memory.add(
+        (logits, FLOAT * size * count),
+        (all_params, PARAMS * num_distributions),
+        (params_of, LONG * count),
+    )
     memory.add((out, FLOAT * size * count), (peaks, FLOAT * count))
 
 
 def children(
-    memory: Memory, logits: int, size: int, laws: int, wanted: int, rows: int, most: int,
+    memory: Memory, logits: int, size: int, all_params: int, wanted: int, rows: int, most: int,
     tokens: int, chances: int, found: int, _: int,
 ) -> None:  # fmt: skip
     wanted_size = native_children._WANTED.size
-    law_of = integers(wanted, rows * wanted_size // LONG, np.int64)[:: wanted_size // LONG]
-    memory.add((logits, FLOAT * size * rows), (laws, LAW * ceiling(law_of)))
+    params_of = integers(wanted, rows * wanted_size // LONG, np.int64)[:: wanted_size // LONG]
+    memory.add((logits, FLOAT * size * rows), (all_params, PARAMS * ceiling(params_of)))
     memory.add((wanted, wanted_size * rows), (found, LONG * rows))
     memory.add((tokens, LONG * rows * most), (chances, FLOAT * rows * most))
 
@@ -246,7 +250,7 @@ EXTENTS: dict[str, Callable[..., None]] = {
         f"folospec_{known.__name__}": known
         for known in (
             *(linear, attention, forward, scratch_floats, rms_norm, rotate, silu_mul, move_rows),
-            *(walk, log_probs, children),
+            *(verify, log_probs, children),
         )
     },
 }

@@ -6,8 +6,8 @@
     coupled               children are the top k of log draft_probs + g with the target's noise g,
                           accepted iff equal to the target's token
     top_k                 children are the top k of draft_probs, accepted iff equal
-    without_replacement   children are drawn without replacement with noise of their own, judged by
-                          recursive rejection (RSD, arXiv 2402.14160)
+    without_replacement   children are drawn without replacement with noise of their own, and
+                          verified by recursive rejection (RSD, arXiv 2402.14160)
     greedy                the top k at temperature 0, where the three are one
 
 All complete the same held-out code with the same seed for each prompt and repetition. The interval

@@ -113,7 +113,7 @@ def _compare(llm: LLM, expected: list[list[int]], logprobs: list[list[float]]) -
     return {
         "result": "right" if right else "wrong",
         "reason": f"error {error:.1e}",
-        "backend": type(llm.engine.parts.target.model).__name__,
+        "backend": type(llm.engine.components.target.model).__name__,
         "drafts": stats["num_draft_tokens"],
         "accepted": stats["num_accepted_tokens"],
     }

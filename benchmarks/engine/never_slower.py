@@ -252,7 +252,7 @@ def _settings(args: Any) -> Row:
 
 
 def _vocab_size(llm: LLM) -> int:
-    return llm.engine.parts.target.model.config.vocab_size
+    return llm.engine.components.target.model.config.vocab_size
 
 
 def _sums(counts: Any) -> dict[str, int]:

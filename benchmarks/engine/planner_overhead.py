@@ -70,7 +70,7 @@ class SelfClock:
 def clocked(llm: LLM) -> SelfClock:
     """An engine's calls with clocks; those of the planner where it has one."""
     clock, engine = SelfClock(), llm.engine
-    runner, proposer = engine.parts.target, engine.proposer
+    runner, proposer = engine.components.target, engine.proposer
     calls = [
         (engine.scheduler, "schedule"),
         (engine, "_propose"),
@@ -91,9 +91,9 @@ def clocked(llm: LLM) -> SelfClock:
         planner = steps.planner
         calls += [(steps, "begin"), (steps, "note_schedule"), (steps, "prune")]
         calls += [(planner, "resting"), (planner, "plan"), (planner, "record_step")]
-        calls += [(planner, "drop"), (planner.beliefs.cost, "observe"), (steps, "take")]
+        calls += [(planner, "drop"), (planner.estimates.cost, "observe"), (steps, "take")]
         calls += [(proposer.calls, "propose"), (proposer._updates, "send")]
-        for handle in engine.parts.handles:
+        for handle in engine.components.handles:
             for hook in ("propose", "observe", "finish", "drop"):
                 clock.wrap(handle.drafter, hook, f"{handle.name}.{hook}")
     for owner, attribute in calls:

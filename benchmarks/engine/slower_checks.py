@@ -46,7 +46,7 @@ def force_drafts(llm: LLM) -> LLM:
     step_planner = llm.engine.proposer.step_planner
     assert step_planner is not None
     planner = step_planner.planner
-    limits = {name: source.limit for name, source in planner.beliefs.sources.items()}
+    limits = {name: source.limit for name, source in planner.estimates.sources.items()}
 
     def plan(seq_ids: list[str], rows: Sequence[Any], shape: Any) -> Mapping[str, Any]:
         return {

@@ -27,7 +27,7 @@ class StepClock:
         self._engine = engine = llm.engine
         self._spent = dict.fromkeys(PARTS, 0.0)
         self.steps: list[dict[str, float]] = []
-        runner = engine.parts.target
+        runner = engine.components.target
         for owner, name, part in (
             (engine, "_schedule", "schedule"),
             (engine, "_propose", "propose"),

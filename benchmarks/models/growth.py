@@ -24,7 +24,7 @@ bfloat16 and in float32 are one and the same model.
 Between the small model's layers stand new ones that add nothing. They are random; only, their heads
 and neurons come in pairs of equals, whose columns in what writes the stream are opposite:
 
-         h h    g g           twins compute the same,
+         h h    g g           duplicates compute the same,
          | |    | |
        [+u -u  +w -w]         and u h - u h = 0
 
@@ -183,7 +183,7 @@ def added_layer(shape: Shape, plan: Plan, generator: torch.Generator) -> Tensors
     def normal(*size: int, scale: float = LOUD) -> Tensor:
         return torch.randn(size, generator=generator) * scale
 
-    def twins(weight: Tensor, block: int) -> Tensor:
+    def duplicates(weight: Tensor, block: int) -> Tensor:
         """Every block of rows twice."""
         return (
             weight.view(-1, 1, block, shape.hidden).expand(-1, 2, -1, -1).reshape(-1, shape.hidden)
@@ -197,13 +197,13 @@ def added_layer(shape: Shape, plan: Plan, generator: torch.Generator) -> Tensors
     queries, keys = shape.heads * size, shape.kv_heads * size
     return {
         "input_layernorm.weight": (1 + normal(shape.hidden)) / plan.copies,
-        "self_attn.q_proj.weight": twins(normal(queries // 2, shape.hidden), size),
+        "self_attn.q_proj.weight": duplicates(normal(queries // 2, shape.hidden), size),
         "self_attn.k_proj.weight": normal(keys, shape.hidden),
         "self_attn.v_proj.weight": normal(keys, shape.hidden),
         "self_attn.o_proj.weight": opposites(queries, size),
         "post_attention_layernorm.weight": (1 + normal(shape.hidden)) / plan.copies,
-        "mlp.gate_proj.weight": twins(normal(shape.inner // 2, shape.hidden), 1),
-        "mlp.up_proj.weight": twins(normal(shape.inner // 2, shape.hidden), 1),
+        "mlp.gate_proj.weight": duplicates(normal(shape.inner // 2, shape.hidden), 1),
+        "mlp.up_proj.weight": duplicates(normal(shape.inner // 2, shape.hidden), 1),
         "mlp.down_proj.weight": opposites(shape.inner, 1),
     }
 

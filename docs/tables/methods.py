@@ -33,7 +33,7 @@ SETTING = (
 )
 
 
-class Parts(Section):
+class EngineComponents(Section):
     """A section in parts: each marker names what stands below it."""
 
     def filled(self, page: str, rows: Sequence[Row]) -> str:
@@ -91,4 +91,4 @@ def _cost(rows: Sequence[Row], name: str) -> str:
     return f"{statistics.median(costs):.2f}" if costs else ""
 
 
-SECTIONS = (Parts("acceptance", "docs/methods/*.md", text, takes=is_bundled),)
+SECTIONS = (EngineComponents("acceptance", "docs/methods/*.md", text, takes=is_bundled),)

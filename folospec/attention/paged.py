@@ -17,7 +17,7 @@ class PagedBackend(AttentionBackend):
     written them already, with the rotary embedding, calls `attend` alone."""
 
     devices: tuple[str, ...] = ("cuda",)
-    captures: bool = False
+    supports_cuda_graphs: bool = False
     """Whether `attend` may be part of a CUDA graph."""
     expands: bool = False
     """Whether `PagedRows` must have the rows of trees as sequences of their own."""

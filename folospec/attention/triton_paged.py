@@ -32,7 +32,7 @@ class TritonAttention(PagedBackend):
     """
 
     name = "triton"
-    captures = True
+    supports_cuda_graphs = True
 
     def __init__(self, deterministic: bool = False) -> None:
         if (reason := launch.why_not()) is not None:

@@ -104,14 +104,14 @@ def compare(
             print_run(console(), done)
         console(stderr=True).print("interrupted before both methods had finished a round")
         return EXIT_INTERRUPTED
-    law_only = engine.stats()["lossless"] == "law"
+    distribution_only = engine.stats()["lossless"] == "distribution"
     if as_json:
-        write(console(), json.dumps(_record(engine, comparison, law_only)) + "\n")
+        write(console(), json.dumps(_record(engine, comparison, distribution_only)) + "\n")
     else:
-        _print(engine, comparison, law_only)
+        _print(engine, comparison, distribution_only)
     if comparison.interrupted:
         return EXIT_INTERRUPTED
-    return EXIT_FAILED if comparison.difference and not law_only else 0
+    return EXIT_FAILED if comparison.difference and not distribution_only else 0
 
 
 def _checked(engine: LLMEngine, template: RequestTemplate, record: InputRecord) -> BatchRequest:
@@ -156,7 +156,7 @@ def _run(
                 bar.advance(task)
 
 
-def _print(engine: LLMEngine, comparison: Comparison, law_only: bool) -> None:
+def _print(engine: LLMEngine, comparison: Comparison, distribution_only: bool) -> None:
     out = console()
     runs, config = comparison.speculative, engine.config.speculative
     if len(runs[0].outputs) == 1:
@@ -172,22 +172,24 @@ def _print(engine: LLMEngine, comparison: Comparison, law_only: bool) -> None:
     out.print(f"{batch}, median of {comparison.num_rounds} rounds in turns{cut}")
     out.print("tokens/s: output tokens / time, the prompts' computation included", style="dim")
     out.print(ACCEPTANCE_LENGTH, style="dim", soft_wrap=not out.is_terminal)
-    _print_verdict(out, engine, comparison, law_only)
+    _print_verdict(out, engine, comparison, distribution_only)
 
 
-def _print_verdict(out: Console, engine: LLMEngine, comparison: Comparison, law_only: bool) -> None:
+def _print_verdict(
+    out: Console, engine: LLMEngine, comparison: Comparison, distribution_only: bool
+) -> None:
     found = comparison.difference
     if found is None:
         out.print("tokens equal: yes", style="bold green")
         return
-    out.print("tokens equal: no", style="bold yellow" if law_only else "bold red")
+    out.print("tokens equal: no", style="bold yellow" if distribution_only else "bold red")
     run, (prompt, completion, place) = found
     plain, other = (
         _token(engine, r.token_ids[prompt][completion], place) for r in (comparison.plain[0], run)
     )
     which = f"prompt {prompt + 1}, completion {completion + 1}, token {place + 1}"
     out.print(f"first difference: {which}: plain {plain}, the other run {other}", soft_wrap=True)
-    if law_only:
+    if distribution_only:
         out.print("this acceptance rule promises the same distribution, not the same tokens")
 
 
@@ -198,13 +200,13 @@ def _token(engine: LLMEngine, token_ids: list[int], place: int) -> str:
     return f"{engine.tokenizer.decode([token_id])!r} ({token_id})"
 
 
-def _record(engine: LLMEngine, comparison: Comparison, law_only: bool) -> dict[str, Any]:
+def _record(engine: LLMEngine, comparison: Comparison, distribution_only: bool) -> dict[str, Any]:
     found, stats, rows = comparison.difference, engine.stats(), comparison.rows
     return {
         "model": engine.config.model,
         "dtype": stats["dtype"],
         "device": stats["device"],
-        "promise": "law" if law_only else "path",
+        "promise": "distribution" if distribution_only else "tokens",
         "num_prompts": len(comparison.plain[0].outputs),
         "num_rounds": comparison.num_rounds,
         "methods": [row.as_dict(rows[0]) for row in rows],

@@ -44,7 +44,7 @@ _SAMPLING = ("n", "max_tokens", "temperature", "top_p", "top_k")
 _ENGINE = (
     *("dtype", "kv_cache_dtype", "quantization", "device", "attention_backend", "block_size"),
     *("max_num_seqs", "max_model_len", "deterministic", "generation_config"),
-    *("gpu_memory_utilization", "enforce_eager", "run_ahead", "trace"),
+    *("gpu_memory_utilization", "enforce_eager", "multi_step", "trace"),
 )
 _ITS_OWN = (
     *("input_format", "chat", "system", "output", "overwrite", "retry_failed", "json", "model"),
@@ -260,7 +260,7 @@ def _template(options: GenerateOptions, engine: LLMEngine) -> RequestTemplate:
     Raises:
         ValueError: the sampling options do not go together.
     """
-    sampling = {**DEFAULT_SAMPLING, **engine.parts.sampling_defaults, **options.sampling}
+    sampling = {**DEFAULT_SAMPLING, **engine.components.sampling_defaults, **options.sampling}
     SamplingParams(**sampling)
     return RequestTemplate(
         sampling=sampling, seed=options.seed or 0, chat=options.chat, system=options.system

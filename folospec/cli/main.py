@@ -92,7 +92,7 @@ def generate(
     deterministic: options.Deterministic = None,
     gpu_memory_utilization: options.GpuMemoryUtilization = 0.9,
     enforce_eager: options.EnforceEager = False,
-    run_ahead: options.RunAhead = None,
+    multi_step: options.MultiStep = None,
     compare: options.Compare = False,
     rounds: options.Rounds = None,
     show_steps: options.ShowSteps = False,

@@ -228,11 +228,11 @@ GpuMemoryUtilization = Annotated[
     ),
 ]
 EnforceEager = Annotated[bool, _option(GPU, "--enforce-eager", help="No CUDA graphs on a GPU.")]
-RunAhead = Annotated[
+MultiStep = Annotated[
     int | None,
     _option(
         GPU,
-        "--run-ahead",
+        "--multi-step",
         value="INT",
         help="Tokens that a GPU decodes before they are shown.",
     ),

@@ -169,8 +169,8 @@ def _run(below: dict[int, list[int]], node: int) -> list[int]:
 
 
 def _children(nodes: list[NodeTrace]) -> dict[int, list[int]]:
-    """The judged nodes under the root (-1) and under each other; scratch rows, and what hangs below
-    them, are left out."""
+    """The verified nodes under the root (-1) and under each other; scratch rows, and what hangs
+    below them, are left out."""
     below: dict[int, list[int]] = {_ROOT: []}
     for i, node in enumerate(nodes):
         if node.verdict != "scratch" and node.parent in below:

@@ -13,7 +13,7 @@ from folospec.core.sequence import Sequence, SequenceGroup, SequenceStatus
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.stats import EngineStats
 from folospec.core.token_tree import Verdict
-from folospec.requests.logprobs import LogprobsTaker
+from folospec.requests.logprobs import LogprobsProcessor
 from folospec.requests.output_processor import OutputProcessor
 from folospec.sampling.sampler import NO_TOKEN
 from folospec.spec.proposal import Proposal
@@ -41,7 +41,7 @@ class Committer:
         worker: Worker,
         stats: EngineStats,
         outputs: OutputProcessor,
-        logprobs: LogprobsTaker,
+        logprobs: LogprobsProcessor,
         fail: Callable[[SequenceGroup, Exception], None],
     ) -> None:
         self._fail, self._outputs = fail, outputs

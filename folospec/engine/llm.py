@@ -14,7 +14,7 @@ from folospec.engine.llm_engine import LLMEngine
 from folospec.errors import RequestError
 from folospec.option_names import CHAT_NAMES, GENERATE_NAMES, STREAM_NAMES, takes_names
 from folospec.outputs import RequestOutput
-from folospec.requests.inbox import Increment, Snapshots
+from folospec.requests.inbox import OutputDelta, Snapshots
 from folospec.requests.input_processor import Prompt
 from folospec.sampling_params import SamplingParams, is_token_list, shown
 from folospec.spec.drafters.base import Drafter
@@ -53,7 +53,7 @@ class LLM:
         self.engine = LLMEngine(EngineConfig(**options))
 
     def __repr__(self) -> str:
-        drafters = [drafter.name for drafter in self.engine.parts.drafters]
+        drafters = [drafter.name for drafter in self.engine.components.drafters]
         return f"LLM({self.engine.config.model!r}, speculative={drafters or None})"
 
     def __enter__(self) -> LLM:
@@ -73,7 +73,7 @@ class LLM:
     @takes_names(STREAM_NAMES)
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[Increment]:
+    ) -> Iterator[OutputDelta]:
         """Complete one prompt, yielding its text and tokens as they come; see
         `LLMEngine.stream`."""
         return self.engine.stream(prompt, sampling_params)
@@ -89,7 +89,7 @@ class LLM:
         Raises:
             ValueError: the engine has none of that name.
         """
-        drafters = {handle.name: handle.drafter for handle in self.engine.parts.handles}
+        drafters = {handle.name: handle.drafter for handle in self.engine.components.handles}
         if name not in drafters:
             raise ValueError(f"name must be one of {sorted(drafters) or 'none'}, got {name!r}")
         return drafters[name]
@@ -98,7 +98,7 @@ class LLM:
         """The parameters that `generate` uses where it is given none: the defaults of the model's
         generation_config.json, or with `generation_config="folospec"` those of `SamplingParams`.
         `dataclasses.replace` makes changed copies."""
-        return self.engine.parts.default_sampling_params
+        return self.engine.components.default_sampling_params
 
     @takes_names(GENERATE_NAMES)
     def generate(

@@ -26,14 +26,14 @@ from folospec.engine.exclusive import Exclusive, HeldInterrupt, exclusive
 from folospec.engine.stats_report import stats_report
 from folospec.models.forward import ForwardResult
 from folospec.outputs import RequestOutput
-from folospec.requests.inbox import Inbox, Increment, Increments, Snapshots
+from folospec.requests.inbox import DeltaInbox, Inbox, OutputDelta, Snapshots
 from folospec.requests.input_processor import Prompt
 from folospec.sampling_params import SamplingParams
 from folospec.text.chat import Message, render
 from folospec.text.token_decoder import text_function
 from folospec.trace.records import StepTrace, check_path
 from folospec.trace.tracer import StepRecorder, Tracer
-from folospec.worker.loading import load_parts
+from folospec.worker.loading import load_components
 from folospec.worker.product_timing import choose_products
 
 logger = logging.getLogger(__name__)
@@ -62,25 +62,25 @@ class LLMEngine:
             config = EngineConfig(model=config)  # type: ignore[arg-type]
         self.config, self._exclusive = config, Exclusive()
         check_path(config.trace)
-        self.parts = parts = load_parts(config)
-        choose_products(config, parts)
-        self.tokenizer = parts.tokenizer
-        built = build(config, parts)
+        self.components = components = load_components(config)
+        choose_products(config, components)
+        self.tokenizer = components.tokenizer
+        built = build(config, components)
         self.manager, self.scheduler = built.manager, built.scheduler
-        self.proposer, self.run_ahead = built.proposer, built.run_ahead
+        self.proposer, self.multi_step = built.proposer, built.multi_step
         self.worker, self.verifier, self.committer = built.worker, built.verifier, built.committer
         self.inputs, self.open, self.state = built.inputs, built.open, built.state
         self.outputs, self.logprobs = built.outputs, built.logprobs
         self.engine_stats = built.stats
         self.prefill_pace = PrefillPace(config.max_prefill_slowdown)
-        warm_up(config, parts, built)
+        warm_up(config, components, built)
         self.tracer = Tracer(
             config,
             self.manager,
             self.engine_stats,
             self.proposer,
             self.outputs,
-            text_function(parts.tokenizer),
+            text_function(components.tokenizer),
         )
         self._by_hand = Snapshots()
         """Of the requests from `add_request`; `step` empties it."""
@@ -198,16 +198,16 @@ class LLMEngine:
 
     def _run_step(self, recorder: StepRecorder | None) -> None:
         begin, planner_begin = time.perf_counter(), self.proposer.clock()
-        if self.parts.device.type == "cuda":  # kernels are launched where the thread is
-            torch.cuda.set_device(self.parts.device)
-        draft_counts, goes_ahead = self._plan(is_traced=recorder is not None)
+        if self.components.device.type == "cuda":  # kernels are launched where the thread is
+            torch.cuda.set_device(self.components.device)
+        draft_counts, is_multi_step = self._plan(is_traced=recorder is not None)
         self.state.calls_drafters = True
         schedule = self._schedule(draft_counts)
         steps = list(schedule.steps)
         assert steps, "there are requests, and the oldest can always run"
         self._propose(steps)
         self.state.calls_drafters = False
-        result = self._execute(steps, goes_ahead)
+        result = self._execute(steps, is_multi_step)
         if recorder is not None:
             recorder.add_forward(schedule, steps)
         shown = self.verifier.verify(steps, result)
@@ -237,10 +237,10 @@ class LLMEngine:
     def on_step(self, listener: Callable[[StepTrace], None] | None) -> None:
         self.tracer.on_step = listener
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[OutputDelta]:
         """Run one request, yielding its text and tokens as they come. Closing the iterator aborts
         the request."""
-        inbox = Increments()
+        inbox = DeltaInbox()
         try:
             self.add_requests([(prompt, params)], inbox)
             while inbox.unfinished or inbox.outputs:
@@ -286,8 +286,8 @@ class LLMEngine:
         a traced step shows every pass, so it has one."""
         candidates = self.scheduler.candidates
         draft_counts = self.proposer.plan(self.scheduler.running, candidates)
-        if self.run_ahead.is_on and self.proposer.is_idle and not is_traced:
-            return self.run_ahead.plan(candidates), True
+        if self.multi_step.is_on and self.proposer.is_idle and not is_traced:
+            return self.multi_step.plan(candidates), True
         return draft_counts, False
 
     def _schedule(self, draft_counts: dict[str, int]) -> SchedulerOutput:
@@ -308,13 +308,13 @@ class LLMEngine:
         if drafting:
             self.engine_stats.add_time("draft_time", time.perf_counter() - begin, drafting)
 
-    def _execute(self, steps: list[SequenceStep], goes_ahead: bool) -> ForwardResult:
+    def _execute(self, steps: list[SequenceStep], is_multi_step: bool) -> ForwardResult:
         """Run the target. A step whose request fails leaves the list."""
         begin = time.perf_counter()
         for step in steps:
             if step.group.params.prompt_logprobs is not None:
                 step.wants_all_logits = self.logprobs.wants_prompt(step.group)
-        result = self.worker.execute(steps, goes_ahead=goes_ahead)
+        result = self.worker.execute(steps, is_multi_step=is_multi_step)
         self.engine_stats.record_pass(steps, result.num_passes, time.perf_counter() - begin)
         if any(step.wants_all_logits for step in steps):
             self.logprobs.take_prompts(steps, result.logits, self.open.fail)

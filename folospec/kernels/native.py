@@ -1,7 +1,7 @@
 """Calls the native CPU kernels: the library, its structs, and its functions on tensors.
 
 `load()` gives the library or None; whoever has another form to fall back on asks it. What the
-structs mean is said beside their twins in `cpu/*.h`.
+structs mean is said beside their duplicates in `cpu/*.h`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Pass(ctypes.Structure):
                 "sin",
                 "window_first",
                 "hidden",
-                "taps",
+                "aux_hidden_states",
                 "scratch",
             )
         ),
@@ -113,7 +113,10 @@ class Chains(ctypes.Structure):
         ("lm_head", POINTER(Matrix)),
         *((name, c_void_p) for name in ("cos", "sin", "windows")),
         ("num_windows", c_int64),
-        *((name, c_void_p) for name in ("starts", "laws", "wanted", "lengths", "least")),
+        *(
+            (name, c_void_p)
+            for name in ("starts", "all_params", "wanted", "lengths", "min_probability")
+        ),
         ("most", c_int64),
         *((name, c_void_p) for name in ("logits", "tokens", "chances", "found", "scratch")),
         ("threads", c_int64),

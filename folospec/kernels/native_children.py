@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from folospec.kernels import native
-from folospec.kernels.sampling_records import check_laws
+from folospec.kernels.sampling_records import check_packed_sampling
 
 NO_NOISE = -1
 """Instead of a position."""
@@ -26,9 +26,9 @@ _CELLS_PER_THREAD = 1 << 15
 """Numbers of logits below which a thread more costs more than it saves."""
 
 pack_wanted = _WANTED.pack
-"""`pack_wanted(law, position, count, scale)`: what is asked of a row of `NativeChildren.draw`. The
-index of its law, the position of the token that is drawn or `NO_NOISE`, how many tokens, and the
-factor of scores in the confidence."""
+"""`pack_wanted(params, position, count, scale)`: what is asked of a row of `NativeChildren.draw`.
+The index of its parameter set, the position of the token that is drawn or `NO_NOISE`, how many
+tokens, and the factor of scores in the confidence."""
 
 
 class NativeChildren:
@@ -63,20 +63,20 @@ class NativeChildren:
         )
 
     def draw(
-        self, logits: Tensor, laws: Sequence[bytes], wanted: Sequence[bytes], most: int
+        self, logits: Tensor, all_params: Sequence[bytes], wanted: Sequence[bytes], most: int
     ) -> list[tuple[list[int], list[float]]]:
         """The best tokens of every row and the confidence in each, best first.
 
         Args:
             logits: [num_rows, vocab_size], such as `takes` says yes to.
-            laws: from `sampling_records.pack_law`. A greedy law is read as temperature 1 without
-                filters.
+            all_params: from `sampling_records.pack_sampling`. A greedy parameter set is read as
+                temperature 1 without filters.
             wanted: from `pack_wanted`, for each row.
             most: the largest count that is wanted.
 
         Raises:
-            ValueError: `takes` says no, or what is wanted is not one thing for each row, of a law
-                and a count that are there.
+            ValueError: `takes` says no, or what is wanted is not one thing for each row, of a
+                parameter set and a count that are there.
         """
         if not self.takes(logits):
             raise ValueError(
@@ -84,22 +84,22 @@ class NativeChildren:
                 f"{logits.dtype} {list(logits.shape)} on {logits.device}"
             )
         rows, size = logits.shape
-        check_laws(laws)
+        check_packed_sampling(all_params)
         packed = b"".join(wanted)
         if len(packed) != rows * _WANTED.size:
             raise ValueError(f"there must be one thing wanted for {rows} rows, got {len(wanted)}")
-        for law, _, count, _ in _WANTED.iter_unpack(packed):
-            if not (0 <= law < len(laws) and 0 <= count <= most):
+        for params, _, count, _ in _WANTED.iter_unpack(packed):
+            if not (0 <= params < len(all_params) and 0 <= count <= most):
                 raise ValueError(
-                    f"law and count must be below {len(laws)} and at most {most}, got {law} and "
-                    f"{count}"
+                    f"parameter set and count must be below {len(all_params)} and at most "
+                    f"{most}, got {params} and {count}"
                 )
         tokens, found = array("q", bytes(8 * rows * most)), array("q", bytes(8 * rows))
         chances = array("f", bytes(4 * rows * most))
         self._draw(
             logits.data_ptr(),
             size,
-            b"".join(laws),
+            b"".join(all_params),
             packed,
             rows,
             most,

@@ -16,9 +16,16 @@ from torch import Tensor
 
 from folospec.kernels import native
 from folospec.kernels.checked import pack_ids
-from folospec.kernels.sampling_records import FILTERS, NOISE, TREE, Walk, Walks, check_laws
+from folospec.kernels.sampling_records import (
+    FILTERS,
+    NOISE,
+    TREE,
+    PackedTrees,
+    VerifiedPath,
+    check_packed_sampling,
+)
 
-_WALKED = struct.Struct("=qqd")
+_VERIFIED = struct.Struct("=qqd")
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _CELLS_PER_THREAD = 1 << 15
 """Numbers of logits below which a thread more costs more than it saves."""
@@ -34,12 +41,12 @@ class NativeSampling:
     def __init__(self, library: ctypes.CDLL) -> None:
         sizes = (_COUNT * 3)()
         library.folospec_sampling_sizes(sizes)
-        expected = [NOISE.size + FILTERS.size, TREE.size, _WALKED.size]
+        expected = [NOISE.size + FILTERS.size, TREE.size, _VERIFIED.size]
         assert list(sizes) == expected, "structs differ from cpu/sampling.h"
-        self._walk, self._log_probs = library.folospec_walk, library.folospec_log_probs
-        self._walk.restype = self._log_probs.restype = None
+        self._verify, self._log_probs = library.folospec_verify, library.folospec_log_probs
+        self._verify.restype = self._log_probs.restype = None
         common = (_POINTER, _COUNT, _POINTER, _POINTER)
-        self._walk.argtypes = (*common, _POINTER, _COUNT, _POINTER, _POINTER, _COUNT)
+        self._verify.argtypes = (*common, _POINTER, _COUNT, _POINTER, _POINTER, _COUNT)
         self._log_probs.argtypes = (*common, _COUNT, _POINTER, _POINTER, _COUNT)
 
     @staticmethod
@@ -60,74 +67,78 @@ class NativeSampling:
                 f"{logits.dtype} {list(logits.shape)} on {logits.device}"
             )
 
-    def walk(self, logits: Tensor, walks: Walks) -> list[Walk]:
+    def draw_and_verify(self, logits: Tensor, packed_trees: PackedTrees) -> list[VerifiedPath]:
         """Draw the target's token at the root of every sequence, descend to a child that has it,
-        draw there, and so on. A sequence's outcome depends on its own rows and law alone.
+        draw there, and so on. A sequence's outcome depends on its own rows and parameter set alone.
 
         Args:
             logits: [*, vocab_size], such as `takes` says yes to.
-            walks: the sequences.
+            packed_trees: the sequences.
 
         Raises:
             ValueError: a sequence has rows that there are no logits for, or `takes` says no.
         """
         self._check(logits)
-        count, nodes = len(walks), walks.nodes
-        if walks.num_rows > logits.shape[0]:
-            raise ValueError(f"there are {logits.shape[0]} rows of logits, not {walks.num_rows}")
-        walked = array("B", bytes(_WALKED.size * count))
+        count, nodes = len(packed_trees), packed_trees.nodes
+        if packed_trees.num_rows > logits.shape[0]:
+            raise ValueError(
+                f"there are {logits.shape[0]} rows of logits, not {packed_trees.num_rows}"
+            )
+        verified = array("B", bytes(_VERIFIED.size * count))
         paths = array("q", bytes(8 * len(nodes)))
-        trees = b"".join(walks.trees)
-        self._walk(
+        trees = b"".join(packed_trees.trees)
+        self._verify(
             logits.data_ptr(),
             logits.shape[1],
-            b"".join(walks.laws),
+            b"".join(packed_trees.all_params),
             trees,
             nodes.buffer_info()[0],
             count,
-            walked.buffer_info()[0],
+            verified.buffer_info()[0],
             paths.buffer_info()[0],
             _num_threads(count * logits.shape[1]),
         )
-        ends = zip(_WALKED.iter_unpack(walked), TREE.iter_unpack(trees), strict=True)
+        ends = zip(_VERIFIED.iter_unpack(verified), TREE.iter_unpack(trees), strict=True)
         return [
-            Walk(paths[begin : begin + length].tolist(), token_id, peak)
+            VerifiedPath(paths[begin : begin + length].tolist(), token_id, peak)
             for (token_id, length, peak), (_, _, begin, _) in ends
         ]
 
     def log_probs(
-        self, logits: Tensor, laws: Sequence[bytes], law_of: Sequence[int]
+        self, logits: Tensor, all_params: Sequence[bytes], params_of: Sequence[int]
     ) -> tuple[Tensor, Sequence[float]]:
-        """Log-probabilities of the law of every row.
+        """Log-probabilities of the parameter set of every row.
 
         Args:
             logits: [num_rows, vocab_size], such as `takes` says yes to.
-            laws: from `pack_law`; their noise is not looked at.
-            law_of: the index of each row's law.
+            all_params: from `pack_sampling`; their noise is not looked at.
+            params_of: the index of each row's parameter set.
 
         Returns:
             float32 [num_rows, vocab_size], -inf where a token is impossible; and the largest logit
             of every row.
 
         Raises:
-            ValueError: a law is out of range, or not one is named for every row, or `takes` says
-                no.
+            ValueError: a parameter set is out of range, or not one is named for every row, or
+                `takes` says no.
         """
         self._check(logits)
-        check_laws(laws)
+        check_packed_sampling(all_params)
         count = len(logits)
         out, peaks = torch.empty_like(logits), array("f", bytes(4 * count))
-        if len(law_of) != count or any(not 0 <= law < len(laws) for law in law_of):
+        if len(params_of) != count or any(
+            not 0 <= params < len(all_params) for params in params_of
+        ):
             raise ValueError(
-                f"law_of must name one of {len(laws)} laws for each of {count} rows, "
-                f"got {list(law_of)}"
+                f"params_of must name one of {len(all_params)} parameter sets for each of "
+                f"{count} rows, got {list(params_of)}"
             )
-        law_ids = pack_ids("law_of", law_of)
+        params_ids = pack_ids("params_of", params_of)
         self._log_probs(
             logits.data_ptr(),
             logits.shape[1],
-            b"".join(laws),
-            law_ids.buffer_info()[0],
+            b"".join(all_params),
+            params_ids.buffer_info()[0],
             count,
             out.data_ptr(),
             peaks.buffer_info()[0],

@@ -22,7 +22,8 @@ _MOST_TOP_K = 2**62
 
 
 def pack_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> bytes:
-    """What a law filters by, for `pack_law`; the values are those of `SamplingParams`.
+    """What a parameter set filters by, for `pack_sampling`; the values are those of
+    `SamplingParams`.
 
     Raises:
         ValueError: a number is out of its range, or none.
@@ -36,34 +37,34 @@ def pack_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> 
     return FILTERS.pack(temperature, top_p, log_min_p, min(max(top_k, 0), _MOST_TOP_K))
 
 
-def pack_law(seed: int, sample_index: int, filters: bytes) -> bytes:
-    """A law with its noise, as the library reads it: `filters` is from `pack_filters`, the integers
-    are those of `noise.key`."""
+def pack_sampling(seed: int, sample_index: int, filters: bytes) -> bytes:
+    """A parameter set with its noise, as the library reads it: `filters` is from `pack_filters`,
+    the integers are those of `noise.key`."""
     return NOISE.pack(seed & _MASK64, sample_index & _MASK64) + filters
 
 
-def check_laws(laws: Sequence[bytes]) -> None:
-    """Raise ValueError unless each is of the size that `pack_law` packs."""
+def check_packed_sampling(all_params: Sequence[bytes]) -> None:
+    """Raise ValueError unless each is of the size that `pack_sampling` packs."""
     size = NOISE.size + FILTERS.size
-    for law in laws:
-        if len(law) != size:
-            raise ValueError(f"a law must have {size} bytes, got {len(law)}")
+    for params in all_params:
+        if len(params) != size:
+            raise ValueError(f"a parameter set must have {size} bytes, got {len(params)}")
 
 
-def check_filters(law: bytes) -> None:
-    """Raise ValueError unless a law has the size that `pack_law` packs, and filters in the ranges
-    of `pack_filters`."""
-    check_laws([law])
-    temperature, top_p, log_min_p, top_k = FILTERS.unpack_from(law, NOISE.size)
+def check_filters(params: bytes) -> None:
+    """Raise ValueError unless a parameter set has the size that `pack_sampling` packs, and filters
+    in the ranges of `pack_filters`."""
+    check_packed_sampling([params])
+    temperature, top_p, log_min_p, top_k = FILTERS.unpack_from(params, NOISE.size)
     in_range = 0 <= temperature < math.inf and 0 < top_p <= 1 and 0 <= top_k <= _MOST_TOP_K
     if not (in_range and log_min_p <= 0):
         raise ValueError(
-            f"a law must have the filters of pack_filters, got temperature {temperature}, top_p "
-            f"{top_p}, log min_p {log_min_p} and top_k {top_k}"
+            f"a parameter set must have the filters of pack_filters, got temperature "
+            f"{temperature}, top_p {top_p}, log min_p {log_min_p} and top_k {top_k}"
         )
 
 
-class Walk(NamedTuple):
+class VerifiedPath(NamedTuple):
     """What `NativeSampling.walk` found for a sequence."""
 
     path: list[int]
@@ -75,22 +76,22 @@ class Walk(NamedTuple):
     NaN or +inf."""
 
 
-class Walks:
+class PackedTrees:
     """The sequences of a step, to be walked in one call."""
 
     def __init__(self) -> None:
-        self.laws: list[bytes] = []
+        self.all_params: list[bytes] = []
         self.trees: list[bytes] = []
         self.nodes = array("q")
         self.num_rows = 0
         """Of logits that there must be."""
 
     def __len__(self) -> int:
-        return len(self.laws)
+        return len(self.all_params)
 
     def add(
         self,
-        law: bytes,
+        params: bytes,
         root_row: int,
         position: int,
         token_ids: Sequence[int] = (),
@@ -99,7 +100,7 @@ class Walks:
         """Add a sequence.
 
         Args:
-            law: from `pack_law`.
+            params: from `pack_sampling`.
             root_row: its row of logits; node i of its tree has the row i + 1 behind it.
             position: of the token that follows the root.
             token_ids: of the nodes; -1 for one that is not to be accepted.
@@ -107,10 +108,10 @@ class Walks:
 
         Raises:
             ValueError: the root is no row, the lists differ in length or have other things than
-                integers, or the law is not from `pack_law`.
+                integers, or the parameter set is not from `pack_sampling`.
         """
         size = len(token_ids)
-        check_laws([law])
+        check_packed_sampling([params])
         if root_row < 0 or size != len(parents):
             raise ValueError(
                 f"root_row must be at least 0 and nodes must have a token and a parent each, got "
@@ -118,6 +119,6 @@ class Walks:
             )
         nodes = pack_ids("token ids", token_ids) + pack_ids("parents", parents) if size else ()
         self.trees.append(TREE.pack(root_row, position, len(self.nodes), size))
-        self.laws.append(law)
+        self.all_params.append(params)
         self.nodes.extend(nodes)
         self.num_rows = max(self.num_rows, root_row + 1 + size)

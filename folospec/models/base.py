@@ -55,7 +55,7 @@ class Model(Protocol):
         ancestors."""
 
     @property
-    def captures(self) -> bool:
+    def supports_cuda_graphs(self) -> bool:
         """Whether its passes may be recorded as CUDA graphs: nothing in them is read on the host,
         and no shape depends on what tensors hold."""
 
@@ -68,22 +68,22 @@ class Model(Protocol):
         input_ids: Tensor,
         metadata: AttentionMetadata,
         kv: Sequence[LayerKV],
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the step's rows and write their keys and values.
 
         Args:
             input_ids: int64 [N], one token per row.
             metadata: where the rows are and what they see.
-            kv: one entry per layer, written in place.
-            taps: which residual streams to return; a in 0..num_layers is the stream before layer a,
-                num_layers the stream before the final norm.
+            kv: one entry per layer, written in place. auxiliary hidden states: which residual
+                streams to return; a in 0..num_layers is the stream before layer a, num_layers the
+                stream before the final norm.
 
         Returns:
             Hidden states after the final norm [N, hidden_size], and the tapped streams by layer.
 
         Raises:
-            ValueError: a tap is out of range.
+            ValueError: a auxiliary layer is out of range.
         """
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -93,11 +93,11 @@ class Model(Protocol):
         """
 
 
-def check_taps(taps: tuple[int, ...], num_layers: int) -> None:
-    """Raise ValueError if a tap is not in 0..num_layers."""
-    for tap in taps:
-        if not 0 <= tap <= num_layers:
-            raise ValueError(f"a tap must be a layer in 0..{num_layers}, got {tap}")
+def check_aux_layers(aux_layers: tuple[int, ...], num_layers: int) -> None:
+    """Raise ValueError if a auxiliary layer is not in 0..num_layers."""
+    for layer in aux_layers:
+        if not 0 <= layer <= num_layers:
+            raise ValueError(f"a auxiliary layer must be a layer in 0..{num_layers}, got {layer}")
 
 
 def as_logits(logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from folospec.attention.native_cpu import NativeAttention
 from folospec.attention.paged import PagedBackend
 from folospec.kernels.torch_ops import Int8Weight, linear, rms_norm, rotary
 from folospec.models import rope
-from folospec.models.base import ModelSpec, as_logits, check_taps
+from folospec.models.base import ModelSpec, as_logits, check_aux_layers
 from folospec.models.decoder_options import DecoderOptions
 from folospec.models.native_decoder import COLUMN_STEP, NativeDecoder
 from folospec.models.weight_memory import WeightMemory
@@ -126,30 +126,30 @@ class Decoder:
         input_ids: Tensor,
         metadata: AttentionMetadata,
         kv: Sequence[LayerKV],
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `Model.forward`."""
-        if taps:
-            check_taps(taps, self.config.num_layers)
+        if aux_layers:
+            check_aux_layers(aux_layers, self.config.num_layers)
         if (fast := self._fast(input_ids.shape[0])) is not None:
-            return fast.forward(input_ids, metadata, kv, taps)
+            return fast.forward(input_ids, metadata, kv, aux_layers)
         stream = functional.embedding(input_ids, self.embedding)
         angles = rope.cos_sin(
             metadata.positions, self.inverse_frequencies, self.rope_scaling, stream.dtype
         )
-        tapped = {}
+        aux_hidden_states = {}
         depth = self.depth()
         for index in range(depth):
-            if index in taps:
-                tapped[index] = stream
+            if index in aux_layers:
+                aux_hidden_states[index] = stream
             if index not in self.skip_attention:
                 stream = stream + self._attend(index, stream, angles, metadata, kv[index])
             if index not in self.skip_mlp:
                 stream = stream + self._mlp(index, stream)
-        tapped.update((tap, stream) for tap in taps if tap >= depth)
+        aux_hidden_states.update((layer, stream) for layer in aux_layers if layer >= depth)
         if self.runs_natively:  # the streams of other passes are float32
-            tapped = {tap: each.float() for tap, each in tapped.items()}
-        return rms_norm(stream, self.final_norm, self.eps), tapped
+            aux_hidden_states = {layer: each.float() for layer, each in aux_hidden_states.items()}
+        return rms_norm(stream, self.final_norm, self.eps), aux_hidden_states
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
@@ -176,9 +176,9 @@ class Decoder:
         return is_native or (self.runs_on_gpu and self.attention.deterministic and not is_rounded)
 
     @property
-    def captures(self) -> bool:
-        """See `Model.captures`."""
-        return isinstance(self.attention, PagedBackend) and self.attention.captures
+    def supports_cuda_graphs(self) -> bool:
+        """See `Model.supports_cuda_graphs`."""
+        return isinstance(self.attention, PagedBackend) and self.attention.supports_cuda_graphs
 
     def native_for(self, num_rows: int) -> NativeDecoder | None:
         """What runs so many rows with native kernels; None where something else does."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from folospec.kernels.sampling_records import Walk
+from folospec.kernels.sampling_records import VerifiedPath
 
 
 @dataclass(slots=True)
@@ -39,14 +39,14 @@ class Rows:
 @dataclass(slots=True)
 class ForwardResult:
     """`logits` holds the wanted rows of all sequences, one after the other: float32 [num_logits,
-    vocab_size] (float64 for a float64 model). `taps` maps a layer to the residual stream before it:
-    [num_rows, hidden_size]. Both hold until the runner's next pass.
+    vocab_size] (float64 for a float64 model). `aux_hidden_states` maps a layer to the residual
+    stream before it: [num_rows, hidden_size]. Both hold until the runner's next pass.
 
-    Where the pass has drawn and verified too, `walked` waits for what came of it.
+    Where the pass has drawn and verified too, `verified` waits for what came of it.
     """
 
     logits: Tensor
-    taps: dict[int, Tensor] = field(default_factory=dict)
-    walked: Callable[[], list[Walk]] | None = None
+    aux_hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    verified: Callable[[], list[VerifiedPath]] | None = None
     num_passes: int = 1
     """Passes that were made in a row: more than one where the target has decoded several tokens."""

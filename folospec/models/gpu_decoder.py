@@ -50,19 +50,19 @@ class GpuDecoder:
         input_ids: Tensor,
         metadata: AttentionMetadata,
         kv: Sequence[LayerKV],
-        taps: tuple[int, ...],
+        aux_layers: tuple[int, ...],
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `Model.forward`. Of `metadata`, itself reads `positions` and `slot_mapping` only."""
         decoder = self.decoder
         stream = functional.embedding(input_ids, decoder.embedding)
         delta: Tensor | None = None
-        tapped: dict[int, Tensor] = {}
+        aux_hidden_states: dict[int, Tensor] = {}
         depth = decoder.depth()
         for index in range(depth):
             layer = decoder.layers[index]
-            if index in taps:
+            if index in aux_layers:
                 stream, delta = _settled(stream, delta), None
-                tapped[index] = stream.clone()
+                aux_hidden_states[index] = stream.clone()
             if index not in decoder.skip_attention:
                 normed = rows.add_rms_norm(stream, delta, layer.input_norm, decoder.eps)
                 delta = self._attend(index, normed, metadata, kv[index])
@@ -70,8 +70,8 @@ class GpuDecoder:
                 normed = rows.add_rms_norm(stream, delta, layer.post_norm, decoder.eps)
                 delta = self._mlp(index, normed)
         normed = rows.add_rms_norm(stream, delta, decoder.final_norm, decoder.eps)
-        tapped.update((tap, stream) for tap in taps if tap >= depth)
-        return normed, tapped
+        aux_hidden_states.update((layer, stream) for layer in aux_layers if layer >= depth)
+        return normed, aux_hidden_states
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`; not rounded to the model's type before they are float32 where the

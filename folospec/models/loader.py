@@ -84,8 +84,7 @@ def load_model(
 
     Args:
         name: bundled name, folder, or hub id of a safetensors checkpoint.
-        dtype: type of weights and activations; "auto" is the checkpoint's on a GPU, float32 on a
-            CPU.
+        dtype: of weights and activations; "auto" is the checkpoint's on a GPU, float32 on a CPU.
         device: where the weights go.
         attention: how rows see paged KV, or a backend's name; "auto" is the fastest that can.
         block_size: slots per block of the KV, which a backend may have limits for.
@@ -99,44 +98,52 @@ def load_model(
         ValueError: the model is unknown or unsupported, max_model_len exceeds it, it cannot be
             quantized, or a tensor is missing, misshapen or unexpected; the message names it.
     """
-    folder = resolve_model(name)
-    device = torch.device(device)
+    folder, device = resolve_model(name), torch.device(device)
     hf_config = _read_config(name, folder, trust_remote_code)
     loaded_dtype = resolve_dtype(dtype, hf_config, device)
     served = is_served(hf_config) and not runs_own_code(hf_config, trust_remote_code)
     what = architecture(hf_config)
-    if quantization is not None:
-        from folospec.models.quantization import check_quantization
-
-        shown = what if served else f"{what} in transformers"
-        check_quantization(quantization, shown, loaded_dtype, device)
+    shown = what if served else f"{what} in transformers"
+    _check_quantization(quantization, shown, loaded_dtype, device)
 
     def attention_of(spec: ModelSpec) -> AttentionBackend:
         return attention_for(spec, attention, block_size, device, deterministic)
 
-    if not served:
-        from folospec.models.transformers_backend import check_class, load_transformers_model
-
-        check_class(hf_config, what, trust_remote_code)
-    checkpoint, length = Checkpoint(folder), _resolve_length(name, hf_config, max_model_len)
     if served:
+        checkpoint, length = Checkpoint(folder), _resolve_length(name, hf_config, max_model_len)
         model = _load_decoder(checkpoint, hf_config, loaded_dtype, length, attention_of, device)
-        if quantization is not None:
-            from folospec.models.quantization import quantize
+        return _quantized(model, quantization)
+    from folospec.models.transformers_backend import check_class, load_transformers_model
 
-            quantize(model, quantization)
-        return model
+    check_class(hf_config, what, trust_remote_code)
     return load_transformers_model(
-        checkpoint,
+        Checkpoint(folder),
         hf_config,
         architecture=what,
         dtype=loaded_dtype,
         device=device,
         attention=attention_of,
         block_size=block_size,
-        max_model_len=length,
+        max_model_len=_resolve_length(name, hf_config, max_model_len),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _check_quantization(
+    quantization: str | None, shown: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    if quantization is not None:
+        from folospec.models.quantization import check_quantization
+
+        check_quantization(quantization, shown, dtype, device)
+
+
+def _quantized(model: Decoder, quantization: str | None) -> Decoder:
+    if quantization is not None:
+        from folospec.models.quantization import quantize
+
+        quantize(model, quantization)
+    return model
 
 
 def attention_for(

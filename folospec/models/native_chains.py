@@ -19,7 +19,7 @@ from folospec.attention.base import LayerKV
 from folospec.kernels import native
 from folospec.kernels.checked import array_pointer, check_all_ids, pack_ids, pointer
 from folospec.kernels.native_children import pack_wanted
-from folospec.kernels.sampling_records import check_laws
+from folospec.kernels.sampling_records import check_packed_sampling
 from folospec.models.native_decoder import NativeDecoder
 
 
@@ -33,15 +33,15 @@ class ChainBatch:
     block_table: NDArray[np.int32]
     """[chains, blocks]."""
     block_size: int
-    laws: Sequence[bytes]
-    """From `sampling_records.pack_law`."""
+    all_params: Sequence[bytes]
+    """From `sampling_records.pack_sampling`."""
     positions: Sequence[int]
     """Of the first token in its noise, or `native_children.NO_NOISE`."""
     scales: Sequence[float]
     """Factors of the scores in the confidence."""
     lengths: Sequence[int]
     """Tokens that are wanted."""
-    least: Sequence[float]
+    min_probability: Sequence[float]
     """A chain whose joint confidence is below does not go on."""
 
 
@@ -72,14 +72,14 @@ def draw_chains(
     cos, sin, _ = decoder.angles(max(1, last) - 1)
     starts, lengths = pack_ids("starts", batch.starts), pack_ids("lengths", batch.lengths)
     windows = pack_ids("windows", decoder.windows)
-    least = array("d", batch.least)
+    min_probability = array("d", batch.min_probability)
     wanted = b"".join(
         pack_wanted(index, position, 1, scale)
         for index, (position, scale) in enumerate(zip(batch.positions, batch.scales, strict=True))
     )
     tokens, chances = array("q", bytes(8 * count * most)), array("f", bytes(4 * count * most))
     found = array("q", bytes(8 * count))
-    laws = b"".join(batch.laws)
+    all_params = b"".join(batch.all_params)
     job = native.Chains(
         _attention(decoder, kv[0], batch),
         ctypes.pointer(decoder.lm_head),
@@ -88,10 +88,10 @@ def draw_chains(
         windows.buffer_info()[0],
         len(windows),
         starts.buffer_info()[0],
-        _address(laws),
+        _address(all_params),
         _address(wanted),
         lengths.buffer_info()[0],
-        least.buffer_info()[0],
+        min_probability.buffer_info()[0],
         most,
         pointer("logits", logits, torch.float32, (count, decoder.lm_head.out_size)),
         *(each.buffer_info()[0] for each in (tokens, chances, found)),
@@ -113,13 +113,14 @@ def _check(batch: ChainBatch, num_slots: int) -> int:
     """Check that every chain is described, and that its slots are there; return where the longest
     ends."""
     count = len(batch.starts)
-    given = (batch.laws, batch.positions, batch.scales, batch.lengths, batch.least)
+    given = (batch.all_params, batch.positions, batch.scales, batch.lengths, batch.min_probability)
     if count < 1 or min(batch.lengths) < 1 or any(len(each) != count for each in given):
         raise ValueError(
-            f"there must be a law, position, scale, least chance and length of at least 1 for each "
-            f"of {count} chains, got {[len(each) for each in given]} and lengths {batch.lengths}"
+            f"there must be a parameter set, position, scale, least chance and length of at least "
+            f"1 for each of {count} chains, got {[len(each) for each in given]} and lengths "
+            f"{batch.lengths}"
         )
-    check_laws(batch.laws)
+    check_packed_sampling(batch.all_params)
     ends = [start + n - 1 for start, n in zip(batch.starts, batch.lengths, strict=True)]
     room = batch.block_table.shape[1] * batch.block_size
     check_all_ids(

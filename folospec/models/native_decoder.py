@@ -78,9 +78,9 @@ class NativeDecoder:
         input_ids: Tensor,
         metadata: AttentionMetadata,
         kv: Sequence[LayerKV],
-        taps: tuple[int, ...],
+        aux_layers: tuple[int, ...],
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """See `Model.forward`; hidden states and taps are float32.
+        """See `Model.forward`; hidden states and auxiliary hidden states are float32.
 
         Raises:
             ValueError: a token id has no embedding, a slot or a layer is not there, or an argument
@@ -97,12 +97,12 @@ class NativeDecoder:
         cos, sin, num_positions = self.angles(int(metadata.positions.numpy().max()))
         positions = id_pointer("positions", metadata.positions, rows, num_positions)
         hidden = native.floats(rows, hidden_size)
-        tapped = {tap: native.floats(rows, hidden_size) for tap in taps}
+        aux_hidden_states = {layer: native.floats(rows, hidden_size) for layer in aux_layers}
         streams = self._no_streams
-        if taps:
+        if aux_layers:
             streams = type(streams)()
-            for tap, stream in tapped.items():
-                streams[tap] = stream.data_ptr()
+            for layer, stream in aux_hidden_states.items():
+                streams[layer] = stream.data_ptr()
         call = native.Pass(
             step,
             ids,
@@ -119,7 +119,7 @@ class NativeDecoder:
         wanted = self.library.scratch_floats(ctypes.byref(self.model), ctypes.byref(call))
         call.scratch = self.room(wanted)
         self.library.forward(ctypes.byref(self.model), ctypes.byref(call))
-        return hidden, tapped
+        return hidden, aux_hidden_states
 
     def _window_first(self, metadata: AttentionMetadata) -> NDArray[np.int32]:
         """[windows, rows]: the first key that each row sees in a layer of each window."""

@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from folospec.attention.base import AttentionBackend, LayerKV
 from folospec.attention.metadata import AttentionMetadata
-from folospec.models.base import ModelSpec, as_logits, check_taps
+from folospec.models.base import ModelSpec, as_logits, check_aux_layers
 from folospec.models.checkpoint import Checkpoint
 from folospec.models.generation_config import read_eos_token_ids
 from folospec.models.transformers_check import Comparison, own_logits, refusal, refusing
@@ -92,7 +92,7 @@ class TransformersModel:
         self._trunk = found.trunk
         self._layers = _decoder_layers(found, spec)
         self.deterministic = False  # torch's products sum by the number of rows
-        self.captures = False  # its own code may do anything
+        self.supports_cuda_graphs = False  # its own code may do anything
         self._trunk.forward = _passing_over(self._trunk.forward, type(found.trunk_output))
 
     def forward(
@@ -100,19 +100,19 @@ class TransformersModel:
         input_ids: Tensor,
         metadata: AttentionMetadata,
         kv: Sequence[LayerKV],
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """See `Model.forward`."""
-        check_taps(taps, self.config.num_layers)
+        check_aux_layers(aux_layers, self.config.num_layers)
         step = Step(self.attention, metadata, kv, self.config.sliding_windows)
-        with torch.no_grad(), self._tapping(taps) as tapped:
+        with torch.no_grad(), self._tapping(aux_layers) as aux_hidden_states:
             output = self._trunk(
                 input_ids=input_ids[None],
                 position_ids=metadata.positions[None],
                 use_cache=False,
                 **{STEP: step},
             )
-        return output.last_hidden_state[0], tapped
+        return output.last_hidden_state[0], aux_hidden_states
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Model.logits`."""
@@ -122,27 +122,29 @@ class TransformersModel:
         return as_logits(output.logits[0])
 
     @contextmanager
-    def _tapping(self, taps: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
-        tapped: dict[int, Tensor] = {}
+    def _tapping(self, aux_layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+        aux_hidden_states: dict[int, Tensor] = {}
         hooks = []
 
-        def before(tap: int) -> Callable[..., None]:
+        def before(index: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-                tapped[tap] = (args[0] if args else kwargs["hidden_states"])[0]
+                aux_hidden_states[index] = (args[0] if args else kwargs["hidden_states"])[0]
 
             return hook
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            tapped[self.config.num_layers] = (output[0] if isinstance(output, tuple) else output)[0]
+            aux_hidden_states[self.config.num_layers] = (
+                output[0] if isinstance(output, tuple) else output
+            )[0]
 
-        for tap in taps:
-            if tap < self.config.num_layers:
-                layer = self._layers[tap]
-                hooks.append(layer.register_forward_pre_hook(before(tap), with_kwargs=True))
+        for index in aux_layers:
+            if index < self.config.num_layers:
+                layer = self._layers[index]
+                hooks.append(layer.register_forward_pre_hook(before(index), with_kwargs=True))
             else:
                 hooks.append(self._layers[-1].register_forward_hook(after))
         try:
-            yield tapped
+            yield aux_hidden_states
         finally:
             for hook in hooks:
                 hook.remove()

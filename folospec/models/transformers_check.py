@@ -99,14 +99,14 @@ class Comparison:
     def check(self, model: Model, block_size: int) -> None:
         """Raise ValueError unless the model has these logits on paged KV, in every step."""
         first, second = self.first, self.second
-        taps = tuple(range(model.config.num_layers + 1))
+        aux_layers = tuple(range(model.config.num_layers + 1))
         blocks = -(-(len(first) + NUM_OTHERS) // block_size)
         run = _Run(model, block_size, [range(blocks, 0, -1), range(blocks + 1, 2 * blocks + 1)])
         with refusing(self.name, "its forward does not run on packed rows"):
             at_once = run([first[:5], second[:8]], [_rows(run, 0, 0, 5), _rows(run, 1, 0, 8)])
             tree = torch.cat([first[5:-1], self.others, first[-1:]])
             forked = _forked(run, 0, 5, len(tree))
-            later = run([tree, second[8:9]], [forked, _rows(run, 1, 8, 9)], taps)
+            later = run([tree, second[8:9]], [forked, _rows(run, 1, 8, 9)], aux_layers)
             alone = run([second[9:]], [_rows(run, 1, 9, 10)])
         chain, siblings, next_row = later.split([len(first) - 6, NUM_OTHERS + 1, 1])
         continued = torch.cat([chain, next_row, alone])
@@ -165,10 +165,10 @@ class _Run:
         ]
 
     def __call__(
-        self, tokens: list[Tensor], rows: list[SequenceRows], taps: tuple[int, ...] = ()
+        self, tokens: list[Tensor], rows: list[SequenceRows], aux_layers: tuple[int, ...] = ()
     ) -> Tensor:
         metadata = AttentionMetadata.from_rows(rows, self.block_size, device=self.model.device)
-        hidden, _ = self.model.forward(torch.cat(tokens), metadata, self.kv, taps)
+        hidden, _ = self.model.forward(torch.cat(tokens), metadata, self.kv, aux_layers)
         return self.model.logits(hidden)
 
 

@@ -68,7 +68,7 @@ class Snapshots(Inbox[RequestOutput]):
 
 
 @dataclass(frozen=True, slots=True)
-class Increment:
+class OutputDelta:
     """What `stream` yields: new text and tokens of completion `index`; the last one has a finish
     reason, and the error where that is "error"."""
 
@@ -80,7 +80,7 @@ class Increment:
 
 
 @dataclass(slots=True)
-class Sent:
+class StreamState:
     """How much of a completion has been streamed."""
 
     num_chars: int = 0
@@ -92,35 +92,35 @@ class Stream:
     """The increments of one request. Each costs as much as it has, not as the output so far."""
 
     def __init__(self) -> None:
-        self.arrived: deque[Increment] = deque()
-        self._sent: dict[int, Sent] = {}
+        self.arrived: deque[OutputDelta] = deque()
+        self._streamed: dict[int, StreamState] = {}
 
     def take(self, completions: Iterable[tuple[Sequence, SequenceOutput]]) -> None:
         """Add what a request has beyond what was taken, by completion; an end is taken once."""
         for index, (seq, output) in enumerate(completions):
-            sent = self._sent.setdefault(index, Sent())
+            sent = self._streamed.setdefault(index, StreamState())
             text = output.new_text(sent.num_chars)
             token_ids = seq.output_token_ids[sent.num_tokens :]
-            self._add(Increment(index, text, token_ids, output.finish_reason, output.error))
+            self._add(OutputDelta(index, text, token_ids, output.finish_reason, output.error))
 
     def take_last(self, output: RequestOutput) -> None:
         """Add what the last output of a request has beyond what was taken."""
         for c in output.outputs:
-            sent = self._sent.setdefault(c.index, Sent())
+            sent = self._streamed.setdefault(c.index, StreamState())
             text, token_ids = c.text[sent.num_chars :], c.token_ids[sent.num_tokens :]
-            self._add(Increment(c.index, text, token_ids, c.finish_reason, c.error))
+            self._add(OutputDelta(c.index, text, token_ids, c.finish_reason, c.error))
 
-    def _add(self, increment: Increment) -> None:
-        sent, is_last = self._sent[increment.index], increment.finish_reason is not None
-        if sent.finished or not (increment.text or increment.token_ids or is_last):
+    def _add(self, delta: OutputDelta) -> None:
+        sent, is_last = self._streamed[delta.index], delta.finish_reason is not None
+        if sent.finished or not (delta.text or delta.token_ids or is_last):
             return
-        sent.num_chars += len(increment.text)
-        sent.num_tokens += len(increment.token_ids)
+        sent.num_chars += len(delta.text)
+        sent.num_tokens += len(delta.token_ids)
         sent.finished = is_last
-        self.arrived.append(increment)
+        self.arrived.append(delta)
 
 
-class Increments(Inbox[Increment]):
+class DeltaInbox(Inbox[OutputDelta]):
     """What one request has produced since the last look, step by step."""
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class Increments(Inbox[Increment]):
     def put(self, output: RequestOutput) -> None:
         self._stream.take_last(output)
 
-    def take(self) -> list[Increment]:
+    def take(self) -> list[OutputDelta]:
         taken = list(self._stream.arrived)
         self._stream.arrived.clear()
         return taken

@@ -15,7 +15,7 @@ from folospec.sampling.logprobs import gather_logprobs
 from folospec.text.token_decoder import token_decoder
 
 
-class LogprobsTaker:
+class LogprobsProcessor:
     """Adds logprobs to requests, each with its token's text where there is a tokenizer."""
 
     def __init__(self, outputs: OutputProcessor, tokenizer: Any) -> None:

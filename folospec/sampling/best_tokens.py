@@ -9,7 +9,7 @@ and the k largest of every row.
 from __future__ import annotations
 
 from folospec.kernels.native_children import NO_NOISE, NativeChildren, load, pack_wanted
-from folospec.kernels.sampling_records import pack_law
+from folospec.kernels.sampling_records import pack_sampling
 from folospec.sampling.pipeline import pack_filters
 from folospec.sampling_params import SamplingParams
 
@@ -18,4 +18,4 @@ __all__ = ["NO_NOISE", "NativeChildren", "load", "pack_request", "pack_wanted"]
 
 def pack_request(params: SamplingParams, seed: int, sample_index: int) -> bytes:
     """What a request's tokens are drawn with, as `NativeChildren.draw` takes it."""
-    return pack_law(seed, sample_index, pack_filters(params))
+    return pack_sampling(seed, sample_index, pack_filters(params))

@@ -54,8 +54,8 @@ def process(logits: Tensor, rows: Sequence[SamplingRow], *, soften_greedy: bool 
     Args:
         logits: float32 or float64 [num_rows, vocab_size], of the model; not changed.
         rows: what is asked of each row, and its history.
-        soften_greedy: give greedy rows the law at temperature 1, without filters, in which drafters
-            look for the second and third choice.
+        soften_greedy: give greedy rows the distribution at temperature 1, without filters, in which
+            drafters look for the second and third choice.
 
     Returns:
         [num_rows, vocab_size] of the type of `logits`, normalised; -inf marks what cannot be drawn.
@@ -92,15 +92,15 @@ def _process_by_kernels(
     rows: Sequence[SamplingRow],
     soften_greedy: bool,
 ) -> Tensor:
-    laws: dict[int, bytes] = {}  # by the identity of the parameters, which many rows share
+    all_params: dict[int, bytes] = {}  # by the identity of the parameters, which many rows share
     for row in rows:
-        if id(row.params) not in laws:
+        if id(row.params) not in all_params:
             softened = soften_greedy and row.params.greedy
             filters = _SOFTENED if softened else pack_filters(row.params)
-            laws[id(row.params)] = sampling_records.pack_law(0, 0, filters)
-    places = {params: place for place, params in enumerate(laws)}
-    law_of = [places[id(row.params)] for row in rows]
-    log_probs, peaks = kernels.log_probs(logits, list(laws.values()), law_of)
+            all_params[id(row.params)] = sampling_records.pack_sampling(0, 0, filters)
+    places = {params: place for place, params in enumerate(all_params)}
+    params_of = [places[id(row.params)] for row in rows]
+    log_probs, peaks = kernels.log_probs(logits, list(all_params.values()), params_of)
     _require_token([math.isfinite(peak) for peak in peaks], peaks, rows)
     return log_probs
 

@@ -10,18 +10,18 @@ from torch import Tensor
 from folospec.models.forward import ForwardResult, Rows
 
 
-class ChainLaw(NamedTuple):
+class ChainSampling(NamedTuple):
     """How the tokens of a chain are drawn, for a runner that draws them by itself."""
 
     packed: bytes
-    """From `sampling_records.pack_law`."""
+    """From `sampling_records.pack_sampling`."""
     position: int
     """Of the first token that is drawn; -1 where no noise is in it."""
     scale: float
     """Factor of the scores in the confidence."""
     length: int
     """Tokens that are wanted, at least 1."""
-    least: float = 0.0
+    min_probability: float = 0.0
     """A chain whose joint confidence is below may end there; a runner may draw on all the same."""
 
 
@@ -57,7 +57,7 @@ class DraftRunner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def forward(self, batch: list[Rows], taps: tuple[int, ...] = ()) -> ForwardResult:
+    def forward(self, batch: list[Rows], aux_layers: tuple[int, ...] = ()) -> ForwardResult:
         """Run the rows, writing their KV, in passes of at most the engine's token budget."""
         ...
 
@@ -75,7 +75,7 @@ class DraftRunner(Protocol):
         logits: Tensor,
         starts: Sequence[int],
         block_tables: Sequence[Sequence[int]],
-        laws: Sequence[ChainLaw],
+        chains: Sequence[ChainSampling],
     ) -> DrawnChains | None:
         """Draw whole chains, and run all tokens but the last of each, without coming back to the
         host in between.

@@ -67,10 +67,10 @@ class DrafterCalls:
         """The proposals of one drafter, by seq_id."""
         if not asked:
             return {}
-        begin, behind = 0.0, 0
+        begin, num_unread = 0.0, 0
         if self._step_planner is not None:
             begin = self._step_planner.clock()
-            behind = self._step_planner.behind(drafter, [step.seq for step in asked])
+            num_unread = self._step_planner.num_unread(drafter, [step.seq for step in asked])
         answers = self._propose_all(drafter, asked)
         proposals = {}
         for step, (proposal, progress) in zip(asked, answers, strict=True):
@@ -81,7 +81,7 @@ class DrafterCalls:
         if self._step_planner is not None:
             depths = [max(proposal.tree.depths) for proposal in proposals.values()]
             seqs = [step.seq for step in asked]
-            self._step_planner.note_asked(drafter, seqs, depths, behind, begin)
+            self._step_planner.note_asked(drafter, seqs, depths, num_unread, begin)
         return proposals
 
     def max_draft_tokens(self, step: SequenceStep) -> int:

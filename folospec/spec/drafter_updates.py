@@ -92,7 +92,7 @@ def _step_result(
         own_nodes=own_nodes,
         start=step.start,
         aux_hidden_states={
-            layer: result.taps[layer][step.committed_rows]
+            layer: result.aux_hidden_states[layer][step.committed_rows]
             for layer in needs.aux_hidden_state_layers
         },
         top_token_ids=top,

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from folospec.kernels.sampling_records import check_filters
-from folospec.models.base import ModelSpec, check_taps
+from folospec.models.base import ModelSpec, check_aux_layers
 from folospec.models.forward import ForwardResult, Rows
 from folospec.spec.checks import take_ints, take_list
-from folospec.spec.draft_runner import ChainLaw, Chains, DraftRunner, DrawnChains
+from folospec.spec.draft_runner import Chains, ChainSampling, DraftRunner, DrawnChains
 from folospec.spec.drafters.base import check_count
 from folospec.spec.read_only import ReadOnlyList
 
@@ -104,7 +104,7 @@ class GuardedRunner:
     def vocab_size(self) -> int:
         return self._spec.vocab_size
 
-    def forward(self, batch: list[Rows], taps: tuple[int, ...] = ()) -> ForwardResult:
+    def forward(self, batch: list[Rows], aux_layers: tuple[int, ...] = ()) -> ForwardResult:
         """See `DraftRunner.forward`.
 
         Raises:
@@ -117,9 +117,9 @@ class GuardedRunner:
                     raise ValueError(f"batch must be of Rows, got a {type(rows).__name__}")
             slots = self._access.take_tables([rows.block_table for rows in batch])
             checked = [self._take_rows(*pair) for pair in zip(batch, slots, strict=True)]
-            taps = take_ints("taps", taps)
-            check_taps(taps, self._spec.num_layers)
-            return self._runner.forward(checked, taps)
+            aux_layers = take_ints("aux_layers", aux_layers)
+            check_aux_layers(aux_layers, self._spec.num_layers)
+            return self._runner.forward(checked, aux_layers)
 
     def chains(self, starts: Sequence[int], block_tables: Sequence[Sequence[int]]) -> Chains:
         """See `DraftRunner.chains`.
@@ -138,7 +138,7 @@ class GuardedRunner:
         logits: Tensor,
         starts: Sequence[int],
         block_tables: Sequence[Sequence[int]],
-        laws: Sequence[ChainLaw],
+        chains: Sequence[ChainSampling],
     ) -> DrawnChains | None:
         """See `DraftRunner.draw_chains`.
 
@@ -147,13 +147,13 @@ class GuardedRunner:
         """
         with self._access.lock:
             places = self._take_places(starts, block_tables)
-            laws = [_take_law(law) for law in take_list("laws", laws)]
-            _check_per_sequence("laws", len(laws), len(places))
-            for (slots, start), law in zip(places, laws, strict=True):
-                self._check_slots(slots, start, law.length - 1, law.length - 1)
+            chains = [_take_distribution(chain) for chain in take_list("all_params", chains)]
+            _check_per_sequence("all_params", len(chains), len(places))
+            for (slots, start), chain in zip(places, chains, strict=True):
+                self._check_slots(slots, start, chain.length - 1, chain.length - 1)
             _check_logits(logits, len(places))
             tables = [slots.block_table for slots, _ in places]
-            return self._runner.draw_chains(logits, [start for _, start in places], tables, laws)
+            return self._runner.draw_chains(logits, [start for _, start in places], tables, chains)
 
     def warm_up_chains(self, max_num_seqs: int, length: int, vocab_size: int) -> None:
         """See `DraftRunner.warm_up_chains`.
@@ -282,19 +282,19 @@ def _check_logits(logits: object, num_rows: int) -> None:
         )
 
 
-def _take_law(law: object) -> ChainLaw:
-    if type(law) is not ChainLaw:
-        raise ValueError(f"laws must be of ChainLaw, got a {type(law).__name__}")
-    if type(law.packed) is not bytes:
-        raise ValueError(f"packed must be bytes, got a {type(law.packed).__name__}")
-    check_filters(law.packed)
-    position, length = take_ints("position and length", (law.position, law.length))
+def _take_distribution(chain: object) -> ChainSampling:
+    if type(chain) is not ChainSampling:
+        raise ValueError(f"distributions must be of ChainSampling, got a {type(chain).__name__}")
+    if type(chain.packed) is not bytes:
+        raise ValueError(f"packed must be bytes, got a {type(chain.packed).__name__}")
+    check_filters(chain.packed)
+    position, length = take_ints("position and length", (chain.position, chain.length))
     if not (-1 <= position < 2**62 and length >= 1):
         raise ValueError(
             f"position must be at least -1 and length at least 1, got {position} and {length}"
         )
-    for name in ("scale", "least"):
-        value = getattr(law, name)
+    for name in ("scale", "min_probability"):
+        value = getattr(chain, name)
         if type(value) is not float or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite float, got {value!r}")
-    return ChainLaw(law.packed, position, law.scale, length, law.least)
+    return ChainSampling(chain.packed, position, chain.scale, length, chain.min_probability)

@@ -8,7 +8,7 @@ The merge is that of section 3.2.
 
 Where only the target's token decides (`coupled`), nodes that spell the same path are one node.
 Under a ratio rule they stay separate siblings, tried in the order of the proposals, each against
-its own law: merging them would lose a trial that the rule counts on.
+its own distribution: merging them would lose a trial that the rule counts on.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def merge_proposals(
     Args:
         proposals: at least one; drafts of different proposals must be independent of each other,
             given the context, unless `unite`.
-        max_nodes, max_draft_tokens, max_depth: most nodes, most judged ones among them, and how
+        max_nodes, max_draft_tokens, max_depth: most nodes, most verified ones among them, and how
             deep they may be; what does not fit is left out, the last nodes first.
         unite: make one node of those that spell the same path; for rules that share noise.
-        vocab_size: of the target, for one-hot laws beside sampled ones.
+        vocab_size: of the target, for one-hot distributions beside sampled ones.
 
     Returns:
         the tree, and for each proposal where its nodes are in it, as far as they are.
@@ -48,7 +48,7 @@ def merge_proposals(
     parents: list[int] = []
     sources: list[dict[int, int]] = []  # per proposal: node there -> node here
     places: dict[tuple[int, int], int] = {}
-    judged: set[int] = set()
+    candidates: set[int] = set()
     for proposal in proposals:
         here = {ROOT: ROOT}
         tree = proposal.tree
@@ -59,11 +59,11 @@ def merge_proposals(
             is_new = place is None
             if place is None:
                 place = len(token_ids)
-            adds_judged = proposal.is_candidate(node) and place not in judged
-            if (is_new and place == max_nodes) or (adds_judged and len(judged) == max_draft_tokens):
+            adds = proposal.is_candidate(node) and place not in candidates
+            if (is_new and place == max_nodes) or (adds and len(candidates) == max_draft_tokens):
                 continue
-            if adds_judged:
-                judged.add(place)
+            if adds:
+                candidates.add(place)
             if is_new:
                 places[here[parent], token_id] = place
                 token_ids.append(token_id)
@@ -71,19 +71,19 @@ def merge_proposals(
             here[node] = place
         del here[ROOT]
         sources.append(here)
-    has_scratch = len(judged) < len(token_ids)
+    has_scratch = len(candidates) < len(token_ids)
     merged = Proposal(
         TokenTree(token_ids, parents),
-        draft_probs=None if unite else _laws(proposals, sources, token_ids, vocab_size),
+        draft_probs=None if unite else _distributions(proposals, sources, token_ids, vocab_size),
         confidence=_confidence(proposals, sources, parents),
-        candidate=[node in judged for node in range(len(token_ids))] if has_scratch else None,
+        candidate=[node in candidates for node in range(len(token_ids))] if has_scratch else None,
         draft_slots=_draft_slots(proposals, sources, len(token_ids)),
         drafter="+".join(dict.fromkeys(proposal.drafter for proposal in proposals)),
     )
     return merged, sources
 
 
-def _laws(
+def _distributions(
     proposals: Sequence[Proposal],
     sources: list[dict[int, int]],
     token_ids: list[int],
@@ -92,14 +92,14 @@ def _laws(
     sampled = [p.draft_probs for p in proposals if p.draft_probs is not None]
     if not sampled:
         return None
-    laws = sampled[0].new_zeros(len(token_ids), vocab_size)
+    draft_probs = sampled[0].new_zeros(len(token_ids), vocab_size)
     for proposal, here in zip(proposals, sources, strict=True):
         for node, place in here.items():
             if proposal.draft_probs is None:
-                laws[place, token_ids[place]] = 1.0
+                draft_probs[place, token_ids[place]] = 1.0
             else:
-                laws[place] = proposal.draft_probs[node]
-    return laws
+                draft_probs[place] = proposal.draft_probs[node]
+    return draft_probs
 
 
 def _confidence(
@@ -124,6 +124,6 @@ def _draft_slots(
         for owner, offsets in proposal.draft_slots.items():
             slots = merged.setdefault(owner, [None] * num_nodes)
             for node, place in here.items():
-                if offsets[node] is not None:  # of united twins, one may not have been run
+                if offsets[node] is not None:  # of united duplicates, one may not have been run
                     slots[place] = offsets[node]
     return merged

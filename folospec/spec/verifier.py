@@ -13,7 +13,7 @@ from folospec.core.stats import EngineStats
 from folospec.models.forward import ForwardResult
 from folospec.sampling.constraints import NoTokenError
 from folospec.spec.verify_batch import verify_batch
-from folospec.spec.verify_rows import step_of_row, take_walks
+from folospec.spec.verify_rows import step_of_row, take_paths
 
 
 class Verifier:
@@ -21,7 +21,7 @@ class Verifier:
 
     Args:
         acceptance: the rule.
-        shows_law: logprobs are those of what was drawn from, not of the raw logits.
+        shows_processed: logprobs are those of what was drawn from, not of the raw logits.
         fail: ends a request with the error that it caused.
     """
 
@@ -31,21 +31,21 @@ class Verifier:
         stats: EngineStats,
         fail: Callable[[SequenceGroup, Exception], None],
         *,
-        shows_law: bool,
+        shows_processed: bool,
     ) -> None:
-        self._acceptance, self._shows_law = acceptance, shows_law
+        self._acceptance, self._shows_processed = acceptance, shows_processed
         self._stats, self._fail = stats, fail
 
     def verify(self, steps: list[SequenceStep], result: ForwardResult) -> Tensor:
         """Fill in the verdicts that are not there yet; return the rows that logprobs are taken
         from. A step whose request cannot be verified leaves the list, and the others go on."""
         begin, every = time.perf_counter(), list(steps)
-        logits, walked, log_probs = result.logits, result.walked, None
+        logits, verified, log_probs = result.logits, result.verified, None
         while True:
             open_ones = [s for s in steps if s.verdicts is None and s.logits_indices]
             try:
-                if walked is not None:
-                    take_walks(open_ones, walked())
+                if verified is not None:
+                    take_paths(open_ones, verified())
                 elif open_ones:
                     log_probs = self._verify(open_ones, logits)
                 break
@@ -55,16 +55,16 @@ class Verifier:
                 steps[:] = [step for step in steps if step.group is not failed.group]
                 for step in open_ones:
                     step.verdicts = None
-                walked = None  # it is of all of them
+                verified = None  # it is of all of them
             except Exception as error:
                 log_probs = self._verify_one_by_one(open_ones, logits, error)
                 steps[:] = [step for step in steps if step.group.error is None]
                 break
         self._stats.add_time("sampling_time", time.perf_counter() - begin, every)
-        return log_probs if self._shows_law and log_probs is not None else logits
+        return log_probs if self._shows_processed and log_probs is not None else logits
 
     def _verify(self, steps: list[SequenceStep], logits: Tensor) -> Tensor | None:
-        return verify_batch(steps, logits, self._acceptance, wants_law=self._shows_law)
+        return verify_batch(steps, logits, self._acceptance, wants_log_probs=self._shows_processed)
 
     def _verify_one_by_one(
         self, steps: list[SequenceStep], logits: Tensor, error: Exception

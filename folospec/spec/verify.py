@@ -1,16 +1,18 @@
 """Applies the acceptance rules: from a token tree and the target's rows to a verdict.
 
 Row 0 is the root, the last committed token; row i + 1 is node i of the tree. The target's row r is
-its law, or its token, for the position *after* row r, so a node is judged by its parent's row:
+its distribution, or its token, for the position *after* row r, so a node is verified by its
+parent's row:
 
-        row 0 (root) --> judges nodes 0 and 2           tree.parents = [-1, 0, -1]
-           |-- node 0 (row 1) --> judges node 1
+        row 0 (root) --> verifies nodes 0 and 2           tree.parents = [-1, 0, -1]
+           |-- node 0 (row 1) --> verifies node 1
            |      `-- node 1 (row 2)
            `-- node 2 (row 3)                           verdict: path [0, 1] + a token from row 2
 
 - `verify_coupled` descends while a child has the token that the target drew. Its output is what
   plain sampling emits with the same noise, token for token, whatever the tree.
-- `verify_rejection` and `verify_block` keep the law only. They need the drafts' true laws, and
+- `verify_rejection` and `verify_block` keep the distribution only. They need the drafts' true
+distributions, and
   coins that are independent of the noise with which the drafts were drawn.
 
 All work in the dtype of `target_probs`. Greedy targets are one-hot rows, never a softmax.
@@ -88,25 +90,26 @@ def verify_coupled(
         while length < len(tree) and tree.token_ids[length] == target_token_ids[length]:
             length += 1
         return Verdict(list(range(length)), int(target_token_ids[length]))
-    twins = [-1]  # nodes that spell the tokens emitted so far; the root to begin with
+    duplicates = [-1]  # nodes that spell the tokens emitted so far; the root to begin with
     while True:
-        token_id = int(target_token_ids[twins[0] + 1])
+        token_id = int(target_token_ids[duplicates[0] + 1])
         below = [
             child
-            for node in twins
+            for node in duplicates
             for child in tree.children(node)
             if tree.token_ids[child] == token_id and (candidate is None or candidate[child])
         ]
         if not below:
-            path = [] if twins[0] == -1 else list(tree.path(twins[0]))
+            path = [] if duplicates[0] == -1 else list(tree.path(duplicates[0]))
             return Verdict(path, token_id)
-        twins = below
+        duplicates = below
 
 
 def verify_rejection(proposal: Proposal, target_probs: torch.Tensor, coins: Coins) -> Verdict:
     """The sibling rule: try the children of a node in row order, each against what is left.
 
-    With `left` the target's law at the node and `draft` the law child x was drawn from:
+    With `left` the target's distribution at the node and `draft` the distribution child x was drawn
+    from:
 
         accept x with probability min(1, left[x] / draft[x]) and descend, else
         left = normalise(max(left - draft, 0)) and try the next sibling;
@@ -115,10 +118,11 @@ def verify_rejection(proposal: Proposal, target_probs: torch.Tensor, coins: Coin
     For one sampled child it is speculative sampling (Leviathan, arXiv 2211.17192, Chen 2302.01318),
     for i.i.d. children SpecInfer's multi-step rule (2305.09781), for children without replacement
     recursive rejection (RSD, 2402.14160); one-hot drafts and any mixture are as exact, provided
-    that `draft_probs` tells the truth. A child that its own law calls impossible is not tried.
+    that `draft_probs` tells the truth. A child that its own distribution calls impossible is not
+    tried.
 
     Args:
-        proposal: the tree with its laws; equal siblings are separate trials.
+        proposal: the tree with its distributions; equal siblings are separate trials.
         target_probs: float [num_nodes + 1, vocab_size], each row a distribution.
         coins: independent of the drafts' noise.
 
@@ -147,7 +151,7 @@ def verify_rejection(proposal: Proposal, target_probs: torch.Tensor, coins: Coin
 
 
 def verify_block(proposal: Proposal, target_probs: torch.Tensor, coins: Coins) -> Verdict:
-    """Block verification of a chain (arXiv 2403.10444, algorithm 2): judge prefixes, not tokens.
+    """Block verification of a chain (arXiv 2403.10444, algorithm 2): verify prefixes, not tokens.
 
     For the prefix of i tokens, with weight_0 = 1 and rows as in `verify_rejection`:
 
@@ -156,15 +160,16 @@ def verify_block(proposal: Proposal, target_probs: torch.Tensor, coins: Coins) -
         accept_i = excess_i / (excess_i + 1 - weight_i), and accept_i = weight_i for the last one
 
     A coin is tossed for every prefix, and the longest one that wins is the path: a prefix may win
-    after a shorter one lost. The next token then has the law normalise(max(weight * target - draft,
-    0)) at the end of the path, with that weight, or the target's own after the whole chain.
+    after a shorter one lost. The next token then has the distribution normalise(max(weight * target
+    - draft, 0)) at the end of the path, with that weight, or the target's own after the whole
+    chain.
 
     Raises:
         ValueError: the tree is not a chain, or the shapes do not fit.
     """
     _check_probs(proposal, target_probs)
     require_chain(proposal.tree)
-    length = _judged_length(proposal)
+    length = _candidate_length(proposal)
     weights = [1.0]
     for node in range(length):
         drafted = _draft_prob(proposal, node)
@@ -190,10 +195,10 @@ def verify_block(proposal: Proposal, target_probs: torch.Tensor, coins: Coins) -
 
 
 def require_chain(tree: TokenTree) -> None:
-    """Raise ValueError for a tree that block verification cannot judge."""
+    """Raise ValueError for a tree that block verification cannot verify."""
     if not tree.is_chain:
         raise ValueError(
-            f"block verification judges chains, got a tree with the parents {list(tree.parents)}"
+            f"block verification verifies chains, got a tree with the parents {list(tree.parents)}"
         )
 
 
@@ -204,29 +209,30 @@ def _draft_prob(proposal: Proposal, node: int) -> float:
     return float(proposal.draft_probs[node, proposal.tree.token_ids[node]])
 
 
-def _excess(law: torch.Tensor, proposal: Proposal, node: int) -> torch.Tensor:
-    """max(law - draft, 0), [vocab_size]: what a rejected node leaves, not normalised."""
+def _excess(probs: torch.Tensor, proposal: Proposal, node: int) -> torch.Tensor:
+    """max(distribution - draft, 0), [vocab_size]: what a rejected node leaves, not normalised."""
     if proposal.draft_probs is None:
-        excess = law.clone()
+        excess = probs.clone()
         excess[proposal.tree.token_ids[node]] = 0.0
         return excess
-    return (law - proposal.draft_probs[node].to(law)).clamp_(min=0.0)
+    return (probs - proposal.draft_probs[node].to(probs)).clamp_(min=0.0)
 
 
 def _residual(
-    law: torch.Tensor, proposal: Proposal, node: int, weight: float = 1.0
+    probs: torch.Tensor, proposal: Proposal, node: int, weight: float = 1.0
 ) -> torch.Tensor:
-    """The law of the token after the node was rejected, [vocab_size].
+    """The distribution of the token after the node was rejected, [vocab_size].
 
-    Where the draft's law covers `law`, rejection has probability 0, and what rounding leaves of the
-    difference is noise: then `law` itself stands in. In both cases what was 0 stays 0.
+    Where the draft's distribution covers `probs`, rejection has probability 0, and what rounding
+    leaves of the difference is noise: then `probs` itself stands in. In both cases what was 0 stays
+    0.
     """
-    excess = _excess(weight * law, proposal, node)
+    excess = _excess(weight * probs, proposal, node)
     mass = excess.sum()
-    return excess / mass if float(mass) > torch.finfo(law.dtype).eps else law
+    return excess / mass if float(mass) > torch.finfo(probs.dtype).eps else probs
 
 
-def _judged_length(proposal: Proposal) -> int:
+def _candidate_length(proposal: Proposal) -> int:
     """Nodes of a chain before the first scratch node."""
     if proposal.candidate is None or all(proposal.candidate):
         return len(proposal)

@@ -3,7 +3,7 @@
 Plain steps and speculative ones take the same way: the pipeline runs over all rows, each with its
 node's own path as history, and a plain step is a tree without nodes.
 
-    rule          law wanted?   from logits to tokens
+    rule          distribution wanted?   from logits to tokens
     coupled       no            constrain, then one call of kernels that draws and verifies
     coupled       yes           process, then draw_target
     ratio rules                 process, then draw_target for rows without drafts; the rule for the
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.token_tree import Verdict
-from folospec.kernels.gpu.sampling_arrays import Trials, read_trials, read_walks
+from folospec.kernels.gpu.sampling_arrays import PackedProposals, read_paths, read_ratio_paths
 from folospec.kernels.native_sampling import NativeSampling
 from folospec.kernels.sampling import kernels_for, on_device
-from folospec.kernels.sampling_records import pack_law
+from folospec.kernels.sampling_records import pack_sampling
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import no_token_error, process
@@ -36,11 +36,11 @@ from folospec.spec.verify import KeyedCoins, require_chain
 from folospec.spec.verify_rows import (
     candidate_token_ids,
     constrained,
-    pack_walks,
+    pack_trees,
     sampled_positions,
     sampled_rows,
     sampling_rows,
-    take_walks,
+    take_paths,
     verify_drawn,
 )
 
@@ -49,15 +49,15 @@ if TYPE_CHECKING:
 
 
 def verify_batch(
-    steps: list[SequenceStep], logits: Tensor, acceptance: str, *, wants_law: bool = True
+    steps: list[SequenceStep], logits: Tensor, acceptance: str, *, wants_log_probs: bool = True
 ) -> Tensor | None:
     """Fill in the verdicts of every sequence that has rows of logits.
 
     Args:
         logits: float [num_rows, vocab_size]; `SequenceStep.logits_indices` are its indices, and it
             may have others.
-        acceptance: the rule that judges proposals.
-        wants_law: whether the caller has a use for what is returned.
+        acceptance: the rule that verifies proposals.
+        wants_log_probs: whether the caller has a use for what is returned.
 
     Returns:
         The log-probabilities that were sampled from, [num_rows, vocab_size]; rows that nobody
@@ -71,13 +71,13 @@ def verify_batch(
         return logits
     rule = ACCEPTANCE[acceptance]
     coupled = rule.shares_noise
-    kernels = kernels_for(logits) if coupled and not wants_law else on_device(logits)
+    kernels = kernels_for(logits) if coupled and not wants_log_probs else on_device(logits)
     if kernels is None or not rule.has_kernels:
-        return _verify_by_law(steps, logits, acceptance)
-    if isinstance(kernels, NativeSampling) or (coupled and not wants_law):
+        return _verify_by_log_probs(steps, logits, acceptance)
+    if isinstance(kernels, NativeSampling) or (coupled and not wants_log_probs):
         # Draw the target's tokens and walk the trees in one call.
         logits = constrained(steps, logits)
-        take_walks(steps, kernels.walk(logits, pack_walks(steps)))
+        take_paths(steps, kernels.draw_and_verify(logits, pack_trees(steps)))
         return None
     return _verify_on_device(kernels, steps, logits, acceptance)
 
@@ -85,51 +85,52 @@ def verify_batch(
 def _verify_on_device(
     kernels: DeviceSampling, steps: list[SequenceStep], logits: Tensor, acceptance: str
 ) -> Tensor:
-    """`_verify_by_law` by Triton's kernels: all is launched, then one copy tells the outcome."""
+    """`_verify_by_log_probs` by Triton's kernels: all is launched, then one copy tells the
+    outcome."""
     allowed = constrained(steps, logits)
     indices = [row for step in steps for row in sampled_rows(step)]
-    laws = [pack_law(0, 0, step.group.sampling.filters) for step in steps]
-    law_of = [law for law, step in enumerate(steps) for _ in sampled_rows(step)]
-    is_whole = indices == list(range(len(logits)))
-    chosen = allowed if is_whole else allowed[indices]
-    log_probs, peaks = kernels.start_log_probs(chosen, laws, law_of)
-    if not is_whole:
+    all_params = [pack_sampling(0, 0, step.group.sampling.filters) for step in steps]
+    params_of = [params for params, step in enumerate(steps) for _ in sampled_rows(step)]
+    all_rows = indices == list(range(len(logits)))
+    chosen = allowed if all_rows else allowed[indices]
+    log_probs, peaks = kernels.start_log_probs(chosen, all_params, params_of)
+    if not all_rows:
         log_probs = logits.index_copy(0, torch.tensor(indices, device=logits.device), log_probs)
 
     coupled = ACCEPTANCE[acceptance].shares_noise
     drawn = [step for step in steps if step.proposal is None or coupled]
     tested = [step for step in steps if step.proposal is not None and not coupled]
-    walks = pack_walks(drawn)
-    results = [peaks.view(torch.int32).long(), kernels.start_walks(allowed, walks)]
-    trials = _pack_trials(tested, acceptance)
+    packed_trees = pack_trees(drawn)
+    results = [peaks.view(torch.int32).long(), kernels.start_verify(allowed, packed_trees)]
+    proposals = _pack_proposals(tested, acceptance)
     if tested:
-        results.append(kernels.start_ratio(acceptance, log_probs.exp(), trials))
+        results.append(kernels.start_ratio(acceptance, log_probs.exp(), proposals))
     lengths = [len(result) for result in results]
-    peaks, walked, *outcome = torch.cat(results).cpu().split(lengths)
+    peaks, verified, *outcome = torch.cat(results).cpu().split(lengths)
 
     _require_roots(steps, peaks.int().view(torch.float32).tolist())
-    take_walks(drawn, read_walks(walked, walks))
+    take_paths(drawn, read_paths(verified, packed_trees))
     if tested:
-        for step, judged in zip(tested, read_trials(outcome[0], trials), strict=True):
-            step.verdicts = [Verdict(judged.path, judged.token_id)]
+        for step, path in zip(tested, read_ratio_paths(outcome[0], proposals), strict=True):
+            step.verdicts = [Verdict(path.path, path.token_id)]
     return log_probs
 
 
-def _pack_trials(steps: list[SequenceStep], acceptance: str) -> Trials:
+def _pack_proposals(steps: list[SequenceStep], acceptance: str) -> PackedProposals:
     """What a ratio rule verifies, as one call does it."""
-    trials = Trials()
+    proposals = PackedProposals()
     for step in steps:
         if not ACCEPTANCE[acceptance].takes_trees:
             require_chain(step.tree)
         seq = step.seq
-        trials.add(
+        proposals.add(
             (step.group.seed, seq.sample_index, seq.num_tokens - 1),
             step.logits_indices.start,
             candidate_token_ids(step),
             step.tree.parents,
             step.proposal.draft_probs,
         )
-    return trials
+    return proposals
 
 
 def _require_roots(steps: list[SequenceStep], peaks: list[float]) -> None:
@@ -142,7 +143,7 @@ def _require_roots(steps: list[SequenceStep], peaks: list[float]) -> None:
         place += len(sampled_rows(step))
 
 
-def _verify_by_law(steps: list[SequenceStep], logits: Tensor, acceptance: str) -> Tensor:
+def _verify_by_log_probs(steps: list[SequenceStep], logits: Tensor, acceptance: str) -> Tensor:
     indices = [row for step in steps for row in sampled_rows(step)]
     asked = [row for step in steps for row in sampling_rows(step)]
     if len(indices) == len(logits):

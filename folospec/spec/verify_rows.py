@@ -13,7 +13,7 @@ from torch import Tensor
 
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.token_tree import Verdict
-from folospec.kernels.sampling_records import Walk, Walks, pack_law
+from folospec.kernels.sampling_records import PackedTrees, VerifiedPath, pack_sampling
 from folospec.sampling.constraints import NoTokenError, SamplingRow, constrain, is_constrained
 from folospec.sampling.pipeline import no_token_error
 from folospec.sampling.sampler import NO_TOKEN
@@ -90,35 +90,35 @@ def verify_drawn(step: SequenceStep, drawn: Iterator[int], rule: AcceptanceRule)
         step.verdicts.append(verify(step.tree, tokens, candidate))
 
 
-def pack_walks(steps: Sequence[SequenceStep]) -> Walks:
+def pack_trees(steps: Sequence[SequenceStep]) -> PackedTrees:
     """What the steps ask for, as one call draws and verifies it."""
-    walks = Walks()
+    packed_trees = PackedTrees()
     for step in steps:
         seq, group, parents = step.seq, step.group, step.tree.parents
         token_ids = candidate_token_ids(step)
         for draw in range(step.num_draws):
-            law = pack_law(group.seed, seq.sample_index + draw, group.sampling.filters)
-            walks.add(law, step.logits_indices.start, seq.num_tokens, token_ids, parents)
-    return walks
+            params = pack_sampling(group.seed, seq.sample_index + draw, group.sampling.filters)
+            packed_trees.add(params, step.logits_indices.start, seq.num_tokens, token_ids, parents)
+    return packed_trees
 
 
-def take_walks(steps: list[SequenceStep], found: Iterable[Walk]) -> None:
-    """Fill in the verdicts from what came of `pack_walks`.
+def take_paths(steps: list[SequenceStep], found: Iterable[VerifiedPath]) -> None:
+    """Fill in the verdicts from what came of `pack_trees`.
 
     Raises:
         NoTokenError: see `verify_batch`.
     """
-    walked = iter(found)
+    verified = iter(found)
     for step in steps:
         step.verdicts = []
-        for walk in islice(walked, step.num_draws):
+        for path in islice(verified, step.num_draws):
             # Below drafts, where plain decoding might not come, there need be no token.
-            if walk.token_id == NO_TOKEN and not walk.path:
+            if path.token_id == NO_TOKEN and not path.path:
                 before = takewhile(lambda other: other is not step, steps)  # noqa: B023
                 place = sum(len(sampled_rows(other)) for other in before)
                 root = step.group.sampling.row(step.seq)
-                raise no_token_error(place, root, walk.peak)
-            step.verdicts.append(Verdict(walk.path, walk.token_id))
+                raise no_token_error(place, root, path.peak)
+            step.verdicts.append(Verdict(path.path, path.token_id))
 
 
 def constrained(steps: list[SequenceStep], logits: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class ProposalTrace:
 
     @property
     def num_draft_tokens(self) -> int:
-        """Nodes that are judged."""
+        """Nodes that are verified."""
         return sum(node.verdict != "scratch" for node in self.nodes)
 
 

@@ -262,7 +262,7 @@ def node_verdicts(
     winners = dict(zip(reached, verdict.path, strict=False)) if verdict is not None else {}
 
     def spared(node: int, winner: int) -> bool:
-        # Of siblings that are judged at once, a twin has the token that won.
+        # Of siblings that are verified at once, a duplicate has the token that won.
         return node > winner if tries_in_order else tree.token_ids[node] == tree.token_ids[winner]
 
     found: list[NodeVerdict] = []

@@ -11,7 +11,7 @@ import torch
 from folospec.config import EngineConfig
 from folospec.models.generation_config import read_sampling_defaults
 from folospec.models.loader import load_model, load_tokenizer, resolve_model
-from folospec.models.views import view_of
+from folospec.models.self_draft import self_draft_of
 from folospec.sampling_params import SamplingParams
 from folospec.spec.acceptance import check_acceptance
 from folospec.spec.drafter_handle import DrafterHandle
@@ -30,7 +30,7 @@ _DEFAULT_KV_MEMORY = 1 << 30
 
 
 @dataclass(slots=True)
-class Parts:
+class EngineComponents:
     """What an engine runs on. `runners` maps KV owners to runners; the target's owner is
     "target"."""
 
@@ -64,7 +64,7 @@ class Parts:
         return [*self.runners.values(), *self.views]
 
 
-def load_parts(config: EngineConfig) -> Parts:
+def load_components(config: EngineConfig) -> EngineComponents:
     """Load everything the engine needs.
 
     Raises:
@@ -93,7 +93,7 @@ def load_parts(config: EngineConfig) -> Parts:
         view.kv = loader.target.kv
     if not config.enforce_eager:
         _use_graphs(loader)
-    return Parts(
+    return EngineComponents(
         loader.device,
         loader.tokenizer,
         loader.target,
@@ -146,7 +146,7 @@ class _Loader:
     def graph_bytes(self) -> int:
         """What the CUDA graphs of all models may take."""
         runners = (*self.runners.values(), *self.views)
-        return sum(graph_bytes(r.vocab_size) for r in runners if r.model.captures)
+        return sum(graph_bytes(r.vocab_size) for r in runners if r.model.supports_cuda_graphs)
 
     def load_draft_model(self, access: RunnerAccess, path: str, owner: str) -> GuardedRunner:
         self._refuse_late()
@@ -164,7 +164,7 @@ class _Loader:
 
     def self_draft_model(self, access: RunnerAccess, **changes: Any) -> GuardedRunner:
         self._refuse_late()
-        model = view_of(self.target.model, **changes)
+        model = self_draft_of(self.target.model, **changes)
         budget = self.target.max_num_batched_tokens
         view = ModelRunner(model, max_num_batched_tokens=budget)
         self.views.append(view)
@@ -196,7 +196,7 @@ class _Loader:
         return ModelRunner(
             model,
             max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
-            row_at_a_time=deterministic and not model.deterministic,
+            batch_invariant_reference=deterministic and not model.deterministic,
             kv_dtype=kv_dtype,
         )
 
@@ -210,7 +210,7 @@ def _use_graphs(loader: _Loader) -> None:
 
     sampling = DeviceSampling()
     for runner in (*loader.runners.values(), *loader.views):
-        if runner.model.captures and not runner.row_at_a_time:
+        if runner.model.supports_cuda_graphs and not runner.batch_invariant_reference:
             runner.use_graphs(recorder, sampling, verifies=runner is loader.target)
 
 

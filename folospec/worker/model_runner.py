@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from folospec.attention.metadata import AttentionMetadata, IntArray, pack_tables
-from folospec.kernels.sampling_records import Walks
+from folospec.kernels.sampling_records import PackedTrees
 from folospec.models.base import Model
 from folospec.models.decoder import Decoder
 from folospec.models.forward import ForwardResult, Rows
 from folospec.models.native_chains import ChainBatch, draw_chains
-from folospec.spec.draft_runner import ChainLaw, Chains, DrawnChains, RowChains
+from folospec.spec.draft_runner import Chains, ChainSampling, DrawnChains, RowChains
 from folospec.worker.cuda.chain_graphs import MAX_LENGTH, ChainGraphs
 from folospec.worker.cuda.graphs import Recorder, StepGraphs
 from folospec.worker.input_batch import check_room, make_batch, make_single
@@ -41,8 +41,9 @@ class ModelRunner:
 
     Args:
         max_num_batched_tokens: most rows per pass; a longer batch is run in several, in order.
-        row_at_a_time: run every row in a pass of its own. Slow; each row then is, to the bit, what
-            plain decoding computes, whatever is in the batch: the oracle of the bit contract.
+        batch_invariant_reference: run every row in a pass of its own. Slow; each row then is, to
+            the bit, what plain decoding computes, whatever is in the batch: the oracle of the bit
+            contract.
         kv_dtype: type of keys and values in the cache; None is the model's own.
     """
 
@@ -51,13 +52,13 @@ class ModelRunner:
         model: Model,
         *,
         max_num_batched_tokens: int,
-        row_at_a_time: bool = False,
+        batch_invariant_reference: bool = False,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.kv_dtype = kv_dtype or model.config.dtype
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.row_at_a_time = row_at_a_time
+        self.batch_invariant_reference = batch_invariant_reference
         self.kv: KVCache | None = None
         self.graphs: StepGraphs | None = None
         self.chain_graphs: ChainGraphs | None = None
@@ -66,7 +67,7 @@ class ModelRunner:
     @property
     def is_deterministic(self) -> bool:
         """Whether a row's bits are the same whatever is in the batch."""
-        return self.row_at_a_time or self.model.deterministic
+        return self.batch_invariant_reference or self.model.deterministic
 
     @property
     def vocab_size(self) -> int:
@@ -97,46 +98,53 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(
-        self, *, max_num_seqs: int = 1, max_rows_each: int = 1, taps: tuple[int, ...] = ()
+        self, *, max_num_seqs: int = 1, max_rows_each: int = 1, aux_layers: tuple[int, ...] = ()
     ) -> None:
         """Record the CUDA graphs of steps with up to so many sequences, and so many rows of each; a
-        runner without graphs has nothing to do. `taps` are as in `forward`."""
+        runner without graphs has nothing to do. `aux_layers` are as in `forward`."""
         if self.graphs is not None:
-            self.graphs.warm_up(max_num_seqs, max_rows_each, taps)
+            self.graphs.warm_up(max_num_seqs, max_rows_each, aux_layers)
 
-    def close_graphs(self) -> None:
+    def freeze_graphs(self) -> None:
         """Record no more: steps that no graph was recorded for are launched kernel by kernel."""
         if self.graphs is not None:
             self.graphs.is_closed = True
 
     @torch.inference_mode()
     def forward(
-        self, batch: list[Rows], taps: tuple[int, ...] = (), walks: Walks | None = None
+        self,
+        batch: list[Rows],
+        aux_layers: tuple[int, ...] = (),
+        packed_trees: PackedTrees | None = None,
     ) -> ForwardResult:
         """Run the rows of `batch`, writing their KV; logits come in the order of the batch.
 
         Args:
-            walks: one for each sequence of the batch: a pass that runs as a graph draws and
-                verifies too, and says so by `ForwardResult.walked`. Others leave it to the caller.
+            packed_trees: one for each sequence of the batch: a pass that runs as a graph draws and
+                verifies too, and says so by `ForwardResult.verified`. Others leave it to the
+                caller.
         """
         parts = list(self._parts(batch))
         if self.graphs is not None and len(parts) == 1:
-            replayed = self.graphs.run(batch, taps, walks)
+            replayed = self.graphs.run(batch, aux_layers, packed_trees)
             if replayed is not None:
                 self.num_passes += 1
                 return replayed
-        run = self._run_rows if self.row_at_a_time else self._run
-        results = [run(part, taps) for part in parts]
+        run = self._run_rows if self.batch_invariant_reference else self._run
+        results = [run(part, aux_layers) for part in parts]
         if len(results) == 1:
             return results[0]
         return ForwardResult(
             torch.cat([r.logits for r in results]),
-            {tap: torch.cat([r.taps[tap] for r in results]) for tap in taps},
+            {
+                layer: torch.cat([r.aux_hidden_states[layer] for r in results])
+                for layer in aux_layers
+            },
         )
 
     def chains(self, starts: Sequence[int], block_tables: Sequence[Sequence[int]]) -> Chains:
         """See `DraftRunner.chains`."""
-        if self.row_at_a_time or len(starts) > self.max_num_batched_tokens:
+        if self.batch_invariant_reference or len(starts) > self.max_num_batched_tokens:
             return RowChains(self, starts, block_tables)
         return PassChains(self, starts, block_tables)
 
@@ -146,17 +154,17 @@ class ModelRunner:
         logits: Tensor,
         starts: Sequence[int],
         block_tables: Sequence[Sequence[int]],
-        laws: Sequence[ChainLaw],
+        chains: Sequence[ChainSampling],
         *,
         as_target: bool = False,
     ) -> DrawnChains | None:
         """See `DraftRunner.draw_chains`; with `as_target` tokens are drawn as verification draws
         them."""
         if self.chain_graphs is None:
-            return None if as_target else self._draw_natively(logits, starts, block_tables, laws)
-        drawn = self.chain_graphs.run(logits, starts, block_tables, laws, as_target)
+            return None if as_target else self._draw_natively(logits, starts, block_tables, chains)
+        drawn = self.chain_graphs.run(logits, starts, block_tables, chains, as_target)
         if drawn is not None:
-            self.num_passes += max(law.length for law in laws) - 1
+            self.num_passes += max(chain.length for chain in chains) - 1
         return drawn
 
     def _draw_natively(
@@ -164,26 +172,28 @@ class ModelRunner:
         logits: Tensor,
         starts: Sequence[int],
         block_tables: Sequence[Sequence[int]],
-        laws: Sequence[ChainLaw],
+        chains: Sequence[ChainSampling],
     ) -> DrawnChains | None:
         """The same on a CPU, where the model runs natively and has all tokens of the logits."""
         assert self.kv is not None
-        if self.row_at_a_time or len(starts) > self.max_num_batched_tokens:
+        if self.batch_invariant_reference or len(starts) > self.max_num_batched_tokens:
             return None
         decoder = self.model.native_for(len(starts)) if isinstance(self.model, Decoder) else None
         if decoder is None or decoder.lm_head.out_size != logits.shape[1]:
             return None
-        ends = np.array([start + law.length - 1 for start, law in zip(starts, laws, strict=True)])
+        ends = np.array(
+            [start + chain.length - 1 for start, chain in zip(starts, chains, strict=True)]
+        )
         check_room(ends, block_tables, self.kv.block_size)
         batch = ChainBatch(
             starts=starts,
             block_table=pack_tables(block_tables),
             block_size=self.kv.block_size,
-            laws=[law.packed for law in laws],
-            positions=[law.position for law in laws],
-            scales=[law.scale for law in laws],
-            lengths=[law.length for law in laws],
-            least=[law.least for law in laws],
+            all_params=[chain.packed for chain in chains],
+            positions=[chain.position for chain in chains],
+            scales=[chain.scale for chain in chains],
+            lengths=[chain.length for chain in chains],
+            min_probability=[chain.min_probability for chain in chains],
         )
         drawn = draw_chains(decoder, logits, self.kv.layers, batch)
         self.num_passes += drawn.num_passes
@@ -198,7 +208,7 @@ class ModelRunner:
             self.chain_graphs.warm_up(max_num_seqs, halves, vocab_size)
 
     @torch.inference_mode()
-    def warm_up_run_ahead(self, max_num_seqs: int, lengths: Sequence[int]) -> None:
+    def warm_up_multi_step(self, max_num_seqs: int, lengths: Sequence[int]) -> None:
         """Record the chains that a target decodes by itself, see `draw_chains`."""
         if self.chain_graphs is not None:
             self.chain_graphs.warm_up(max_num_seqs, lengths, self.vocab_size, is_target=True)
@@ -226,34 +236,36 @@ class ModelRunner:
         if part:
             yield part
 
-    def _run(self, batch: list[Rows], taps: tuple[int, ...]) -> ForwardResult:
+    def _run(self, batch: list[Rows], aux_layers: tuple[int, ...]) -> ForwardResult:
         assert self.kv is not None
         inputs = make_batch(batch, self.kv.block_size, self.kv.layers[0].key.device)
         self.num_passes += 1
-        hidden, tapped = self.model.forward(inputs.input_ids, inputs.metadata, self.kv.layers, taps)
+        hidden, aux_hidden_states = self.model.forward(
+            inputs.input_ids, inputs.metadata, self.kv.layers, aux_layers
+        )
         if inputs.logits_indices is not None:
             hidden = hidden[inputs.logits_indices]
-        return ForwardResult(self.model.logits(hidden), tapped)
+        return ForwardResult(self.model.logits(hidden), aux_hidden_states)
 
-    def _run_rows(self, batch: list[Rows], taps: tuple[int, ...]) -> ForwardResult:
+    def _run_rows(self, batch: list[Rows], aux_layers: tuple[int, ...]) -> ForwardResult:
         assert self.kv is not None
         device = self.kv.layers[0].key.device
-        logits, tapped = [], []
+        logits, aux_hidden_states = [], []
         self.num_passes += 1
         for rows in batch:
             first = len(rows.token_ids) - rows.num_logits
             for row in range(rows.num_computed, len(rows.token_ids)):
                 inputs = make_single(rows, row, self.kv.block_size, device)
-                hidden, row_taps = self.model.forward(
-                    inputs.input_ids, inputs.metadata, self.kv.layers, taps
+                hidden, row_aux_layers = self.model.forward(
+                    inputs.input_ids, inputs.metadata, self.kv.layers, aux_layers
                 )
-                tapped.append(row_taps)
+                aux_hidden_states.append(row_aux_layers)
                 if row >= first:
                     logits.append(self.model.logits(hidden))
         empty = torch.empty(0, self.vocab_size, device=device)
         return ForwardResult(
             torch.cat(logits) if logits else empty,
-            {tap: torch.cat([t[tap] for t in tapped]) for tap in taps},
+            {layer: torch.cat([t[layer] for t in aux_hidden_states]) for layer in aux_layers},
         )
 
 

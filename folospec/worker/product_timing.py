@@ -18,8 +18,8 @@ from statistics import median
 from folospec.config import EngineConfig
 from folospec.models.decoder import Decoder
 from folospec.models.forward import Rows
-from folospec.models.views import view_of
-from folospec.worker.loading import Parts
+from folospec.models.self_draft import self_draft_of
+from folospec.worker.loading import EngineComponents
 from folospec.worker.model_runner import ModelRunner
 from folospec.worker.step_timing import (
     Points,
@@ -40,15 +40,15 @@ _WORTHWHILE = 0.97
 """Most time with torch's products, as a share of the native one, for which they are taken."""
 
 
-def choose_products(config: EngineConfig, parts: Parts) -> None:
+def choose_products(config: EngineConfig, components: EngineComponents) -> None:
     """Set the target's `Decoder.torch_products_from`, from the cache or measured now, where the
     target runs natively and bits are waived."""
-    model = parts.target.model
+    model = components.target.model
     waived = config.deterministic is False
     if not (waived and isinstance(model, Decoder) and model.runs_natively):
         return
-    subject = Subject(parts.target, [model_facts(config.model)], ROW_COUNTS, _SECONDS)
-    key = subject.key(config, parts.num_blocks)
+    subject = Subject(components.target, [model_facts(config.model)], ROW_COUNTS, _SECONDS)
+    key = subject.key(config, components.num_blocks)
     keys = [{**key, "products": name} for name in ("native", "torch")]
     paths = [path_of(each) for each in keys]
     native, stock = (
@@ -56,7 +56,7 @@ def choose_products(config: EngineConfig, parts: Parts) -> None:
         for path, each in zip(paths, keys, strict=True)
     )
     if native is None or stock is None:
-        native, stock = measure(parts.target, config.block_size, parts.num_blocks)
+        native, stock = measure(components.target, config.block_size, components.num_blocks)
         for path, each, points in zip(paths, keys, (native, stock), strict=True):
             if path is not None and points:
                 write_points(path, each, points)
@@ -119,6 +119,6 @@ def measure(
 
 def _first_layer(target: ModelRunner) -> Decoder:
     rest = frozenset(range(1, target.model.config.num_layers))
-    view = view_of(target.model, skip_attention=rest, skip_mlp=rest)
+    view = self_draft_of(target.model, skip_attention=rest, skip_mlp=rest)
     assert isinstance(view, Decoder)
     return view

@@ -32,13 +32,13 @@ from folospec.config import EngineConfig
 from folospec.kernels import native
 from folospec.kernels.build import BuildError, cache_folder
 from folospec.kernels.native_children import NO_NOISE
-from folospec.kernels.sampling_records import pack_filters, pack_law
+from folospec.kernels.sampling_records import pack_filters, pack_sampling
 from folospec.models.base import Model
 from folospec.models.forward import Rows
 from folospec.models.loader import resolve_model
-from folospec.spec.draft_runner import ChainLaw
+from folospec.spec.draft_runner import ChainSampling
 from folospec.spec.planner.step_cost import ASKING_SECONDS, UNKNOWN_COSTS, CostCurve, Costs
-from folospec.worker.loading import Parts
+from folospec.worker.loading import EngineComponents
 from folospec.worker.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -56,18 +56,18 @@ _SECONDS = 1.5
 Points = dict[int, float]
 
 
-def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
+def measured_costs(config: EngineConfig, components: EngineComponents) -> Costs:
     """What passes cost here, from the cache or measured now; unknown without a planner."""
     if config.speculative is None or not config.speculative.is_adaptive:
         return UNKNOWN_COSTS
-    for one in parts.all_runners:
+    for one in components.all_runners:
         one.warm_up(max_rows_each=max(ROW_COUNTS))
-    target = Subject(parts.target, [model_facts(config.model)], _ORDER, _SECONDS)
-    points = target.points(config, parts.num_blocks)
+    target = Subject(components.target, [model_facts(config.model)], _ORDER, _SECONDS)
+    points = target.points(config, components.num_blocks)
     if not points:
         return UNKNOWN_COSTS
     guesses = {}
-    for drafter in parts.handles:
+    for drafter in components.handles:
         runner = next(iter(drafter.access.runners), None)
         if not isinstance(runner, ModelRunner):
             continue
@@ -78,12 +78,14 @@ def measured_costs(config: EngineConfig, parts: Parts) -> Costs:
         ]
         facts += [model_facts(drafter.config.model)] if drafter.config.model else []
         subject = Subject(runner, facts, _DRAFT_COUNTS, _SECONDS / 3, in_chains=True)
-        own = subject.points(config, parts.num_blocks)
+        own = subject.points(config, components.num_blocks)
         if 1 in own:
             most = max(own)
             slope = max(0.0, own[most] - own[1]) / max(1, most - 1)
             guesses[drafter.name] = (*ASKING_SECONDS, own[1], slope, slope)
-    return Costs(CostCurve(points if parts.target.graphs is None else in_buckets(points)), guesses)
+    return Costs(
+        CostCurve(points if components.target.graphs is None else in_buckets(points)), guesses
+    )
 
 
 def in_buckets(points: Points) -> Points:
@@ -132,7 +134,7 @@ class Subject:
             "attention": model.attention.name,
             "kernels": _kernels(model),
             "graphs": self.runner.graphs is not None,
-            "row_at_a_time": self.runner.row_at_a_time,
+            "batch_invariant_reference": self.runner.batch_invariant_reference,
             "deterministic": config.deterministic,
             "block_size": config.block_size,
             "num_slots": min(num_blocks * config.block_size, _CONTEXT + max(self.counts)),
@@ -195,13 +197,15 @@ def _time(runner: ModelRunner, batch: list[Rows], deadline: float) -> float:
 def _time_chain(runner: ModelRunner, table: Sequence[int]) -> float | None:
     """Seconds of a pass within a chain; None where a runner draws no chains by itself."""
     logits = torch.zeros(1, runner.vocab_size, device=runner.model.device)
-    law = ChainLaw(pack_law(0, 0, pack_filters(0.0, 0, 1.0, 0.0)), NO_NOISE, 1.0, _CHAIN)
+    chain = ChainSampling(
+        pack_sampling(0, 0, pack_filters(0.0, 0, 1.0, 0.0)), NO_NOISE, 1.0, _CHAIN
+    )
     taken = {}
     for length in (_CHAIN, 1):
         times = []
         for _ in range(_REPEATS):
             begin = time.perf_counter()
-            if runner.draw_chains(logits, [0], [table], [law._replace(length=length)]) is None:
+            if runner.draw_chains(logits, [0], [table], [chain._replace(length=length)]) is None:
                 return None
             times.append(time.perf_counter() - begin)
         taken[length] = min(times)

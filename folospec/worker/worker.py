@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from folospec.core.kv_moves import KVMoves
 from folospec.core.sequence_step import SequenceStep
 from folospec.core.token_tree import TokenTree, Verdict
-from folospec.kernels.sampling_records import pack_law
+from folospec.kernels.sampling_records import pack_sampling
 from folospec.models.forward import ForwardResult, Rows
-from folospec.spec.draft_runner import ChainLaw
-from folospec.spec.verify_rows import pack_walks
+from folospec.spec.draft_runner import ChainSampling
+from folospec.spec.verify_rows import pack_trees
 from folospec.worker.model_runner import ModelRunner
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Worker:
         runners: by owner; the target's is `TARGET`.
         aux_layers: layers whose input every pass of the target returns.
         verifies: a pass that runs as a CUDA graph may draw and verify by itself.
-        ahead: how many passes of the target may follow each other in a step, longest first.
+        lengths: how many passes of the target may follow each other in a step, longest first.
     """
 
     def __init__(
@@ -43,40 +43,42 @@ class Worker:
         aux_layers: tuple[int, ...] = (),
         *,
         verifies: bool = False,
-        ahead: Sequence[int] = (),
+        lengths: Sequence[int] = (),
     ) -> None:
         self.runners, self.target = runners, runners[TARGET]
-        self.aux_layers, self._ahead = aux_layers, (*ahead, 1)
+        self.aux_layers, self._lengths = aux_layers, (*lengths, 1)
         self._verifies = verifies and self.target.graphs is not None
 
-    def execute(self, steps: Sequence[SequenceStep], *, goes_ahead: bool = False) -> ForwardResult:
+    def execute(
+        self, steps: Sequence[SequenceStep], *, is_multi_step: bool = False
+    ) -> ForwardResult:
         """Run the target over all rows, and say in the steps which rows are whose.
 
         Args:
-            goes_ahead: nothing was drafted, and the slots behind the last tokens are for further
+            is_multi_step: nothing was drafted, and the slots behind the last tokens are for further
                 passes of the target. Where only logits and noise decide these are made, and trees
                 and verdicts filled in; a sequence without any possible token is left to be
                 verified.
         """
         batch = [_rows_of(step) for step in steps]
         _place(steps, batch)
-        goes_ahead = goes_ahead and _may_go_ahead(steps)
-        walks = None
-        if self._verifies and not goes_ahead and all(map(_draws_once, steps)):
-            walks = pack_walks(steps)
-        result = self.target.forward(batch, self.aux_layers, walks)
-        if goes_ahead:
-            result.num_passes += self._go_ahead(steps, result)
+        is_multi_step = is_multi_step and _may_decode_on(steps)
+        packed_trees = None
+        if self._verifies and not is_multi_step and all(map(_draws_once, steps)):
+            packed_trees = pack_trees(steps)
+        result = self.target.forward(batch, self.aux_layers, packed_trees)
+        if is_multi_step:
+            result.num_passes += self._decode_on(steps, result)
         return result
 
-    def _go_ahead(self, steps: Sequence[SequenceStep], result: ForwardResult) -> int:
+    def _decode_on(self, steps: Sequence[SequenceStep], result: ForwardResult) -> int:
         """Draw what follows a pass over the last token of every sequence; return how many passes
         were made for it."""
         most = max(1 + step.num_draft_slots for step in steps)
-        length = next(length for length in self._ahead if length <= most)
-        laws = [
-            ChainLaw(
-                pack_law(step.group.seed, step.seq.sample_index, step.group.sampling.filters),
+        length = next(length for length in self._lengths if length <= most)
+        chains = [
+            ChainSampling(
+                pack_sampling(step.group.seed, step.seq.sample_index, step.group.sampling.filters),
                 step.seq.num_tokens,
                 1.0,
                 min(length, 1 + step.num_draft_slots),
@@ -87,7 +89,7 @@ class Worker:
             result.logits,
             [step.seq.num_tokens for step in steps],
             [step.seq.block_table for step in steps],
-            laws,
+            chains,
             as_target=True,
         )
         if drawn is None:
@@ -139,7 +141,7 @@ def _place(steps: Sequence[SequenceStep], batch: Sequence[Rows]) -> None:
             step.num_draws += step.group.num_pending_siblings if pending else 0
 
 
-def _may_go_ahead(steps: Sequence[SequenceStep]) -> bool:
+def _may_decode_on(steps: Sequence[SequenceStep]) -> bool:
     """Whether nothing but logits and noise decides, for sequences that all decode."""
     return any(step.num_draft_slots > 0 for step in steps) and all(
         step.samples

@@ -212,7 +212,7 @@ def test_kv_of_another_type_is_refused(make, library):
 def test_it_promises_no_bits_and_is_in_no_graph():
     assert not FlashAttention.deterministic
     assert not FlashAttention.deterministic_alone
-    assert not FlashAttention.captures
+    assert not FlashAttention.supports_cuda_graphs
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

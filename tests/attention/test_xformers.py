@@ -160,7 +160,7 @@ def test_block_pointers_are_looked_for_where_they_are_made(monkeypatch):
 def test_it_promises_no_bits_and_is_in_no_graph():
     assert not XformersAttention.deterministic
     assert not XformersAttention.deterministic_alone
-    assert not XformersAttention.captures
+    assert not XformersAttention.supports_cuda_graphs
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

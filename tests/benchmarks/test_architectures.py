@@ -45,9 +45,9 @@ def test_drafts_do_not_change_what_a_class_of_transformers_says(tmp_path):
 
 
 def shifted(plain):
-    def forward(self, input_ids, metadata, kv, taps=()):
+    def forward(self, input_ids, metadata, kv, aux_layers=()):
         metadata.positions = metadata.positions + int(metadata.context_lens[0] > 0)
-        return plain(self, input_ids, metadata, kv, taps)
+        return plain(self, input_ids, metadata, kv, aux_layers)
 
     return forward
 

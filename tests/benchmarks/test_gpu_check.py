@@ -114,7 +114,7 @@ def kernel_job(folder: Path, seeds: int) -> Job:
 
 
 class TestKernels:
-    def test_each_case_is_judged(self, fake_cases: Path) -> None:
+    def test_each_case_is_verified(self, fake_cases: Path) -> None:
         *rows, end = rows_of(kernel_job(fake_cases, 1), context_of(fake_cases))
         passed = {row["case"]: row["passed"] for row in rows}
         assert passed == {"right": True, "wrong": False, "unwritten": False, "last": True}
@@ -285,7 +285,7 @@ class TestLossless:
 
     def test_a_run_without_accepted_drafts_proves_nothing(self) -> None:
         counts = dict.fromkeys((*lossless.COUNTS, *lossless.EVENTS), 3)
-        known = {"drafter": "ngram", "deterministic": True, "promise": "bit", "mode": "graphs"}
+        known = {"drafter": "ngram", "deterministic": True, "promise": "bitwise", "mode": "graphs"}
         known |= {"num_accepted_tokens": 0, "num_cuda_graphs": 0}
         lacking = lossless.proof([{**counts, **known}], "demo")
         assert lacking["lacking"] == ["num_accepted_tokens", "CUDA graphs"]
@@ -300,7 +300,7 @@ class TestReferee:
 
         order = logits_after(referee._fine, self.PROMPT).argsort(descending=True)
         pair = [[int(order[0])], [int(order[rank])]]
-        return referee.judge(Parting(self.PROMPT, *pair, SamplingParams(**options)))
+        return referee.verify(Parting(self.PROMPT, *pair, SamplingParams(**options)))
 
     @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "seed": 1}])
     def test_a_token_that_is_far_behind_is_no_near_tie(
@@ -322,14 +322,14 @@ class TestReferee:
             lambda runner, _: rows["fine" if runner is referee._fine else "coarse"],
         )
         params = SamplingParams(temperature=0.0)
-        tied = referee.judge(Parting([1], [1, 5], [0, 6], params))
+        tied = referee.verify(Parting([1], [1, 5], [0, 6], params))
         assert tied["near_tie"]
         assert tied["gap"] == pytest.approx(0.01, rel=1e-3)
-        assert not referee.judge(Parting([1], [1], [2], params))["near_tie"]
+        assert not referee.verify(Parting([1], [1], [2], params))["near_tie"]
 
     def test_an_output_that_ends_early_is_not_excused(self, referee: Referee) -> None:
         params = SamplingParams(temperature=0.0)
-        assert not referee.judge(Parting(self.PROMPT, [1, 2], [1], params))["near_tie"]
+        assert not referee.verify(Parting(self.PROMPT, [1, 2], [1], params))["near_tie"]
 
 
 class TestBitsAndRules:
@@ -345,7 +345,7 @@ class TestBitsAndRules:
         assert bits.differing_bits(one, one) == 0
         assert bits.differing_bits(one, other) == 2
 
-    def test_verdicts_are_judged_twice(self, scratch: Path) -> None:
+    def test_verdicts_are_verified_twice(self, scratch: Path) -> None:
         rows = run_job("rules:rejection", scratch)
         assert {row["shape"] for row in rows} == {"chain", "tree"}
         assert all(row["num_accepted"] and row["num_rejected"] for row in rows)
@@ -444,8 +444,8 @@ class TestReport:
         times = {"ms": 1.0, "share_of_read": share, "share_of_limit": share}
         return [
             {**step, **times, "deterministic": True, "share_of_read": 0.01},
-            {**step, **times, "shape": "batch", "share_of_read": 0.02, "run_ahead": 1},
-            {**step, **times, "deterministic": None, "run_ahead": 8},
+            {**step, **times, "shape": "batch", "share_of_read": 0.02, "multi_step": 1},
+            {**step, **times, "deterministic": None, "multi_step": 8},
             {**kernel, "passed": True, "error_norm": 1e-3},
             end,
         ]

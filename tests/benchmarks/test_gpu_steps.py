@@ -44,11 +44,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> steps.Bench:
 
 def test_plain_decoding_is_timed_as_it_comes(bench: steps.Bench, recorder: StandIn) -> None:
     with watched() as made:
-        engine = bench.engine(1, 60, attention_backend="triton", run_ahead=None)
-    ahead = engine.engine.run_ahead.length
+        engine = bench.engine(1, 60, attention_backend="triton", multi_step=None)
+    ahead = engine.engine.multi_step.length
     assert ahead > 1
     row = bench.measure_plain(engine, CONTEXT)
-    assert (row["shape"], row["run_ahead"]) == ("plain", ahead)
+    assert (row["shape"], row["multi_step"]) == ("plain", ahead)
     assert row["tokens"] == STEPS * ahead
     assert not engine.engine.requests
     assert [(one["num_graphs"], one["max_num_seqs"]) for one in made] == [
@@ -62,7 +62,7 @@ def test_single_steps_are_single_where_others_would_go_ahead(
 ) -> None:
     engine = bench.engine(1, 30, attention_backend="triton")
     row = bench.measure(engine, "batch", 1, CONTEXT)
-    assert (row["steps"], row["run_ahead"]) == (STEPS, 1)
+    assert (row["steps"], row["multi_step"]) == (STEPS, 1)
     assert recorder.num_replayed >= STEPS
 
 

@@ -73,11 +73,11 @@ def test_the_function_is_the_demos(folder, texts, expected):
     assert difference(model, texts, expected) < ROUNDING
 
 
-def mismatched_twin(model):
+def mismatched_duplicate(model):
     model.model.layers[added()].mlp.down_proj.weight[:, 0].neg_()
 
 
-def unequal_twin(model):
+def unequal_duplicate(model):
     model.model.layers[added()].self_attn.q_proj.weight[:64].neg_()
 
 
@@ -89,7 +89,7 @@ def copy_lost(model):
     model.model.layers[0].self_attn.o_proj.weight[-1].zero_()
 
 
-@pytest.mark.parametrize("harm", [mismatched_twin, unequal_twin, share_lost, copy_lost])
+@pytest.mark.parametrize("harm", [mismatched_duplicate, unequal_duplicate, share_lost, copy_lost])
 def test_control_one_broken_rule_changes_the_function(folder, texts, expected, harm):
     model = load(folder)
     with torch.no_grad():

@@ -82,8 +82,8 @@ class Scripted(contestants.Contestant):
 
 
 def test_control_another_token_is_reported_with_its_place():
-    honest, liar = Scripted("folospec plain", [1, 2, 3]), Scripted("liar", [1, 9, 3])
-    row = throughput.measure([honest, liar], [[5], [6]], batch=2, rounds=1, max_tokens=3)[1]
+    honest, adversary = Scripted("folospec plain", [1, 2, 3]), Scripted("adversary", [1, 9, 3])
+    row = throughput.measure([honest, adversary], [[5], [6]], batch=2, rounds=1, max_tokens=3)[1]
     assert not row["tokens_equal_to_plain"]
     assert row["num_differing_prompts"] == 2
     assert row["first_differences"][0] == {"prompt": 0, "position": 1}

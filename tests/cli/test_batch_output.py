@@ -55,7 +55,7 @@ def results(out):
     return {one["index"]: (one["id"], one.get("outputs"), one.get("error")) for one in found}
 
 
-def is_whole(out, expected):
+def is_complete(out, expected):
     try:
         return results(out) == expected and len(out.read_text().splitlines()) == len(expected)
     except ValueError:
@@ -76,7 +76,7 @@ def faults_of_resuming(prompts, out, journal_class, stride=1):
         except ValueError:
             faults += 1
         else:
-            faults += not is_whole(out, expected)
+            faults += not is_complete(out, expected)
     return faults
 
 

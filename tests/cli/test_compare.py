@@ -80,12 +80,14 @@ def test_other_tokens_are_found_and_exit_code_is_1(run, speculative_runs_lie):
     assert re.search(pattern, result.stdout)
 
 
-def test_a_rule_that_promises_the_law_may_differ(run):
+def test_a_rule_that_promises_the_distribution_may_differ(run):
     result = run("--acceptance", "rejection", "--temperature", "1")
     assert result.exit_code == 0
     assert "tokens equal: no" in result.stdout
     assert "promises the same distribution, not the same tokens" in result.stdout
-    assert json.loads(run("--acceptance", "rejection", "--json").stdout)["promise"] == "law"
+    assert (
+        json.loads(run("--acceptance", "rejection", "--json").stdout)["promise"] == "distribution"
+    )
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def heeded_sigint():
 @pytest.mark.usefixtures("heeded_sigint")
 def test_ctrl_c_while_loading_ends_cleanly(folospec, target, monkeypatch):
     monkeypatch.setattr(
-        "folospec.engine.llm_engine.load_parts", lambda config: signal.raise_signal(signal.SIGINT)
+        "folospec.engine.llm_engine.load_components",
+        lambda config: signal.raise_signal(signal.SIGINT),
     )
     result = folospec("generate", PROMPT, "--model", target)
     assert (result.exit_code, result.stdout) == (130, "")

@@ -102,7 +102,7 @@ def test_sampling_options_reach_the_engine(folospec, target):
         ([PROMPT, "--kv-cache-dtype", "int4"], "kv_cache_dtype must be one of"),
         ([PROMPT, "--attention-backend", "flash_attn"], "'flash_attn' cannot run here"),
         ([PROMPT, "--attention-backend", "fast"], "attention_backend must be one of auto, native"),
-        ([PROMPT, "--run-ahead", "4"], "run_ahead must be None or 1 where no CUDA graphs run"),
+        ([PROMPT, "--multi-step", "4"], "multi_step must be None or 1 where no CUDA graphs run"),
         ([PROMPT, "--block-size", "0"], "block_size must be an integer of at least 1"),
         ([PROMPT, "--gpu-memory-utilization", "2"], "gpu_memory_utilization must be a share"),
         ([PROMPT, "--quantization", "int4"], "quantization must be None, int8 or fp8"),

@@ -92,7 +92,7 @@ def test_an_id_that_two_lines_have_is_refused_before_anything_runs(
 ):
     other, out = tmp_path / "other.jsonl", tmp_path / "out.jsonl"
     other.write_text('{"id": "b", "prompt": "w1"}\n"w2"\n{"id": "a", "prompt": "w3"}\n')
-    monkeypatch.delattr("folospec.engine.llm_engine.load_parts")
+    monkeypatch.delattr("folospec.engine.llm_engine.load_components")
     result = generate("--file", pile, "--file", other, "-o", out)
     assert (result.exit_code, result.stderr) == (
         2,
@@ -126,7 +126,7 @@ def test_an_id_that_comes_again_on_a_pipe_fails_alone_and_stays_done(generate, t
 def test_a_finished_file_needs_no_model(folospec, generate, pile, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     generate("--file", pile, "-o", out)
-    monkeypatch.delattr("folospec.engine.llm_engine.load_parts")
+    monkeypatch.delattr("folospec.engine.llm_engine.load_components")
     result = generate("--file", pile, "-o", out)
     assert result.exit_code == 1
     assert "5 results in" in result.stderr

@@ -60,7 +60,7 @@ def defaults() -> dict[str, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DrafterContext, "read_options", recording)
         for name in BUNDLED:
-            (drafter,) = LLM("folospec-demo", speculative=name).engine.parts.drafters
+            (drafter,) = LLM("folospec-demo", speculative=name).engine.components.drafters
             found[name]["num_speculative_tokens"] = drafter.num_speculative_tokens
     return found
 

@@ -37,7 +37,7 @@ def row(kind: str, **entries: Any) -> dict[str, Any]:
 
 def step(**entries: Any) -> dict[str, Any]:
     shape = {"model": "grown 1.2b", "shape": "plain", "rows": 1, "context": 512}
-    shape["run_ahead"] = 8
+    shape["multi_step"] = 8
     times = {"ms": 1.234, "limit_ms": 1.0, "share_of_limit": 0.81, "share_of_read": 0.81}
     return row("step", **shape, **times, ratio_to_first=1.0, deterministic=None, **entries)
 

@@ -12,8 +12,8 @@ SHOWN = [
     "accepted path: [2, 4]",  # a child that is not the first one
     "move rows: 3 -> 1, 5 -> 2",
     "as plain decoding: True",
-    "promises path: ",
-    "promises law: ",
+    "promises tokens: ",
+    "promises distribution: ",
     "PREEMPTED",
     "second: 12 of 16 prompt tokens from the cache, tokens equal: True",
 ]
@@ -35,7 +35,7 @@ def test_walkthrough_is_not_vacuous(line: str) -> None:
 
 
 def test_walkthrough_of_coupled_runs_says_only_that_tokens_are_equal() -> None:
-    coupled = [line for line in PAGE.splitlines() if " promises path: " in line]
+    coupled = [line for line in PAGE.splitlines() if " promises tokens: " in line]
     assert len(coupled) == 2
     assert all(line.endswith("tokens equal: True") for line in coupled)
 

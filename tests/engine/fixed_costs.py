@@ -30,10 +30,10 @@ def planner_of(llm: LLM) -> Planner:
 def fix_costs(llm: LLM, *, row: float = 0.01, drafting: float = 0.01) -> LLM:
     """A step of one row costs 1; every other row of the target, and a pass of a drafter or a
     question to it, this much."""
-    beliefs = planner_of(llm).beliefs
-    beliefs.cost = FixedStepCost(CostCurve({1: 1.0, 64: 1.0 + 63 * row}))
-    for name, source in beliefs.sources.items():
+    estimates = planner_of(llm).estimates
+    estimates.cost = FixedStepCost(CostCurve({1: 1.0, 64: 1.0 + 63 * row}))
+    for name, source in estimates.sources.items():
         each = 0.0 if source.in_passes else drafting
         guess = (0.0, each, drafting - each, 0.0, 0.0)
-        beliefs.draft_costs[name] = FixedDraftCost(1.0, in_passes=source.in_passes, guess=guess)
+        estimates.draft_costs[name] = FixedDraftCost(1.0, in_passes=source.in_passes, guess=guess)
     return llm

@@ -194,7 +194,7 @@ class OracleTreeDrafter(Drafter):
         return Proposal(TokenTree(token_ids, parents)) if token_ids else None
 
 
-class LyingDrafter(OracleTreeDrafter):
+class AdversarialDrafter(OracleTreeDrafter):
     """Always says the token after the one that is right: nothing is ever accepted."""
 
     def _tree(self, row: Any) -> Proposal | None:
@@ -204,7 +204,7 @@ class LyingDrafter(OracleTreeDrafter):
         return Proposal(TokenTree.chain(lies)) if lies else None
 
 
-class MoodyDrafter(OracleTreeDrafter):
+class IrregularDrafter(OracleTreeDrafter):
     """Knows the future and fails on every third row it is asked for."""
 
     asked = 0
@@ -234,7 +234,7 @@ def futures_of(plain: Run) -> dict[str, list[int]]:
 
 for _name, _drafter in (
     ("oracle_tree", OracleTreeDrafter),
-    ("liar", LyingDrafter),
-    ("moody", MoodyDrafter),
+    ("adversarial", AdversarialDrafter),
+    ("irregular", IrregularDrafter),
 ):
     register_drafter(_name, _drafter)

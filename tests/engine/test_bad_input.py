@@ -124,9 +124,9 @@ BAD_OPTIONS = [
     ({"enforce_eager": 1}, "enforce_eager must be True or False"),
     ({"max_prefill_slowdown": 1.0}, "max_prefill_slowdown must be None or a number above 1"),
     ({"max_prefill_slowdown": True}, "max_prefill_slowdown must be None or a number above 1"),
-    ({"run_ahead": 33}, "run_ahead must be None or an integer in 1..32"),
-    ({"run_ahead": True}, "run_ahead must be None or an integer in 1..32"),
-    ({"run_ahead": 2}, "run_ahead must be None or 1 where no CUDA graphs run, got 2"),
+    ({"multi_step": 33}, "multi_step must be None or an integer in 1..32"),
+    ({"multi_step": True}, "multi_step must be None or an integer in 1..32"),
+    ({"multi_step": 2}, "multi_step must be None or 1 where no CUDA graphs run, got 2"),
     ({"tokenizer": 3}, "tokenizer must be"),
     ({"seed": True}, "seed must be"),
     ({"model": None}, "LLM needs the option .model."),
@@ -182,10 +182,10 @@ def test_one_bad_prompt_among_many_runs_none_of_them(engine: LLM) -> None:
 
 
 def test_a_request_id_is_used_once(engine: LLM) -> None:
-    engine.engine.add_request([1], SamplingParams(max_tokens=2), request_id="twin")
-    with pytest.raises(ValueError, match="'twin' is in use"):
-        engine.engine.add_request([1], SamplingParams(max_tokens=2), request_id="twin")
-    engine.engine.abort("twin")
+    engine.engine.add_request([1], SamplingParams(max_tokens=2), request_id="duplicate")
+    with pytest.raises(ValueError, match="'duplicate' is in use"):
+        engine.engine.add_request([1], SamplingParams(max_tokens=2), request_id="duplicate")
+    engine.engine.abort("duplicate")
 
 
 @pytest.mark.parametrize(

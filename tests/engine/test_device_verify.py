@@ -49,7 +49,7 @@ def run_on_device(
 ) -> tuple[Any, dict[str, int]]:
     """A run whose sampling is interpreted Triton, and how often each of its doors was used."""
     asked = {name: settings.pop(name) for name in ("prompts", "params")}
-    calls = dict.fromkeys(("walk", "law", "draw"), 0)
+    calls = dict.fromkeys(("draw_and_verify", "distribution", "draw"), 0)
 
     def counted(owner: Any, name: str, door: str) -> None:
         plain = getattr(owner, name)
@@ -64,8 +64,8 @@ def run_on_device(
         patch.setenv("FOLOSPEC_KERNELS", "triton")
         patch.setattr(native_sampling, "load", lambda: None)
         patch.setattr(drawing, "load", lambda: None)
-        counted(DeviceSampling, "walk", "walk")
-        counted(verify_batch, "_verify_on_device", "law")
+        counted(DeviceSampling, "draw_and_verify", "draw_and_verify")
+        counted(verify_batch, "_verify_on_device", "distribution")
         counted(DeviceSampling, "draw", "draw")
         return run(make_llm(model, dtype="float32", **settings), **asked), calls
 
@@ -79,11 +79,11 @@ def test_plain_tokens_are_the_same(monkeypatch: pytest.MonkeyPatch, models: Any)
     """Greedy and sampled, filters, penalties, bias, siblings, side by side."""
     device, calls = run_on_device(monkeypatch, models.target, **few())
     assert device.tokens == run_on_host(models.target, **few()).tokens
-    assert calls["walk"] > 3
-    assert calls["law"] == 0
+    assert calls["draw_and_verify"] > 3
+    assert calls["distribution"] == 0
 
 
-def test_the_law_that_is_asked_for_is_the_one_that_was_drawn_from(
+def test_the_distribution_that_is_asked_for_is_the_one_that_was_drawn_from(
     monkeypatch: pytest.MonkeyPatch, models: Any
 ) -> None:
     settings = {
@@ -95,7 +95,7 @@ def test_the_law_that_is_asked_for_is_the_one_that_was_drawn_from(
     host = run_on_host(models.target, **settings)
     assert device.tokens == host.tokens
     assert device.logprobs == pytest.approx(host.logprobs, rel=1e-5)
-    assert calls["law"] > 3
+    assert calls["distribution"] > 3
 
 
 def test_tokens_of_trees_are_the_same(monkeypatch: pytest.MonkeyPatch, models: Any) -> None:
@@ -104,14 +104,14 @@ def test_tokens_of_trees_are_the_same(monkeypatch: pytest.MonkeyPatch, models: A
     speculative = {"method": "oracle_tree", "num_speculative_tokens": 6}
     device, calls = run_on_device(monkeypatch, models.target, speculative=speculative, **few())
     assert device.tokens == plain.tokens
-    assert calls["walk"] > 0
+    assert calls["draw_and_verify"] > 0
     assert_speculated(device.stats, moved=True)
 
 
 @pytest.mark.parametrize(
     ("acceptance", "indices"), [("coupled", FEW[:2]), ("rejection", FEW[:2]), ("block", FEW[1:])]
 )
-def test_every_rule_judges_as_on_the_host(
+def test_every_rule_verifies_as_on_the_host(
     monkeypatch: pytest.MonkeyPatch, models: Any, acceptance: str, indices: tuple[int, ...]
 ) -> None:
     settings = {
@@ -127,7 +127,7 @@ def test_every_rule_judges_as_on_the_host(
     host = run_on_host(models.target, **settings)
     assert device.tokens == host.tokens
     assert_speculated(device.stats)
-    assert calls["walk" if acceptance == "coupled" else "law"] > 0
+    assert calls["draw_and_verify" if acceptance == "coupled" else "distribution"] > 0
     if acceptance == "coupled":
         assert calls["draw"] > 0
 
@@ -151,15 +151,15 @@ def test_a_request_without_a_token_ends_alone(
     assert failed.finish_reason == "error"
     assert len(failed.token_ids) == 2
     assert failed.error == host.outputs[2].outputs[0].error
-    assert calls["walk" if acceptance == "coupled" else "law"] > 0
+    assert calls["draw_and_verify" if acceptance == "coupled" else "distribution"] > 0
 
 
 def test_another_draw_would_be_seen(monkeypatch: pytest.MonkeyPatch, models: Any) -> None:
-    plain = DeviceSampling.run_walks
+    plain = DeviceSampling.run_verify
 
     def shifted(self: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         plain(self, logits.roll(1, -1), *args, **kwargs)
 
-    monkeypatch.setattr(DeviceSampling, "run_walks", shifted)
+    monkeypatch.setattr(DeviceSampling, "run_verify", shifted)
     device, _ = run_on_device(monkeypatch, models.target, **few((1,)))
     assert device.tokens != run_on_host(models.target, **few((1,))).tokens

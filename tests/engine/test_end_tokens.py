@@ -45,11 +45,11 @@ def test_the_tokenizers_end_token_ends_an_output_that_the_model_would_not_end(fo
 
 def test_a_tokenizers_end_token_without_an_embedding_is_left_out(folder):
     llm = LLM(folder, tokenizer=DEMO, max_model_len=32)
-    assert llm.engine.parts.eos_token_ids == {llm.tokenizer.eos_token_id}
+    assert llm.engine.components.eos_token_ids == {llm.tokenizer.eos_token_id}
     tokenizer = load_tokenizer(DEMO)
     tokenizer.add_tokens(["<turn>"])
     tokenizer.eos_token = "<turn>"
     assert tokenizer.eos_token_id == len(tokenizer) - 1
     from folospec.worker.loading import _eos_token_ids
 
-    assert _eos_token_ids(llm.engine.parts.target, tokenizer) == frozenset()
+    assert _eos_token_ids(llm.engine.components.target, tokenizer) == frozenset()

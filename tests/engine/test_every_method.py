@@ -176,7 +176,7 @@ def test_greedy_tokens_are_those_of_plain_decoding_under_rejection(method: str, 
 
 
 @pytest.mark.parametrize("method", CHAINS)
-def test_chains_are_judged_by_block_verification_too(method: str, plain: Any) -> None:
+def test_chains_are_verified_by_block_verification_too(method: str, plain: Any) -> None:
     tokens, stats = run({**as_mapping(METHODS[method]), "acceptance": "block"})
     assert tokens[0] == plain[0]
     assert_speculated(stats, rejected=method not in ALMOST_NEVER_WRONG)
@@ -200,7 +200,7 @@ def test_stops_end_the_output_in_a_full_pool_as_they_do_plainly(method: str, pla
     assert_speculated(stats, rejected=False)
 
 
-def test_a_method_whose_drafts_are_believed_unseen_is_noticed(
+def test_a_method_whose_drafts_are_estimated_unseen_is_noticed(
     plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Control of the tests above."""

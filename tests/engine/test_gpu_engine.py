@@ -19,7 +19,7 @@ from harness import assert_speculated, perturbed_copy
 
 from folospec import LLM, SamplingParams
 from folospec.kernels.gpu import launch, sampling_arrays
-from folospec.kernels.sampling_records import Walk
+from folospec.kernels.sampling_records import VerifiedPath
 from folospec.spec.planner.step_planner import StepPlanner
 from folospec.spec.proposer import Proposer
 from folospec.worker.cuda import capture
@@ -57,7 +57,7 @@ def make(model: str, speculative: Any = None, **options: Any) -> LLM:
         "block_size": 4,
         "max_num_seqs": 4,
         "strict_drafters": True,
-        "run_ahead": 1,
+        "multi_step": 1,
     }
     return LLM(model, speculative, **{**settings, **options})
 
@@ -72,7 +72,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setattr(capture, "recorder", lambda device: stand_in)
     # Recorded when wanted, which the interpreter takes seconds for, and not all beforehand.
-    for name in ("warm_up", "warm_up_chains", "warm_up_run_ahead", "close_graphs"):
+    for name in ("warm_up", "warm_up_chains", "warm_up_multi_step", "freeze_graphs"):
         monkeypatch.setattr(ModelRunner, name, lambda self, *_, **__: None)
     return stand_in
 
@@ -111,7 +111,7 @@ def test_recorded_speculation_has_the_tokens_of_plain_decoding(
     llm = make(models[0], shape(models[1]), **options)
     assert tokens_of(llm, params) == plain
     assert_speculated(llm.stats(), moved=shape is tree_of)
-    assert llm.stats()["lossless"] == ("bit" if deterministic else "path")
+    assert llm.stats()["lossless"] == ("bitwise" if deterministic else "tokens")
     assert recorder.num_replayed > recorder.num_recorded
 
 
@@ -120,7 +120,7 @@ def test_tokens_that_are_drawn_ahead_are_those_of_single_steps(
 ) -> None:
     slow = make(models[0], attention_backend="triton", enforce_eager=True)
     plain = tokens_of(slow, MIXED)
-    llm = make(models[0], attention_backend="triton", run_ahead=4)
+    llm = make(models[0], attention_backend="triton", multi_step=4)
     assert tokens_of(llm, MIXED) == plain
     stats = llm.stats()
     assert stats["num_steps"] < slow.stats()["num_steps"] <= stats["num_target_passes"]
@@ -139,7 +139,7 @@ def test_an_output_may_end_among_tokens_that_are_drawn_ahead(
         SamplingParams(temperature=0.9, seed=1, max_tokens=7, logprobs=1, ignore_eos=True),
     ]
     plain = tokens_of(slow, params)
-    llm = make(models[0], attention_backend="triton", run_ahead=4)
+    llm = make(models[0], attention_backend="triton", multi_step=4)
     assert tokens_of(llm, params) == plain
     assert len(plain[0][0]) == first.index(first[4]) + 1 < 8
     assert llm.stats()["num_target_passes"] > llm.stats()["num_steps"]
@@ -156,7 +156,7 @@ def test_where_the_planner_wants_no_drafts_tokens_are_drawn_ahead(
         Proposer, "record_step", lambda self, s: (recorded.append(s), record(self, s))
     )
     speculative = {"method": "suffix", "adaptive": True}
-    llm = make(models[0], speculative, attention_backend="triton", run_ahead=4)
+    llm = make(models[0], speculative, attention_backend="triton", multi_step=4)
     ticks = count()  # by whose clock every step takes as long
     monkeypatch.setattr(llm.engine.proposer, "clock", lambda: next(ticks))
     assert tokens_of(llm, MIXED) == plain
@@ -179,7 +179,7 @@ def test_steps_with_drafts_and_steps_that_run_ahead_take_turns(
     by_turns = property(lambda self: self.stats.num_steps % 3 == 2)
     monkeypatch.setattr(Proposer, "is_idle", by_turns)
     llm = make(models[0], chain_of(models[1]), attention_backend="triton")
-    llm.engine.run_ahead.length, llm.engine.worker._ahead = 2, (2, 1)
+    llm.engine.multi_step.length, llm.engine.worker._lengths = 2, (2, 1)
     assert tokens_of(llm, params) == plain
     stats = llm.stats()
     assert_speculated(stats)
@@ -191,7 +191,7 @@ def test_noise_of_another_position_is_noticed_in_tokens_that_are_drawn_ahead(
 ) -> None:
     plain = tokens_of(make(models[0], attention_backend="triton", enforce_eager=True), MIXED)
     monkeypatch.setattr("folospec.worker.cuda.chain_graphs.POSITION", 3)  # nothing advances
-    llm = make(models[0], attention_backend="triton", run_ahead=4)
+    llm = make(models[0], attention_backend="triton", multi_step=4)
     assert tokens_of(llm, MIXED) != plain
 
 
@@ -199,18 +199,18 @@ def test_running_ahead_is_refused_where_it_cannot_be(
     models: tuple[str, str], recorder: StandIn
 ) -> None:
     with pytest.raises(
-        ValueError, match="run_ahead must be None or 1 where no CUDA graphs run, got 4"
+        ValueError, match="multi_step must be None or 1 where no CUDA graphs run, got 4"
     ):
-        make(models[0], attention_backend="triton", enforce_eager=True, run_ahead=4)
+        make(models[0], attention_backend="triton", enforce_eager=True, multi_step=4)
     with pytest.raises(ValueError, match="None or 1 with drafters that are asked in every step"):
-        make(models[0], chain_of(models[1]), attention_backend="triton", run_ahead=4)
-    with pytest.raises(ValueError, match="run_ahead must be None or an integer in 1..32, got 0"):
-        make(models[0], run_ahead=0)
+        make(models[0], chain_of(models[1]), attention_backend="triton", multi_step=4)
+    with pytest.raises(ValueError, match="multi_step must be None or an integer in 1..32, got 0"):
+        make(models[0], multi_step=0)
 
 
 @pytest.mark.parametrize(
     ("drafts", "options"),
-    [(0, {"run_ahead": 2}), (1, {"run_ahead": None})],
+    [(0, {"multi_step": 2}), (1, {"multi_step": None})],
     ids=["plain", "drafts"],
 )
 def test_after_the_warm_up_nothing_is_recorded(
@@ -239,27 +239,29 @@ def test_eager_steps_have_the_same_tokens_and_record_nothing(
     assert recorder.num_recorded == 0
 
 
-def test_a_walk_that_believes_every_draft_is_noticed(
+def test_a_verify_that_believes_every_draft_is_noticed(
     models: tuple[str, str], recorder: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = tokens_of(make(models[0], attention_backend="torch", enforce_eager=True), GREEDY)
-    real = sampling_arrays.read_walks
+    real = sampling_arrays.read_paths
 
-    def believing(result: Any, walks: Any, num_walks: int | None = None) -> list[Walk]:
-        found = real(result, walks, num_walks)
-        sizes = [tree[3] for tree in _trees(walks)]
+    def believing(
+        result: Any, packed_trees: Any, num_trees: int | None = None
+    ) -> list[VerifiedPath]:
+        found = real(result, packed_trees, num_trees)
+        sizes = [tree[3] for tree in _trees(packed_trees)]
         return [
-            Walk(list(range(size)), walk.token_id, walk.peak)
-            for walk, size in zip(found, sizes, strict=True)
+            VerifiedPath(list(range(size)), one.token_id, one.peak)
+            for one, size in zip(found, sizes, strict=True)
         ]
 
-    monkeypatch.setattr(sampling_arrays, "read_walks", believing)
+    monkeypatch.setattr(sampling_arrays, "read_paths", believing)
     assert (
         tokens_of(make(models[0], chain_of(models[1]), attention_backend="triton"), GREEDY) != plain
     )
 
 
-def _trees(walks: Any) -> list[tuple[int, ...]]:
+def _trees(packed_trees: Any) -> list[tuple[int, ...]]:
     from folospec.kernels.sampling_records import TREE as _TREE
 
-    return list(_TREE.iter_unpack(b"".join(walks.trees)))
+    return list(_TREE.iter_unpack(b"".join(packed_trees.trees)))

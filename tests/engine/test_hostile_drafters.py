@@ -81,7 +81,7 @@ def make_bench(dtype: str, request: pytest.FixtureRequest, /, **options: Any) ->
     if dtype == "float64":
         return Bench(request.getfixturevalue("models").target, dtype, **options)
     bench = Bench(request.getfixturevalue("native_target"), dtype, **options)
-    assert bench.plain.stats["lossless"] == "bit"
+    assert bench.plain.stats["lossless"] == "bitwise"
     return bench
 
 

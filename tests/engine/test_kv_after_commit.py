@@ -43,7 +43,7 @@ class Checker:
         for seq in llm.engine.scheduler.running:
             progress = {"target": seq.num_computed_tokens, **seq.draft_progress}
             for owner, count in progress.items():
-                runner = llm.engine.parts.runners[owner]
+                runner = llm.engine.components.runners[owner]
                 if count > 0:
                     slots = llm.engine.manager.slots(seq, 0, count)
                     fresh = rows_from_scratch(runner, seq.token_ids[:count])

@@ -34,7 +34,7 @@ def test_a_closed_llm_runs_nothing_any_more(models: Any) -> None:
 def test_a_stream_of_an_llm_has_the_tokens_of_generate(models: Any) -> None:
     llm = make_llm(models.target, "ngram")
     expected = llm.generate([[1, 2]], PARAMS, use_tqdm=False)[0].outputs[0].token_ids
-    assert [t for increment in llm.stream([1, 2], PARAMS) for t in increment.token_ids] == expected
+    assert [t for delta in llm.stream([1, 2], PARAMS) for t in delta.token_ids] == expected
 
 
 def test_the_tokenizer_is_given_out(models: Any) -> None:
@@ -44,7 +44,7 @@ def test_the_tokenizer_is_given_out(models: Any) -> None:
 
 def test_speculative_config_is_another_name_for_speculative(models: Any) -> None:
     llm = make_llm(models.target, speculative_config={"method": "ngram"})
-    assert [drafter.name for drafter in llm.engine.parts.drafters] == ["ngram"]
+    assert [drafter.name for drafter in llm.engine.components.drafters] == ["ngram"]
     with pytest.raises(ValueError, match="are one option of LLM"):
         make_llm(models.target, "ngram", speculative_config="suffix")
 
@@ -56,7 +56,7 @@ def test_prompts_of_token_ids_are_taken_by_their_own_name(models: Any) -> None:
     named: Any = {"prompt_token_ids": prompts, "params": PARAMS, "use_tqdm": False}
     assert [o.outputs[0].token_ids for o in llm.generate(**named)] == expected
     named = {"prompt_token_ids": [1, 2], "params": PARAMS}
-    assert [t for increment in llm.stream(**named) for t in increment.token_ids] == expected[0]
+    assert [t for delta in llm.stream(**named) for t in delta.token_ids] == expected[0]
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,10 @@ def watch_verdicts(monkeypatch: pytest.MonkeyPatch, *, check: bool = True) -> Co
     def watching(self: Any, steps: Any, result: Any) -> None:
         for seen in steps:
             if seen.proposal is not None:
-                judged = list(map(seen.proposal.is_candidate, range(len(seen.proposal))))
-                counts["scratch"] += judged.count(False)
-                counts["judged"] += judged.count(True)
-                counts["accepted scratch"] += sum(not judged[node] for node in seen.verdict.path)
+                verified = list(map(seen.proposal.is_candidate, range(len(seen.proposal))))
+                counts["scratch"] += verified.count(False)
+                counts["verified"] += verified.count(True)
+                counts["accepted scratch"] += sum(not verified[node] for node in seen.verdict.path)
         real(self, steps, result)
 
     monkeypatch.setattr(Proposer, "observe", watching)
@@ -105,7 +105,7 @@ def test_merged_with_another_drafter_tokens_stay_the_same(models: Any, plain: ha
         assert result.stats["drafters"]["lookahead"]["num_ngrams"] > 0
 
 
-def test_a_verifier_that_judges_the_window_is_noticed(
+def test_a_verifier_that_verifies_the_window_is_noticed(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = watch_verdicts(monkeypatch, check=False)
@@ -211,7 +211,7 @@ def test_rows_that_are_not_moved_over_the_window_are_noticed(
 
 
 def test_the_options_of_a_request_are_not_applied_to_scratch_rows(models: Any) -> None:
-    """A logits processor is called once for the root and each judged node."""
+    """A logits processor is called once for the root and each verified node."""
     calls: list[list[int]] = []
 
     def processor(output_token_ids: list[int], logits: Any) -> Any:

@@ -100,7 +100,7 @@ def test_merged_into_one_tree_they_change_nothing_and_know_their_own_nodes(
     result = run(llm, PROMPTS, few_tokens())
     assert result.tokens == repetitive.tokens
     assert_speculated(result.stats, moved=True)
-    for drafter in llm.engine.parts.drafters:
+    for drafter in llm.engine.components.drafters:
         assert len(drafter._acceptance) > 1
 
 
@@ -222,7 +222,7 @@ def test_a_step_runs_the_root_and_the_drafts_and_never_the_prefix_again(
 def test_finished_sequences_leave_nothing_but_what_is_shared(name: str, models: Any) -> None:
     llm = make_llm(models.target, SETTINGS[name], **SITUATIONS["a pool that forces preemption"])
     run(llm, PROMPTS, few_tokens())
-    (drafter,) = llm.engine.parts.drafters
+    (drafter,) = llm.engine.components.drafters
     for figure, value in drafter.stats().items():
         assert (value == 0) == (figure in ("num_ngrams", "num_own_rows") or name == "nasd")
     for field in ("_states", "_num_counted", "_roots", "_kinds", "_own", "_indexes", "_evidence"):

@@ -82,14 +82,14 @@ def test_plain_tokens_do_not_depend_on_the_batch(
 
 
 def test_a_drafter_that_always_lies_changes_nothing(models: Any, plain: harness.Run) -> None:
-    result = run(make_llm(models.target, {"method": "liar", "num_speculative_tokens": 3}))
+    result = run(make_llm(models.target, {"method": "adversarial", "num_speculative_tokens": 3}))
     assert result.tokens == plain.tokens
     assert result.stats["num_drafts"] > 0
     assert result.stats["num_accepted_tokens"] == 0
 
 
 def test_a_drafter_that_raises_loses_its_turn_only(models: Any, plain: harness.Run) -> None:
-    settings = {"method": "moody", "num_speculative_tokens": 6}
+    settings = {"method": "irregular", "num_speculative_tokens": 6}
     result = run(make_llm(models.target, settings, strict_drafters=False))
     assert result.tokens == plain.tokens
     assert result.stats["num_drafter_errors"] > 0

@@ -54,7 +54,7 @@ def generate(llm: LLM) -> Run:
 def plain(request) -> tuple[str, Run]:
     require_native()
     llm = make(request.param)
-    assert llm.stats()["lossless"] == "bit"
+    assert llm.stats()["lossless"] == "bitwise"
     library = native.load()
     assert llm.stats()["native_kernels"] == f"{library.origin}, {library.instructions}"
     return request.param, generate(llm)
@@ -67,7 +67,7 @@ def test_speculative_output_is_plain_output_to_the_last_bit(plain, drafter, limi
     llm = make(dtype, drafter, **LIMITS[limits])
     fast = generate(llm)
     assert_speculated(fast.stats)
-    assert fast.stats["lossless"] == "bit"
+    assert fast.stats["lossless"] == "bitwise"
     assert fast.tokens == expected.tokens
     assert fast.logprobs == expected.logprobs
     if limits == "too few blocks":
@@ -106,7 +106,7 @@ def test_sums_whose_order_depends_on_the_step_are_seen(monkeypatch, dtype, rule)
 def test_demanding_it_changes_nothing(plain):
     dtype, expected = plain
     llm = make(dtype, deterministic=True)
-    assert llm.stats()["lossless"] == "bit"
+    assert llm.stats()["lossless"] == "bitwise"
     assert generate(llm).logprobs == expected.logprobs
 
 

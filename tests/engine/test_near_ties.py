@@ -125,7 +125,7 @@ def test_float32_output_differs_at_near_ties_only(
     for speculative in (DRAFT, "ngram"):
         fast = record(monkeypatch, speculative, params, backend)
         assert_speculated(fast.stats)
-        assert fast.stats["lossless"] == {"torch": "path", "native": "bit"}[backend]
+        assert fast.stats["lossless"] == {"torch": "tokens", "native": "bitwise"}[backend]
         without_excuse, excused = unexcused(plain, fast, params)
         assert without_excuse == 0
         assert excused <= MAX_EXCUSES[backend]
@@ -148,7 +148,7 @@ def test_a_lost_kv_row_is_not_excused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unexcused(plain, fast, params)[0] > 0
 
 
-def row_at_a_time(speculative: Any) -> tuple[list[Any], dict[str, Any]]:
+def batch_invariant_reference(speculative: Any) -> tuple[list[Any], dict[str, Any]]:
     """Tokens and logprobs of a run on torch, row at a time, and its stats."""
     params = [
         SamplingParams(temperature=t, max_tokens=20, ignore_eos=True, seed=SEED, logprobs=1)
@@ -163,13 +163,13 @@ def row_at_a_time(speculative: Any) -> tuple[list[Any], dict[str, Any]]:
         attention_backend="torch",
     )
     outputs = llm.generate(PROMPTS[:4], params, use_tqdm=False)
-    assert llm.stats()["lossless"] == "bit"
+    assert llm.stats()["lossless"] == "bitwise"
     return [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs], llm.stats()
 
 
 @pytest.fixture(scope="module")
 def plain_rows() -> list[Any]:
-    return row_at_a_time(None)[0]
+    return batch_invariant_reference(None)[0]
 
 
 @pytest.mark.parametrize("speculative", [DRAFT, "ngram"])
@@ -178,6 +178,6 @@ def test_row_at_a_time_float32_needs_no_excuse_on_torch_either(
 ) -> None:
     """Row at a time, every speculative row is a plain one to the bit: tokens are equal, full stop,
     and so is the last bit of every logprob."""
-    rows, stats = row_at_a_time(speculative)
+    rows, stats = batch_invariant_reference(speculative)
     assert_speculated(stats)
     assert rows == plain_rows

@@ -33,11 +33,11 @@ class Watcher(OracleTreeDrafter):
         for outcome in outcomes:
             if outcome.seq_id.startswith("request-2"):
                 continue  # its siblings begin where the first sequence has computed the prompt
-            taps = self.seen.setdefault(outcome.seq_id, {layer: [] for layer in LAYERS})
+            aux_layers = self.seen.setdefault(outcome.seq_id, {layer: [] for layer in LAYERS})
             for layer, rows in outcome.aux_hidden_states.items():
-                del taps[layer][outcome.start :]
-                assert len(taps[layer]) == outcome.start
-                taps[layer].extend(rows)
+                del aux_layers[layer][outcome.start :]
+                assert len(aux_layers[layer]) == outcome.start
+                aux_layers[layer].extend(rows)
             self.tops.setdefault(outcome.seq_id, []).append(outcome)
 
 
@@ -58,17 +58,17 @@ def test_aux_hidden_states_are_the_targets_hidden_states(
     for number in (0, 1, 3):
         output = result.outputs[number]
         token_ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-        taps = Watcher.seen[f"request-{number}-0"]
+        aux_layers = Watcher.seen[f"request-{number}-0"]
         with torch.no_grad():
             states = reference(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
         for layer in (0, 1):  # the last of transformers' states is after the final norm
-            seen = torch.stack(taps[layer])
+            seen = torch.stack(aux_layers[layer])
             assert len(token_ids) - 2 <= len(seen) < len(token_ids)
             assert torch.allclose(seen, states[layer][0, : len(seen)], atol=1e-4)
             assert not torch.allclose(seen[1:], states[layer][0, : len(seen) - 1], atol=1e-3)
 
 
-def test_top_tokens_are_those_of_every_judged_row(models: Any, plain: harness.Run) -> None:
+def test_top_tokens_are_those_of_every_verified_row(models: Any, plain: harness.Run) -> None:
     Watcher.tops.clear()
     settings = {"method": "watcher", "num_speculative_tokens": 12}
     result = run(make_llm(models.target, settings))

@@ -1,5 +1,5 @@
 """Ouroboros in the engine: the chain is the draft model's own, in fewer passes; its KV is right;
-the phrases behind it are judged like any draft."""
+the phrases behind it are verified like any draft."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def chain_run(
         llm = make_llm(models.target, speculative, max_num_seqs=1)
         params = [p for p in harness.mixed_params(30) if p.n == 1][:3]
         result = run(llm, harness.PROMPTS[:3], params)
-    return result, recorded.proposals, llm.engine.parts.runners[method].num_passes
+    return result, recorded.proposals, llm.engine.components.runners[method].num_passes
 
 
 @pytest.mark.parametrize("acceptance", ["coupled", "rejection", "block"])
@@ -151,15 +151,15 @@ def test_the_chain_is_the_draft_models_own_in_fewer_passes(
     assert passes < 0.95 * passes_alone
 
 
-def test_a_phrase_that_is_believed_unseen_is_noticed(
+def test_a_phrase_that_is_estimated_unseen_is_noticed(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, chains, _ = chain_run("draft_model", models.near, "coupled", models, monkeypatch)
     real = OuroborosDrafter._keep_agreeing
 
     def believing(self: Any, draft: Any, drawn: list[Children]) -> None:
-        believed = [Children([token_id], [0.5]) for token_id in draft.phrase]
-        real(self, draft, [*believed, drawn[-1]])
+        estimated = [Children([token_id], [0.5]) for token_id in draft.phrase]
+        real(self, draft, [*estimated, drawn[-1]])
 
     monkeypatch.setattr(OuroborosDrafter, "_keep_agreeing", believing)
     _, phrased, _ = chain_run("ouroboros", models.near, "coupled", models, monkeypatch)
@@ -187,7 +187,7 @@ def test_rows_of_a_draft_pass_that_failed_are_run_again(models: Any) -> None:
     """A pass over several prompts fails before it computes anything; rows that are then taken for
     computed make a perfect model's drafts wrong."""
     llm = make_llm(models.target, settings(models.target, phrases=0), strict_drafters=False)
-    runner = llm.engine.parts.drafters[0].runner
+    runner = llm.engine.components.drafters[0].runner
     forward, num_failed = runner.forward, 0
 
     def failing(batch: Any) -> Any:
@@ -283,7 +283,7 @@ def test_rejected_drafts_become_phrases_as_the_target_goes_on(models: Any) -> No
     """root -- 5 -- 6 -- 7 -- 8      5 is accepted, then 9 comes. After 6 the target says 7, after
     |    `- 20            7 it says 11, after 8 it says 12, after 20 it says 13"""
     llm = make_llm(models.target, settings(models.near))
-    drafter = llm.engine.parts.drafters[0]
+    drafter = llm.engine.components.drafters[0]
     assert isinstance(drafter, OuroborosDrafter)
     tree = TokenTree([5, 6, 7, 8, 20], [-1, 0, 1, 2, 0])
     drafter._drafted["a"] = _Drafted(tree, 4, [(0, 1)], [])

@@ -77,18 +77,20 @@ def test_a_lookup_that_is_merged_with_a_model_is_never_behind(
     speculative = {"drafters": drafters, "merge": True, "adaptive": True}
     llm = fix_costs(make_llm(models.target, speculative))
     planner = planner_of(llm)
-    lags: list[int] = []
+    uncomputed: list[int] = []
     original = planner.plan
 
     def noted(seq_ids: Any, rows: Any, shape: Any) -> Any:
-        lags.extend(lag for row in rows for lag in row.lags.values())
+        uncomputed.extend(
+            num_uncomputed for row in rows for num_uncomputed in row.uncomputed.values()
+        )
         return original(seq_ids, rows, shape)
 
     monkeypatch.setattr(planner, "plan", noted)
     prompt = list(range(5, 45))
     run(llm, [prompt], SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True))
-    assert max(lags) >= len(prompt)
-    assert lags[-1] < 12
+    assert max(uncomputed) >= len(prompt)
+    assert uncomputed[-1] < 12
 
 
 @pytest.mark.parametrize(("threads", "clock"), [(1, time.thread_time), (2, time.perf_counter)])

@@ -83,7 +83,7 @@ def test_control_a_pruned_tree_whose_rows_are_not_moved_is_noticed(
 
 def test_where_nothing_pays_a_step_is_a_plain_step(models: Any, plain: harness.Run) -> None:
     llm = fix_costs(make_llm(models.target, auto(models)), row=1.0, drafting=10.0)
-    planner_of(llm).probing.pay(1e9)
+    planner_of(llm).probing.spend(1e9)
     result = run(llm)
     assert result.tokens == plain.tokens
     assert result.stats["num_drafts"] == 0
@@ -205,13 +205,13 @@ def test_under_a_ratio_rule_the_confidence_in_drawn_tokens_decides_nothing(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    original = planner.Planner.offer
+    original = planner.Planner.score
 
     def recording(self: Any, name: str, seq_id: str, *rest: Any, **flags: Any) -> Any:
         seen.append((seq_id, rest[2]))
         return original(self, name, seq_id, *rest, **flags)
 
-    monkeypatch.setattr(planner.Planner, "offer", recording)
+    monkeypatch.setattr(planner.Planner, "score", recording)
     settings = {"method": "draft_model", "model": models.near, "adaptive": True}
     for acceptance, is_told in (("rejection", False), ("coupled", True)):
         seen.clear()
@@ -219,13 +219,13 @@ def test_under_a_ratio_rule_the_confidence_in_drawn_tokens_decides_nothing(
         params = SamplingParams(temperature=1.0, seed=1, max_tokens=24, ignore_eos=True)
         run(llm, params=params)
         assert seen
-        assert {stated is not None for _, stated in seen} == {is_told}
+        assert {confidence is not None for _, confidence in seen} == {is_told}
 
 
 def test_the_engine_tells_the_planner_how_long_steps_took(models: Any) -> None:
     llm = make_llm(models.target, {"method": "ngram", "adaptive": True})
     run(llm)
-    assert planner_of(llm).beliefs.cost.num_seen > 0
+    assert planner_of(llm).estimates.cost.num_seen > 0
     assert llm.stats()["planner"]["step_seconds"][1] > 0
 
 
@@ -233,7 +233,7 @@ def test_merged_drafters_are_asked_only_for_requests_that_take_them(models: Any)
     speculative = {"drafters": ["ngram", "suffix"], "merge": True, "adaptive": True}
     llm = fix_costs(make_llm(models.target, speculative))
     asked: Counter[str] = Counter()
-    for drafter in llm.engine.parts.drafters:
+    for drafter in llm.engine.components.drafters:
 
         def recording(rows: Any, name: str = drafter.name, propose: Any = drafter.propose) -> Any:
             asked[name] += len(rows)
@@ -260,12 +260,12 @@ def test_under_a_ratio_rule_phrases_behind_drawn_tokens_are_kept_whole(
     monkeypatch.setattr(planner.Planner, "prune", recording)
     settings = {"method": "ouroboros", "model": models.near, "draft_length": 2, "adaptive": True}
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=60, ignore_eos=True)
-    for acceptance, is_whole in (("rejection", True), ("coupled", False)):
+    for acceptance, is_indivisible in (("rejection", True), ("coupled", False)):
         left.clear()
         llm = fix_costs(make_llm(models.target, {**settings, "acceptance": acceptance}), row=0.05)
         run(llm, harness.PROMPTS[:2], params)
         assert len({size for size, _ in left}) > 1
-        assert all(size == kept for size, kept in left) == is_whole
+        assert all(size == kept for size, kept in left) == is_indivisible
 
 
 def test_a_step_whose_drafter_failed_leaves_no_unpaid_drafts(
@@ -273,7 +273,7 @@ def test_a_step_whose_drafter_failed_leaves_no_unpaid_drafts(
 ) -> None:
     llm = fix_costs(make_llm(models.target, {"method": "ngram", "adaptive": True}))
     engine, plan = llm.engine, planner_of(llm)
-    (drafter,) = engine.parts.drafters
+    (drafter,) = engine.components.drafters
 
     def failing(outcomes: Any) -> None:
         raise RuntimeError("observe")

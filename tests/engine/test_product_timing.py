@@ -49,7 +49,7 @@ class Used:
 
     def native_rows(self, llm: LLM, *, by_target: bool = True) -> list[int]:
         """Of the target, or of the models that draft for it."""
-        parts = llm.engine.parts
+        parts = llm.engine.components
         models = [r.model for r in parts.all_runners if (r is parts.target) == by_target]
         return [rows for one, rows in self.native if any(one is model for model in models)]
 
@@ -137,7 +137,7 @@ def test_without_the_waiver_no_timing_changes_a_bit(used: Used, timed: Any, dtyp
         for wanted in (None, True):
             llm = make(dtype=dtype, deterministic=wanted)
             bits.append(generate(llm, temperature=0.8).logprobs)
-            assert llm.stats()["lossless"] == "bit"
+            assert llm.stats()["lossless"] == "bitwise"
             assert llm.stats()["torch_products_from"] is None
             assert max(used.native_rows(llm)) >= 64, "timings could have moved this pass"
         assert not calls
@@ -162,7 +162,7 @@ def test_where_torch_loses_the_waiver_changes_no_bit_and_promises_none(
     llm = make(deterministic=False, seed=1)
     waived = generate(llm, temperature=0.8)
     assert waived.stats["torch_products_from"] is None
-    assert waived.stats["lossless"] == "path"
+    assert waived.stats["lossless"] == "tokens"
     assert not used.torch
     assert waived.logprobs == generate(make(), temperature=0.8).logprobs
 
@@ -178,7 +178,7 @@ def test_tokens_are_those_of_native_products(
     llm = make(drafter, deterministic=False, **LIMITS[limits])
     fast = generate(llm)
     assert_speculated(fast.stats)
-    assert fast.stats["lossless"] == "path"
+    assert fast.stats["lossless"] == "tokens"
     assert min(used.torch) >= 64
     assert 0 < max(used.native_rows(llm)) < 64
     if drafter["method"] == "draft_model":
@@ -265,7 +265,7 @@ class Clock:
 
 @pytest.fixture
 def target() -> ModelRunner:
-    return make(num_blocks=64).engine.parts.target
+    return make(num_blocks=64).engine.components.target
 
 
 def test_products_are_timed_in_turns_and_an_odd_pass_is_no_matter(

@@ -39,7 +39,7 @@ def test_speculative_output_is_plain_output(drafter: str, models: Any, plain: Ru
     assert result.tokens == plain.tokens
     assert result.logprobs == plain.logprobs
     assert_speculated(result.stats)
-    assert result.stats["lossless"] == "bit"
+    assert result.stats["lossless"] == "bitwise"
     assert result.stats["quantization"] == "int8"
 
 
@@ -58,13 +58,13 @@ def test_verifying_with_weights_that_are_not_rounded_is_noticed(models: Any, pla
 
 def test_in_batches_the_promise_is_the_path(models: Any, plain: Run) -> None:
     result = run(make(models, "draft_model", deterministic=None))
-    assert result.stats["lossless"] == "path"
+    assert result.stats["lossless"] == "tokens"
     assert_speculated(result.stats)
     assert result.logprobs[0] == pytest.approx(plain.logprobs[0], abs=1e-4)
 
 
 def test_the_draft_model_is_quantized_too(models: Any) -> None:
-    runners = make(models, "draft_model").engine.parts.runners
+    runners = make(models, "draft_model").engine.components.runners
     found = {}
     for owner, runner in runners.items():
         assert isinstance(runner.model, Decoder)

@@ -29,7 +29,7 @@ def test_a_rule_that_shares_noise_gives_the_tokens_of_plain_decoding(
 ) -> None:
     found = run(make_llm(models.target, speculative("one")))
     assert found.tokens == plain.tokens
-    assert found.stats["lossless"] == "path"
+    assert found.stats["lossless"] == "tokens"
     assert_speculated(found.stats, moved=True)
     histograms = [output.metrics.acceptance_histogram for output in found.outputs]
     assert {len(histogram) for histogram in histograms} <= {1, 2}, "it accepts one at a time"
@@ -39,7 +39,7 @@ def test_a_rule_of_its_own_coins_is_called_for_every_proposal(models: Any, plain
     found = run(make_llm(models.target, speculative("first_children")))
     greedy = [0, 3]
     assert [found.tokens[i] for i in greedy] == [plain.tokens[i] for i in greedy]
-    assert found.stats["lossless"] == "law"
+    assert found.stats["lossless"] == "distribution"
     assert_speculated(found.stats)
 
 
@@ -82,7 +82,7 @@ def test_what_a_rule_raises_reaches_the_user_with_the_name_of_the_rule(
 def test_allowing_lossy_rules_changes_none_that_is_lossless(models: Any, plain: Run) -> None:
     found = run(make_llm(models.target, speculative("coupled", allow_lossy=True)))
     assert found.tokens == plain.tokens
-    assert found.stats["lossless"] == "path"
+    assert found.stats["lossless"] == "tokens"
 
 
 @pytest.mark.parametrize(

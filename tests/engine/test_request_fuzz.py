@@ -238,7 +238,7 @@ def test_odd_requests_are_refused_or_served_and_harm_nobody(llm: LLM) -> None:
 
 
 def test_odd_requests_harm_nobody_on_the_native_kernels(native_llm: LLM) -> None:
-    assert native_llm.stats()["lossless"] == "bit"
+    assert native_llm.stats()["lossless"] == "bitwise"
     refused, _, served = check(native_llm, range(100))
     assert refused > 25
     assert served > 15

@@ -36,12 +36,12 @@ def test_a_seed_gives_the_same_tokens_in_any_company(models: Any) -> None:
 
 def test_requests_without_a_seed_and_siblings_differ(models: Any) -> None:
     llm = make_llm(models.target)
-    twins = run(llm, [[3, 4, 5]] * 2, sampled()).tokens
-    assert twins[0] != twins[1]
+    both = run(llm, [[3, 4, 5]] * 2, sampled()).tokens
+    assert both[0] != both[1]
     siblings = run(llm, [[3, 4, 5]], sampled(n=4)).tokens[0]
     assert len({tuple(s) for s in siblings}) == 4
     again = run(make_llm(models.target), [[3, 4, 5]] * 2, sampled()).tokens
-    assert again == twins
+    assert again == both
 
 
 def test_best_of_returns_the_most_likely_of_its_sequences(models: Any) -> None:
@@ -109,9 +109,9 @@ def test_a_stream_yields_every_token_once(models: Any) -> None:
     seen: dict[int, list[int]] = {0: [], 1: []}
     reasons = []
     engine = make_llm(models.target, settings).engine
-    for increment in engine.stream(as_prompts(harness.PROMPTS)[0], sampled(seed=1, n=2)):
-        seen[increment.index] += increment.token_ids
-        reasons.append(increment.finish_reason)
+    for delta in engine.stream(as_prompts(harness.PROMPTS)[0], sampled(seed=1, n=2)):
+        seen[delta.index] += delta.token_ids
+        reasons.append(delta.finish_reason)
     assert list(seen.values()) == expected
     assert reasons.count("length") == 2
 
@@ -126,9 +126,9 @@ def test_two_streams_and_a_batch_may_take_turns(models: Any) -> None:
         seen[number] += next(streams[number]).token_ids
     batch = llm.generate(prompts[2:3], params[2:], use_tqdm=False)
     for number, stream in enumerate(streams):
-        for increment in stream:
-            seen[number] += increment.token_ids
-        assert increment.finish_reason == "length"
+        for delta in stream:
+            seen[number] += delta.token_ids
+        assert delta.finish_reason == "length"
     assert [[tokens] for tokens in seen] == expected[:2]
     assert [batch[0].outputs[0].token_ids] == expected[2]
 
@@ -151,7 +151,7 @@ def test_a_stream_that_is_closed_aborts_its_request(models: Any) -> None:
     assert engine.manager.num_free_blocks == engine.manager.num_blocks
 
 
-class Forgetless(harness.LyingDrafter):
+class Forgetless(harness.AdversarialDrafter):
     """Fails at everything but proposing."""
 
     def observe(self, outcomes: list[Any]) -> None:
@@ -200,7 +200,7 @@ def test_a_stream_of_best_of_is_the_best(models: Any) -> None:
     params = sampled(n=1, best_of=4, seed=3)
     expected = run(make_llm(models.target), [[5, 6, 7, 8]], params).tokens[0]
     stream = make_llm(models.target).engine.stream({"prompt_token_ids": [5, 6, 7, 8]}, params)
-    assert [increment.token_ids for increment in stream] == expected
+    assert [delta.token_ids for delta in stream] == expected
 
 
 def test_a_request_without_an_id_gets_a_free_one(models: Any) -> None:
@@ -301,7 +301,7 @@ def test_a_proposal_that_may_not_be_is_the_drafters_failure(
 @pytest.mark.parametrize("acceptance", ["coupled", "rejection", "block"])
 def test_one_seed_is_one_noise_only_where_drafts_may_know_it(acceptance: str, models: Any) -> None:
     """Drafters remember what other requests said. Under a ratio rule they must not learn from a
-    request with the same noise, or what they say depends on the coins that judge it."""
+    request with the same noise, or what they say depends on the coins that verify it."""
     llm = make_llm(models.target, {"method": "ngram", "acceptance": acceptance})
     params = SamplingParams(seed=7, max_tokens=12, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": [5, 6, 7]}] * 2, params, use_tqdm=False)

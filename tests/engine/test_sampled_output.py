@@ -1,8 +1,9 @@
-"""The promise of `rejection` and `block`: the law of plain sampling, from the engine as users run
-it.
+"""The promise of `rejection` and `block`: the distribution of plain sampling, from the engine as
+users run it.
 
 3,000 sequences draw three tokens after one prompt, from four that are allowed, with a draft model
-that knows nothing; their joint frequencies are held against the exact law of plain sampling.
+that knows nothing; their joint frequencies are held against the exact distribution of plain
+sampling.
 """
 
 from __future__ import annotations
@@ -26,29 +27,29 @@ LENGTH = 3
 NUM_SEQUENCES = 3000
 
 
-def exact_law(folder: str) -> dict[tuple[int, ...], float]:
+def exact_distribution(folder: str) -> dict[tuple[int, ...], float]:
     """Probability of every output of `LENGTH` allowed tokens at temperature 1, in float64."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    law = {(): 1.0}
+    distribution = {(): 1.0}
     for _ in range(LENGTH):
         longer = {}
         with torch.no_grad():
-            for output, weight in law.items():
+            for output, weight in distribution.items():
                 logits = model(torch.tensor([[*PROMPT, *output]])).logits[0, -1]
                 for token, prob in zip(ALLOWED, logits[ALLOWED].softmax(-1), strict=True):
                     longer[(*output, token)] = weight * float(prob)
-        law = longer
-    return law
+        distribution = longer
+    return distribution
 
 
-def chi_square(law: dict[tuple[int, ...], float], outputs: list[tuple[int, ...]]) -> float:
+def chi_square(distribution: dict[tuple[int, ...], float], outputs: list[tuple[int, ...]]) -> float:
     """Chi-square in standard deviations above its mean; cells that expect less than 5 are
     pooled."""
     counts = Counter(outputs)
-    assert set(counts) <= set(law), "a token that the law calls impossible"
+    assert set(counts) <= set(distribution), "a token that the distribution calls impossible"
     cells: list[tuple[float, float]] = []
     rest_expected = rest_seen = 0.0
-    for output, prob in law.items():
+    for output, prob in distribution.items():
         expected, seen = prob * len(outputs), counts[output]
         if expected >= 5:
             cells.append((expected, seen))
@@ -79,20 +80,21 @@ def sample(models: Any, acceptance: str) -> tuple[list[tuple[int, ...]], dict[st
 
 
 @pytest.mark.parametrize("acceptance", ["coupled", "rejection", "block"])
-def test_outputs_follow_the_law_of_plain_sampling(acceptance: str, models: Any) -> None:
+def test_outputs_follow_the_distribution_of_plain_sampling(acceptance: str, models: Any) -> None:
     outputs, stats = sample(models, acceptance)
     harness.assert_speculated(stats)
     # With about 60 cells, 8 standard deviations are a false alarm of about 1e-9.
-    assert chi_square(exact_law(models.target), outputs) < 8
+    assert chi_square(exact_distribution(models.target), outputs) < 8
 
 
 def test_resampling_without_the_residual_is_noticed(
     models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Control: after a rejection the next token is drawn from the target's whole law.
+    """Control: after a rejection the next token is drawn from the target's whole distribution.
 
-    (Noise shared between drafts and residual is the control of tests/spec/test_sampled_law.py.)
+    (Noise shared between drafts and residual is the control of
+    tests/spec/test_sampled_distribution.py.)
     """
-    monkeypatch.setattr(verify, "_residual", lambda law, *_, **__: law)
+    monkeypatch.setattr(verify, "_residual", lambda distribution, *_, **__: distribution)
     outputs, _ = sample(models, "rejection")
-    assert chi_square(exact_law(models.target), outputs) > 12
+    assert chi_square(exact_distribution(models.target), outputs) > 12

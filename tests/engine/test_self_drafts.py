@@ -12,7 +12,7 @@ from torch import Tensor
 
 from folospec import LLM, SamplingParams, register_drafter
 from folospec.kernels.torch_ops import Int8Weight
-from folospec.models import views
+from folospec.models import self_draft
 from folospec.spec.drafters.model_drafter import DRAFTING_OPTIONS, ModelDrafter
 from folospec.worker.model_runner import ModelRunner
 
@@ -77,7 +77,7 @@ class Rows:
 
 
 def committed_rows(llm: LLM, seq: Any) -> Tensor:
-    kv = llm.engine.parts.target.kv
+    kv = llm.engine.components.target.kv
     assert kv is not None
     slots = llm.engine.manager.slots(seq, 0, seq.num_computed_tokens)
     return torch.stack([t[slots] for layer in kv.layers for t in layer], dim=1)
@@ -98,7 +98,7 @@ def coarse_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         scale = weight.abs().amax(dim=1) / 7
         return Int8Weight((weight / scale[:, None]).round().to(torch.int8), scale)
 
-    monkeypatch.setattr(views, "quantize_int8", quantize)
+    monkeypatch.setattr(self_draft, "quantize_int8", quantize)
 
 
 @pytest.mark.parametrize(("drafter", "situation"), CASES)
@@ -143,9 +143,11 @@ def test_a_draft_row_that_is_kept_is_noticed(
     """Control: layer 0 keeps what the draft has written at the root's slot, or behind it."""
     real = ModelRunner.forward
 
-    def forward(self: ModelRunner, batch: Any, taps: Any = (), walks: Any = None) -> Any:
-        if self is not llm.engine.parts.target:
-            return real(self, batch, taps, walks)
+    def forward(
+        self: ModelRunner, batch: Any, aux_layers: Any = (), packed_trees: Any = None
+    ) -> Any:
+        if self is not llm.engine.components.target:
+            return real(self, batch, aux_layers, packed_trees)
         keep = [
             rows.block_table[index // 4] * 4 + index % 4
             for rows in batch
@@ -155,7 +157,7 @@ def test_a_draft_row_that_is_kept_is_noticed(
         ]
         assert self.kv is not None
         draft_rows = [t[keep] for t in self.kv.layers[0]]
-        result = real(self, batch, taps, walks)
+        result = real(self, batch, aux_layers, packed_trees)
         for tensor, draft in zip(self.kv.layers[0], draft_rows, strict=True):
             tensor[keep] = draft
         return result
@@ -195,7 +197,7 @@ def test_drafts_of_the_whole_target_are_all_accepted(
 def test_a_view_that_sees_other_kv_than_the_targets_is_noticed(models: Any) -> None:
     """Control of the test above: with KV of its own, which nobody fills, the view is lost."""
     llm = make_llm(models.target, {"method": "whole_target"})
-    (view,), target = llm.engine.parts.views, llm.engine.parts.target
+    (view,), target = llm.engine.components.views, llm.engine.components.target
     assert view.kv is target.kv is not None
     view.make_kv(target.kv.layers[0].key.shape[0] // 16, 16, torch.device("cpu"))
     stats = run(llm).stats

@@ -8,7 +8,7 @@ from typing import Any
 
 import harness
 import pytest
-from harness import MoodyDrafter, assert_speculated, make_llm, run
+from harness import IrregularDrafter, assert_speculated, make_llm, run
 
 from folospec import Drafter, Proposal, SamplingParams, SpeculativeConfig, register_drafter
 from folospec.core.token_tree import TokenTree
@@ -100,8 +100,8 @@ def test_merged_trees_hold_the_nodes_of_all(
     assert merged
     assert {tuple(p.draft_slots) for p in merged} == {("draft_model", "draft_model-2")}
     pairs = [[(p.tree.parents[n], p.tree.token_ids[n]) for n in range(len(p))] for p in merged]
-    has_twins = any(len(set(pair)) < len(pair) for pair in pairs)
-    assert has_twins == (acceptance == "rejection")
+    has_duplicates = any(len(set(pair)) < len(pair) for pair in pairs)
+    assert has_duplicates == (acceptance == "rejection")
 
 
 def test_each_drafter_is_told_where_its_own_nodes_are(models: Any) -> None:
@@ -121,8 +121,8 @@ def test_each_drafter_is_told_where_its_own_nodes_are(models: Any) -> None:
 @pytest.mark.usefixtures("oracle")
 def test_one_that_fails_does_not_silence_the_others(models: Any, plain: Any) -> None:
     for merge in (False, True):
-        MoodyDrafter.asked = 0
-        drafters = ["moody", near(models, num_speculative_tokens=3)]
+        IrregularDrafter.asked = 0
+        drafters = ["irregular", near(models, num_speculative_tokens=3)]
         llm = make_llm(models.target, {"drafters": drafters, "merge": merge}, strict_drafters=False)
         result = run(llm)
         assert result.tokens == plain.tokens
@@ -212,6 +212,6 @@ def test_drafters_of_a_request_are_a_list_of_names(value: Any) -> None:
 
 def test_a_drafter_is_found_by_its_name(models: Any) -> None:
     llm = make_llm(models.target, [NGRAM, near(models), near(models)])
-    assert llm.drafter("draft_model-2") is llm.engine.parts.drafters[2]
+    assert llm.drafter("draft_model-2") is llm.engine.components.drafters[2]
     with pytest.raises(ValueError, match=r"one of \['draft_model', .*\], got 'suffix'"):
         llm.drafter("suffix")

@@ -15,7 +15,7 @@ from harness import Run, as_prompts, make_llm
 
 from folospec import LLM, EngineBrokenError, RequestError, SamplingParams
 from folospec.core.sequence import Sequence, SequenceGroup
-from folospec.requests.logprobs import LogprobsTaker
+from folospec.requests.logprobs import LogprobsProcessor
 from folospec.spec import verifier
 from folospec.spec.verify_batch import verify_batch
 
@@ -125,10 +125,10 @@ def test_an_error_that_one_request_causes_ends_it_alone(
 def test_prompt_logprobs_that_fail_end_their_request(
     models: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: LogprobsTaker, *args: Any) -> None:
+    def fail(self: LogprobsProcessor, *args: Any) -> None:
         raise OSError("no such table")
 
-    monkeypatch.setattr(LogprobsTaker, "take_prompt", fail)
+    monkeypatch.setattr(LogprobsProcessor, "take_prompt", fail)
     llm = make(models)
     outputs = generate(llm)
     assert [output.error for output in outputs] == [None, "OSError: no such table", None, None]
@@ -177,7 +177,7 @@ STAGES_OF_THE_ENGINE: dict[str, Callable[[LLM], tuple[Any, str]]] = {
     "plan": lambda llm: (llm.engine.proposer, "plan"),
     "schedule": lambda llm: (llm.engine.scheduler, "schedule"),
     "propose": lambda llm: (llm.engine.proposer, "propose"),
-    "forward": lambda llm: (llm.engine.parts.target, "forward"),
+    "forward": lambda llm: (llm.engine.components.target, "forward"),
     "verify": lambda llm: (llm.engine.verifier, "verify"),
     "copy and move KV": lambda llm: (llm.engine.worker, "apply"),
     "commit": lambda llm: (llm.engine.committer, "commit"),
@@ -279,7 +279,7 @@ def test_a_second_ctrl_c_does_not_wait(models: Any, monkeypatch: pytest.MonkeyPa
             signal.raise_signal(signal.SIGINT)
         pytest.fail("the second one raises")
 
-    monkeypatch.setattr(llm.engine.parts.target, "forward", stuck)
+    monkeypatch.setattr(llm.engine.components.target, "forward", stuck)
     with pytest.raises(KeyboardInterrupt):
         generate(llm)
     with pytest.raises(EngineBrokenError, match="KeyboardInterrupt"):

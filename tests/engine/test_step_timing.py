@@ -38,7 +38,7 @@ def test_what_was_measured_is_used_again(
     monkeypatch.setattr(step_timing, "measure", measured_again)
     second = make_llm(models.target, "auto")
     curves = [
-        llm.engine.proposer.step_planner.planner.beliefs.cost.curve for llm in (first, second)
+        llm.engine.proposer.step_planner.planner.estimates.cost.curve for llm in (first, second)
     ]
     assert curves[0].points == curves[1].points
     assert set(curves[0].points) <= set(step_timing.ROW_COUNTS)
@@ -61,7 +61,7 @@ def test_a_draft_model_is_measured_too(models: Any, cache: Path) -> None:
 def test_measuring_leaves_the_pool_as_it_was(models: Any, cache: Path) -> None:
     llm = make_llm(models.target, "auto", num_blocks=16, block_size=4)
     assert llm.stats()["num_free_blocks"] == 16
-    assert max(llm.engine.proposer.step_planner.planner.beliefs.cost.curve.points) <= 64
+    assert max(llm.engine.proposer.step_planner.planner.estimates.cost.curve.points) <= 64
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_without_a_cache_folder_costs_are_measured_and_not_kept(
 
     monkeypatch.setattr(step_timing, "cache_folder", homeless)
     llm = make_llm(models.target, "auto")
-    assert set(llm.engine.proposer.step_planner.planner.beliefs.cost.curve.points) <= set(
+    assert set(llm.engine.proposer.step_planner.planner.estimates.cost.curve.points) <= set(
         step_timing.ROW_COUNTS
     )
     assert "not kept" in caplog.text

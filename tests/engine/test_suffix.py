@@ -32,7 +32,7 @@ def form(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def the_drafter(llm: Any) -> SuffixDrafter:
-    (source,) = llm.engine.parts.drafters
+    (source,) = llm.engine.components.drafters
     return source
 
 

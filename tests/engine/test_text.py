@@ -154,8 +154,8 @@ def test_streamed_text_is_the_final_text_and_holds_back_half_a_stop(llms: dict[s
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=stop)
     for name in ("plain", "self"):
         streamed = ""
-        for increment in llms[name].engine.stream(PROMPT, params):
-            streamed += increment.text
+        for delta in llms[name].engine.stream(PROMPT, params):
+            streamed += delta.text
             assert whole.startswith(streamed)
         assert streamed == whole[: whole.index(stop)]
 

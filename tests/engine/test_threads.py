@@ -222,8 +222,8 @@ def test_streams_in_threads_have_the_tokens_they_have_alone(models: Any, alone: 
 
     def stream(call: tuple[list[int], SamplingParams]) -> list[list[int]]:
         seen: list[list[int]] = [[] for _ in range(call[1].n)]
-        for increment in llm.engine.stream(*call):
-            seen[increment.index] += increment.token_ids
+        for delta in llm.engine.stream(*call):
+            seen[delta.index] += delta.token_ids
         return seen
 
     with ThreadPoolExecutor(4) as pool:

@@ -113,8 +113,8 @@ def test_streams_of_siblings_add_up_to_their_texts(llm: LLM) -> None:
         params = SamplingParams(max_tokens=40, n=3, seed=5, stop=stop, temperature=1.5)
         final = llm.generate([[word, 0xE9]], params, use_tqdm=False)[0].outputs
         streamed = ["", "", ""]
-        for increment in llm.engine.stream([word, 0xE9], params):
-            streamed[increment.index] += increment.text
+        for delta in llm.engine.stream([word, 0xE9], params):
+            streamed[delta.index] += delta.text
         assert streamed == [completion.text for completion in final]
         assert len(set(streamed)) == 3
         if not stop:
@@ -134,8 +134,8 @@ def test_a_stream_makes_no_snapshot_of_what_it_has_sent(
 
     monkeypatch.setattr(OutputProcessor, "make_output", counted)
     params = SamplingParams(max_tokens=30, seed=1)
-    increments = [*llm.engine.stream([5, 6], params)]
-    assert sum(len(increment.token_ids) for increment in increments) == 30
+    deltas = [*llm.engine.stream([5, 6], params)]
+    assert sum(len(delta.token_ids) for delta in deltas) == 30
     assert made == []
     llm.generate([5, 6], params, use_tqdm=False)
     assert len(made) == 1

@@ -202,7 +202,7 @@ def test_drafted_probabilities_and_confidence_are_those_of_the_nodes(
         n for t in steps for s in t.sequences if s.proposal is not None for n in s.proposal.nodes
     ]
     probs = [n.draft_prob for n in nodes if n.draft_prob is not None]
-    assert 0 < len(probs) < len(nodes)  # greedy drafts are one-hot, and have no law
+    assert 0 < len(probs) < len(nodes)  # greedy drafts are one-hot, and have no distribution
     assert len({round(p, 6) for p in probs}) > 10
     assert all(0.0 < p <= 1.0 for p in probs)
     assert all(n.confidence is not None and 0.0 <= n.confidence <= 1.0 for n in nodes)
@@ -220,7 +220,7 @@ def verdicts_of(
     return list(node_verdicts(proposal, Verdict(path, 9), tries_in_order=tries_in_order))
 
 
-def test_verdicts_of_siblings_twins_and_scratch_rows() -> None:
+def test_verdicts_of_siblings_duplicates_and_scratch_rows() -> None:
     #  root - 0:1 - 2:5 - 4:6          path 1, 3
     #       ` 1:2 - 3:7
     #       ` 5:3
@@ -230,9 +230,9 @@ def test_verdicts_of_siblings_twins_and_scratch_rows() -> None:
     assert verdicts_of(parents, token_ids, [1, 3]) == expected
     in_order = verdicts_of(parents, token_ids, [1, 3], tries_in_order=True)
     assert in_order == [*expected[:5], no]
-    twin = [2, *token_ids[1:]]
-    assert verdicts_of(parents, twin, [1, 3]) == [no, *expected[1:]]
-    assert verdicts_of(parents, twin, [1, 3], tries_in_order=True) == in_order
+    duplicate = [2, *token_ids[1:]]
+    assert verdicts_of(parents, duplicate, [1, 3]) == [no, *expected[1:]]
+    assert verdicts_of(parents, duplicate, [1, 3], tries_in_order=True) == in_order
     candidate = [False, True, True, True, True, False]
     scratch = verdicts_of(parents, token_ids, [1, 3], candidate)
     assert scratch == ["scratch", yes, no, yes, no, "scratch"]
@@ -303,7 +303,7 @@ def test_a_stop_cuts_the_new_tokens_and_not_the_verdict(
     params = SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[stop], ignore_eos=True)
     settings = {"method": "oracle_tree", "num_speculative_tokens": 30}
     llm = make_llm(models.target, settings, trace=tmp_path / "t")
-    drafter: Any = llm.engine.parts.drafters[0]
+    drafter: Any = llm.engine.components.drafters[0]
     drafter.lie_rate = 0.0
     result = run(llm, harness.PROMPTS[:1], params)
     last = list(read_trace(tmp_path / "t")[1])[-1].sequences[0]

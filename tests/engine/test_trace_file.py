@@ -69,7 +69,7 @@ def test_an_old_file_stays_until_the_engine_is_made_and_is_replaced_then(
 
 def test_a_run_that_ends_with_an_exception_leaves_whole_lines(models: Any, tmp_path: Path) -> None:
     path = tmp_path / "t"
-    llm = make_llm(models.target, {"method": "moody"}, trace=path)
+    llm = make_llm(models.target, {"method": "irregular"}, trace=path)
     with pytest.raises(RuntimeError, match="not in the mood"):
         run(llm)
     _, steps = read_trace(path)
@@ -82,8 +82,8 @@ def test_a_step_whose_drafter_fails_to_observe_is_traced(
     def fail(self: Any, outcomes: Any) -> None:
         raise RuntimeError("cannot learn")
 
-    monkeypatch.setattr(harness.LyingDrafter, "observe", fail)
-    llm = make_llm(models.target, {"method": "liar"}, trace=tmp_path / "t")
+    monkeypatch.setattr(harness.AdversarialDrafter, "observe", fail)
+    llm = make_llm(models.target, {"method": "adversarial"}, trace=tmp_path / "t")
     with pytest.raises(RuntimeError, match="cannot learn"):
         run(llm)
     steps = list(read_trace(tmp_path / "t")[1])

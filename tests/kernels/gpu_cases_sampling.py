@@ -17,18 +17,18 @@ from folospec.kernels.gpu.sampling_arrays import (
     arrays_of,
     child_arrays,
     on_device,
-    read_walks,
+    read_paths,
     result_size,
     sizes,
 )
 from folospec.kernels.native_children import NO_NOISE, pack_wanted
-from folospec.kernels.sampling_records import Walks, pack_law
+from folospec.kernels.sampling_records import PackedTrees, pack_sampling
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import SamplingRow, pack_filters, process
 from folospec.sampling.sampler import draw_target
 from folospec.sampling_params import SamplingParams
-from folospec.spec.trees.children import Place, draw_children
+from folospec.spec.trees.children import ChildRequest, draw_children
 
 NEG_INF = -math.inf
 PART = 16
@@ -146,10 +146,10 @@ def draws(
     rows: Rows, name: str, device: torch.device, sampling: Sampling, rng: random.Random
 ) -> Case:
     params = rows.params
-    logits, keys, asked = logits_of(rows, rng), streams(len(params), rng), Walks()
+    logits, keys, asked = logits_of(rows, rng), streams(len(params), rng), PackedTrees()
     remote = on_canvas(logits, device)
     for row, (p, (seed, index, position)) in enumerate(zip(params, keys, strict=True)):
-        asked.add(pack_law(seed, index, pack_filters(p)), row, position)
+        asked.add(pack_sampling(seed, index, pack_filters(p)), row, position)
 
     def expected() -> dict[str, Tensor]:
         log_probs = process(logits, [SamplingRow(p, draft_token_ids=[0]) for p in params])
@@ -159,50 +159,50 @@ def draws(
     case = Case(name=name, run=lambda: {}, expected=expected)
 
     def run() -> dict[str, Tensor]:
-        found = walked(rows.sampling(sampling), remote, asked, case, rows.filters)
+        found = verified(rows.sampling(sampling), remote, asked, case, rows.filters)
         return {"tokens": found["tokens"], "peaks": nan_to_num(found["peaks"])}
 
     case.run = run
     return case
 
 
-def walked(
-    sampling: DeviceSampling, logits: Tensor, asked: Walks, case: Case, filters: bool = True
+def verified(
+    sampling: DeviceSampling, logits: Tensor, asked: PackedTrees, case: Case, filters: bool = True
 ) -> dict[str, Tensor]:
     """Walk with room for more than there is; what is beyond must do no harm."""
-    num_walks, num_nodes = len(asked) + 2, len(asked.nodes) // 2 + 5
+    num_trees, num_nodes = len(asked) + 2, len(asked.nodes) // 2 + 5
     tensors = {}
-    for name, (dtype, length) in sizes(num_walks, num_nodes).items():
+    for name, (dtype, length) in sizes(num_trees, num_nodes).items():
         tensors[name] = torch.full((length,), -1 if name == "draws" else 0, dtype=dtype)
     for name, array in arrays_of(asked).items():
         tensors[name][: len(array)] = torch.from_numpy(array.copy())
     tensors = {name: tensor.to(logits.device) for name, tensor in tensors.items()}
-    result = Canvas((result_size(num_walks, num_nodes),), torch.int64, logits.device)
+    result = Canvas((result_size(num_trees, num_nodes),), torch.int64, logits.device)
     case.canvases[:] = [result]
-    sampling.run_walks(logits, tensors, result.tensor, filters=filters)
-    return outcome(result.tensor, asked, num_walks)
+    sampling.run_verify(logits, tensors, result.tensor, filters=filters)
+    return outcome(result.tensor, asked, num_trees)
 
 
-def outcome(result: Tensor, asked: Walks, num_walks: int) -> dict[str, Tensor]:
-    found = read_walks(result.cpu(), asked, num_walks)
+def outcome(result: Tensor, asked: PackedTrees, num_trees: int) -> dict[str, Tensor]:
+    found = read_paths(result.cpu(), asked, num_trees)
     return {
-        "tokens": torch.tensor([walk.token_id for walk in found]),
-        "lengths": torch.tensor([len(walk.path) for walk in found]),
-        "paths": torch.tensor([node for walk in found for node in walk.path]).long(),
-        "peaks": torch.tensor([walk.peak for walk in found]).float(),
+        "tokens": torch.tensor([one.token_id for one in found]),
+        "lengths": torch.tensor([len(one.path) for one in found]),
+        "paths": torch.tensor([node for one in found for node in one.path]).long(),
+        "peaks": torch.tensor([one.peak for one in found]).float(),
     }
 
 
-def laws(
+def log_probs(
     rows: Rows, name: str, device: torch.device, sampling: Sampling, rng: random.Random
 ) -> Case:
-    packed = [pack_law(0, 0, pack_filters(p)) for p in rows.params]
+    packed = [pack_sampling(0, 0, pack_filters(p)) for p in rows.params]
     logits = logits_of(rows, rng)
     remote = on_canvas(logits, device)
 
     def run() -> dict[str, Tensor]:
-        law_of = range(len(packed))
-        log_probs, peaks = rows.sampling(sampling).start_log_probs(remote, packed, law_of)
+        params_of = range(len(packed))
+        log_probs, peaks = rows.sampling(sampling).start_log_probs(remote, packed, params_of)
         return {"log_probs": log_probs, "possible": log_probs > NEG_INF, "peaks": peaks}
 
     def expected() -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ def children(
         place = NO_NOISE if p.greedy else position - advance
         wanted.append(pack_wanted(row, place, 1, scale))
     packed = [
-        pack_law(seed, index, pack_filters(p))
+        pack_sampling(seed, index, pack_filters(p))
         for p, (seed, index, _) in zip(params, keys, strict=True)
     ]
     result = Canvas((3, len(params)), torch.int64, device)
@@ -244,7 +244,7 @@ def children(
     def expected() -> dict[str, Tensor]:
         log_probs = process(logits, [SamplingRow(p) for p in params], soften_greedy=True)
         places = [
-            Place(1, [noise.key(*key, Purpose.TARGET)], p.temperature)
+            ChildRequest(1, [noise.key(*key, Purpose.TARGET)], p.temperature)
             for p, key in zip(params, keys, strict=True)
         ]
         drawn = draw_children("coupled", log_probs, places, sharpness)
@@ -263,5 +263,5 @@ IMPOSSIBLE = Rows("impossible", 40, PLAIN[:4])
 BUILDS: dict[str, Build] = {
     f"{build.__name__}: {name}": partial(build, rows)
     for name, rows in ROWS.items()
-    for build in (draws, laws, children)
+    for build in (draws, log_probs, children)
 } | {"draws: impossible": partial(draws, IMPOSSIBLE)}

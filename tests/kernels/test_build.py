@@ -76,7 +76,7 @@ def test_without_a_compiler_everything_runs_on_torch_and_says_so_once(
     for llm in engines:
         [output] = llm.generate(["def f(x):"], params, use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 8
-        assert llm.stats()["lossless"] == "path"
+        assert llm.stats()["lossless"] == "tokens"
         assert llm.stats()["native_kernels"] is None
     reason = "there is no C++ compiler (/nonexistent/c++ is not on the path)"
     assert native.why_not() == reason

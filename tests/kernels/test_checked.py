@@ -15,10 +15,10 @@ from folospec.kernels.checked import array_pointer, check_ids, pack_ids, pointer
 from folospec.kernels.native import Native, floats, matrix
 from folospec.kernels.native_children import NO_NOISE, pack_wanted
 from folospec.kernels.native_suffix import NativeSuffixIndex, SuffixAsk, SuffixRules
-from folospec.kernels.sampling_records import Walks, pack_filters, pack_law
+from folospec.kernels.sampling_records import PackedTrees, pack_filters, pack_sampling
 from folospec.kernels.torch_ops import Int8Weight
 
-LAW = pack_law(0, 0, pack_filters(1.0, 0, 1.0, 0.0))
+PARAMS = pack_sampling(0, 0, pack_filters(1.0, 0, 1.0, 0.0))
 NO_INTEGERS = [[1, 2.5], [math.nan], [np.float64(3.0)], ["1"], "12", b"12345678", [None], [2**63]]
 
 
@@ -137,26 +137,26 @@ def test_filters_out_of_range_are_not_packed(filters):
 
 
 @pytest.mark.parametrize("ids", NO_INTEGERS)
-def test_a_sequence_of_other_things_than_tokens_is_not_walked(ids):
-    walks = Walks()
+def test_a_sequence_of_other_things_than_tokens_is_not_verified(ids):
+    packed_trees = PackedTrees()
     for token_ids, parents in ((ids, [-1] * len(ids)), ([0] * len(ids), ids)):
         with pytest.raises(ValueError, match="must be integers"):
-            walks.add(LAW, 0, 0, token_ids, parents)
-    with pytest.raises(ValueError, match="a law must have 48 bytes, got 47"):
-        walks.add(LAW[:-1], 0, 0)
-    assert len(walks) == 0
+            packed_trees.add(PARAMS, 0, 0, token_ids, parents)
+    with pytest.raises(ValueError, match="a parameter set must have 48 bytes, got 47"):
+        packed_trees.add(PARAMS[:-1], 0, 0)
+    assert len(packed_trees) == 0
 
 
 def test_logits_of_another_kind_are_not_sampled_from(native):
     sampling, children = native_sampling.load(), native_children.load()
-    walks = Walks()
-    walks.add(LAW, 0, 0)
+    packed_trees = PackedTrees()
+    packed_trees.add(PARAMS, 0, 0)
     wanted = [pack_wanted(0, NO_NOISE, 1, 1.0)]
     for logits in (torch.zeros(1, 8).double(), torch.zeros(8), torch.zeros(1, 16)[:, ::2]):
         for run in (
-            lambda x: sampling.walk(x, walks),
-            lambda x: sampling.log_probs(x, [LAW], [0]),
-            lambda x: children.draw(x, [LAW], wanted, 1),
+            lambda x: sampling.draw_and_verify(x, packed_trees),
+            lambda x: sampling.log_probs(x, [PARAMS], [0]),
+            lambda x: children.draw(x, [PARAMS], wanted, 1),
         ):
             with pytest.raises(ValueError, match="logits must be contiguous float32"):
                 run(logits)
@@ -164,30 +164,32 @@ def test_logits_of_another_kind_are_not_sampled_from(native):
 
 def test_parents_that_are_no_nodes_lead_nowhere(native):
     """They are compared, never followed."""
-    walks = Walks()
-    walks.add(LAW, 0, 0, [0, 0, 0], [99, -7, 2**40])
-    [walk] = native_sampling.load().walk(torch.zeros(4, 1), walks)
-    assert (walk.path, walk.token_id) == ([], 0)
+    packed_trees = PackedTrees()
+    packed_trees.add(PARAMS, 0, 0, [0, 0, 0], [99, -7, 2**40])
+    [one] = native_sampling.load().draw_and_verify(torch.zeros(4, 1), packed_trees)
+    assert (one.path, one.token_id) == ([], 0)
 
 
 @pytest.mark.parametrize(
-    ("laws", "wanted"),
+    ("all_params", "wanted"),
     [
-        ([LAW], [pack_wanted(1, 0, 1, 1.0)]),
-        ([LAW], [pack_wanted(-1, 0, 1, 1.0)]),
-        ([LAW], [pack_wanted(0, 0, 3, 1.0)]),
-        ([LAW], [pack_wanted(0, 0, -1, 1.0)]),
-        ([LAW], []),
-        ([LAW[1:]], [pack_wanted(0, 0, 1, 1.0)]),
+        ([PARAMS], [pack_wanted(1, 0, 1, 1.0)]),
+        ([PARAMS], [pack_wanted(-1, 0, 1, 1.0)]),
+        ([PARAMS], [pack_wanted(0, 0, 3, 1.0)]),
+        ([PARAMS], [pack_wanted(0, 0, -1, 1.0)]),
+        ([PARAMS], []),
+        ([PARAMS[1:]], [pack_wanted(0, 0, 1, 1.0)]),
     ],
 )
-def test_children_of_a_law_or_a_count_that_is_not_there_are_refused(native, laws, wanted):
-    with pytest.raises(ValueError, match="law|wanted"):
-        native_children.load().draw(torch.zeros(1, 8), laws, wanted, 2)
+def test_children_of_a_distribution_or_a_count_that_is_not_there_are_refused(
+    native, all_params, wanted
+):
+    with pytest.raises(ValueError, match="parameter set|wanted"):
+        native_children.load().draw(torch.zeros(1, 8), all_params, wanted, 2)
 
 
 def test_no_children_can_be_asked_for(native):
-    drawn = native_children.load().draw(torch.zeros(1, 8), [LAW], [pack_wanted(0, 0, 0, 1.0)], 2)
+    drawn = native_children.load().draw(torch.zeros(1, 8), [PARAMS], [pack_wanted(0, 0, 0, 1.0)], 2)
     assert drawn == [([], [])]
 
 

@@ -1,4 +1,4 @@
-"""The measure by which kernels are judged sees a single bad row, and no more than there is."""
+"""The measure by which kernels are verified sees a single bad row, and no more than there is."""
 
 import math
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from folospec import SamplingParams
 from folospec.kernels import native_children
 from folospec.kernels.native_children import NO_NOISE, NativeChildren, pack_wanted
-from folospec.kernels.sampling_records import pack_filters, pack_law
+from folospec.kernels.sampling_records import pack_filters, pack_sampling
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import SamplingRow, process
-from folospec.spec.trees.children import Children, Place, draw_children
+from folospec.spec.trees.children import Children, ChildRequest, draw_children
 
 NUM_ROWS, SHARPNESS = 24, 1.7
 PARAMS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ def oracle(logits: Tensor, params: SamplingParams, count: int, how: str) -> list
     rows = [SamplingRow(params=params, is_draft=True) for _ in logits]
     log_probs = process(logits, rows, soften_greedy=True)
     keys = [noise.key(row, 1, 50 + row, Purpose.TARGET) for row in range(len(logits))]
-    places = [Place(count, [key], params.temperature) for key in keys]
+    places = [ChildRequest(count, [key], params.temperature) for key in keys]
     return draw_children(how, log_probs, places, SHARPNESS)
 
 
@@ -72,8 +72,8 @@ def draw(
         pack_wanted(row, 50 + row + late if is_noisy else NO_NOISE, count, scale)
         for row in range(len(logits))
     ]
-    laws = [pack_law(row, 1, filters) for row in range(len(logits))]
-    return native.draw(logits, laws, wanted, count)
+    all_params = [pack_sampling(row, 1, filters) for row in range(len(logits))]
+    return native.draw(logits, all_params, wanted, count)
 
 
 @pytest.mark.parametrize("how", ["coupled", "top_k"])

@@ -1,4 +1,5 @@
-"""The native form of drawing is the torch form: the same tokens, laws and sets of what is kept."""
+"""The native form of drawing is the torch form: the same tokens, parameter sets and sets of what is
+kept."""
 
 import math
 import random
@@ -12,7 +13,7 @@ from native_builds import NEON, X86, built_for, require_native
 from folospec.core.token_tree import TokenTree
 from folospec.kernels import native_sampling
 from folospec.kernels.native_sampling import NativeSampling
-from folospec.kernels.sampling_records import Walks, pack_law
+from folospec.kernels.sampling_records import PackedTrees, pack_sampling
 from folospec.sampling import noise
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import SamplingRow, pack_filters, process
@@ -66,18 +67,18 @@ def random_params(rng: random.Random) -> SamplingParams:
     return SamplingParams(**{name: rng.choice(values) for name, values in OPTIONS.items()})
 
 
-def draw(native, logits, laws, rows, positions):
+def draw(native, logits, all_params, rows, positions):
     """Tokens and peaks of rows without trees."""
-    walks = Walks()
-    for law, row, position in zip(laws, rows, positions, strict=True):
-        walks.add(law, row, position)
-    walked = native.walk(logits, walks)
-    return [walk.token_id for walk in walked], [walk.peak for walk in walked]
+    packed_trees = PackedTrees()
+    for params, row, position in zip(all_params, rows, positions, strict=True):
+        packed_trees.add(params, row, position)
+    verified = native.draw_and_verify(logits, packed_trees)
+    return [one.token_id for one in verified], [one.peak for one in verified]
 
 
-def laws_of(params, seeds, indices):
+def params_of(params, seeds, indices):
     drawn = zip(params, seeds, indices, strict=True)
-    return [pack_law(seed, index, pack_filters(p)) for p, seed, index in drawn]
+    return [pack_sampling(seed, index, pack_filters(p)) for p, seed, index in drawn]
 
 
 @pytest.mark.parametrize("target", X86)
@@ -86,7 +87,7 @@ def test_builds_for_other_machines_are_the_oracle_too(target, no_native):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_tokens_and_laws_are_those_of_the_oracle(seed, native, no_native):
+def test_tokens_and_distributions_are_those_of_the_oracle(seed, native, no_native):
     check_against_oracle(native, seed)
 
 
@@ -103,11 +104,11 @@ def check_against_oracle(native, seed):
         expected = process(logits, [SamplingRow(p) for p in params])
         target = int(Purpose.TARGET)
         keys = [noise.key(*key, target) for key in zip(seeds, indices, positions, strict=True)]
-        laws = laws_of(params, seeds, indices)
-        tokens, peaks = draw(native, logits, laws, range(count), positions)
+        all_params = params_of(params, seeds, indices)
+        tokens, peaks = draw(native, logits, all_params, range(count), positions)
         assert list(tokens) == draw_target(expected, keys).tolist()
         assert list(peaks) == logits.amax(-1).tolist()
-        log_probs, _ = native.log_probs(logits, laws, range(count))
+        log_probs, _ = native.log_probs(logits, all_params, range(count))
         assert torch.equal(log_probs > NEG_INF, expected > NEG_INF)
         # Odds are integers of at most 2^52: the sum of a row is off by size * 2^-53 at most.
         torch.testing.assert_close(log_probs, expected, rtol=1e-7, atol=size * 2.0**-53)
@@ -122,7 +123,7 @@ def test_other_noise_draws_other_tokens(native, no_native):
     logits = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
     rows = range(64)
     params = [SamplingParams()] * 64
-    tokens, _ = draw(native, logits, laws_of(params, rows, [0] * 64), rows, rows)
+    tokens, _ = draw(native, logits, params_of(params, rows, [0] * 64), rows, rows)
     keys = [noise.key(seed, 0, seed + 1, int(Purpose.TARGET)) for seed in rows]
     wrong = draw_target(process(logits, [SamplingRow(p) for p in params]), keys).tolist()
     assert sum(a != b for a, b in zip(tokens, wrong, strict=True)) > 32
@@ -133,8 +134,8 @@ def test_greedy_takes_the_lowest_id_of_equals(native):
     logits[0, [130, 70, 99]] = 2.0
     logits[1, [132, 16]] = 0.0
     logits[1, 3] = -0.0
-    law = [pack_law(0, 0, pack_filters(SamplingParams(temperature=0)))]
-    tokens, _ = draw(native, logits, law * 3, range(3), range(3))
+    params = [pack_sampling(0, 0, pack_filters(SamplingParams(temperature=0)))]
+    tokens, _ = draw(native, logits, params * 3, range(3), range(3))
     assert list(tokens) == [70, 3, 0]
 
 
@@ -145,11 +146,11 @@ def test_a_row_that_cannot_be_drawn_from_says_why(bad, place, temperature, nativ
     logits = torch.full((2, 100), NEG_INF if bad == NEG_INF else 1.0)
     logits[0, place] = bad
     logits[1, 5] = 3.0
-    law = [pack_law(0, 0, pack_filters(SamplingParams(temperature=temperature, top_p=0.1)))]
-    tokens, peaks = draw(native, logits, law * 2, [0, 1], [7, 7])
+    params = [pack_sampling(0, 0, pack_filters(SamplingParams(temperature=temperature, top_p=0.1)))]
+    tokens, peaks = draw(native, logits, params * 2, [0, 1], [7, 7])
     assert list(tokens) == [NO_TOKEN, 5]
     assert peaks[0] == bad or (math.isnan(bad) and math.isnan(peaks[0]))
-    log_probs, _ = native.log_probs(logits, law, [0, 0])
+    log_probs, _ = native.log_probs(logits, params, [0, 0])
     assert bool((log_probs[0] == NEG_INF).all())
     assert log_probs[1, 5] == 0.0
 
@@ -161,13 +162,14 @@ import test_native_sampling as cases
 native = cases.native_sampling.load()
 rng = random.Random(5)
 logits = cases.random_logits(rng, 96, 4096)
-laws = cases.laws_of([cases.random_params(rng) for _ in range(96)], range(96), [0] * 96)
+params = cases.params_of([cases.random_params(rng) for _ in range(96)], range(96), [0] * 96)
 for threads in 1, 2:
     torch.set_num_threads(threads)
     order = rng.sample(range(96), 96)
-    drawn = dict(zip(order, cases.draw(native, logits, [laws[i] for i in order], order, order)[0]))
-    law = native.log_probs(logits, laws, range(96))[0]
-    print([drawn[row] for row in range(96)], law.view(torch.int32).long().sum().item())
+    tokens = cases.draw(native, logits, [params[i] for i in order], order, order)[0]
+    drawn = dict(zip(order, tokens))
+    found = native.log_probs(logits, params, range(96))[0]
+    print([drawn[row] for row in range(96)], found.view(torch.int32).long().sum().item())
 """
 
 
@@ -183,13 +185,13 @@ def test_a_row_draws_the_same_token_alone_and_in_any_batch(native):
     rng = random.Random(9)
     logits = random_logits(rng, 40, 1000)
     params = [random_params(rng) for _ in range(40)]
-    laws = laws_of(params, range(40), [0] * 40)
-    together, _ = draw(native, logits, laws, range(40), range(40))
-    law_together, _ = native.log_probs(logits, laws, range(40))
+    all_params = params_of(params, range(40), [0] * 40)
+    together, _ = draw(native, logits, all_params, range(40), range(40))
+    distribution_together, _ = native.log_probs(logits, all_params, range(40))
     for row in range(40):
-        assert draw(native, logits, [laws[row]], [row], [row])[0][0] == together[row]
-        alone = native.log_probs(logits[row : row + 1], laws, [row])[0]
-        assert torch.equal(alone[0], law_together[row])
+        assert draw(native, logits, [all_params[row]], [row], [row])[0][0] == together[row]
+        alone = native.log_probs(logits[row : row + 1], all_params, [row])[0]
+        assert torch.equal(alone[0], distribution_together[row])
 
 
 def test_what_it_cannot_read_is_refused(native):
@@ -197,16 +199,16 @@ def test_what_it_cannot_read_is_refused(native):
     assert NativeSampling.takes(logits)
     for other in (logits.double(), logits.bfloat16(), logits.T, logits[0], torch.zeros(4, 0)):
         assert not NativeSampling.takes(other)
-    law = [pack_law(0, 0, pack_filters(SamplingParams()))]
-    walks = Walks()
+    params = [pack_sampling(0, 0, pack_filters(SamplingParams()))]
+    packed_trees = PackedTrees()
     for root_row, tree in ((-1, ()), (0, [-1])):
         with pytest.raises(ValueError, match="root_row must be at least 0"):
-            walks.add(law[0], root_row, 0, (), tree)
-    walks.add(law[0], 3, 0, [5], [-1])
+            packed_trees.add(params[0], root_row, 0, (), tree)
+    packed_trees.add(params[0], 3, 0, [5], [-1])
     with pytest.raises(ValueError, match="4 rows of logits, not 5"):
-        native.walk(logits, walks)
-    with pytest.raises(ValueError, match="law_of must name"):
-        native.log_probs(logits, law, [0])
+        native.draw_and_verify(logits, packed_trees)
+    with pytest.raises(ValueError, match="params_of must name"):
+        native.log_probs(logits, params, [0])
 
 
 def random_tree(rng, tokens_likely, size):
@@ -216,9 +218,9 @@ def random_tree(rng, tokens_likely, size):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_walk_is_coupled_verification(seed, native, no_native):
+def test_a_verify_is_coupled_verification(seed, native, no_native):
     """Against every row drawn and `verify_coupled`, on trees with equal siblings and with nodes
-    that are not judged."""
+    that are not verified."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     lengths = set()
     num_left_out = 0
@@ -232,21 +234,24 @@ def test_a_walk_is_coupled_verification(seed, native, no_native):
         for node, parent in enumerate(parents):
             depths.append(depths[parent + 1] + 1)
             # What is drawn is a function of the context: equal nodes have equal rows.
-            twins = [
+            duplicates = [
                 n for n in range(node) if (parents[n], token_ids[n]) == (parent, token_ids[node])
             ]
-            if twins:
-                logits[node + 1] = logits[twins[0] + 1]
+            if duplicates:
+                logits[node + 1] = logits[duplicates[0] + 1]
         keys = [noise.key(seed, 1, 7 + depth, int(Purpose.TARGET)) for depth in depths]
         drawn = draw_target(process(logits, [SamplingRow(params)] * (size + 1)), keys).tolist()
         candidate = [token_id >= 0 for token_id in token_ids]
         tree = TokenTree([max(token_id, 0) for token_id in token_ids], parents)
         expected = verify_coupled(tree, drawn, candidate)
-        walks = Walks()
-        walks.add(laws_of([params], [seed], [1])[0], 0, 7, token_ids, parents)
-        [walk] = native.walk(logits, walks)
-        assert (walk.path, walk.token_id) == (expected.path, expected.next_token_id)
-        lengths.add(len(walk.path))
+        packed_trees = PackedTrees()
+        packed_trees.add(params_of([params], [seed], [1])[0], 0, 7, token_ids, parents)
+        [one] = native.draw_and_verify(logits, packed_trees)
+        assert (one.path, one.token_id) == (
+            expected.path,
+            expected.next_token_id,
+        )
+        lengths.add(len(one.path))
         num_left_out += expected != verify_coupled(tree, drawn)
     assert {0, 1, 2} <= lengths
     assert num_left_out > 0
@@ -256,10 +261,10 @@ def test_a_path_ends_where_no_token_is_possible(native):
     logits = torch.full((3, 50), -1.0)
     logits[0, 7] = logits[2, 9] = 1.0
     logits[1] = NEG_INF
-    walks = Walks()
-    law = pack_law(0, 0, pack_filters(SamplingParams(temperature=0)))
-    walks.add(law, 0, 5, [7, -1], [-1, 0])
-    assert native.walk(logits, walks) == [([0], NO_TOKEN, NEG_INF)]
+    packed_trees = PackedTrees()
+    params = pack_sampling(0, 0, pack_filters(SamplingParams(temperature=0)))
+    packed_trees.add(params, 0, 5, [7, -1], [-1, 0])
+    assert native.draw_and_verify(logits, packed_trees) == [([0], NO_TOKEN, NEG_INF)]
 
 
 def test_a_top_k_beyond_64_bits_keeps_all():

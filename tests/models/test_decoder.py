@@ -95,26 +95,28 @@ def test_the_window_of_each_layer_follows_the_config(qwen3):
     assert qwen3[1].config.sliding_windows == (6, None, 6)
 
 
-def test_taps_are_the_streams_before_each_layer_and_before_the_final_norm(qwen3):
+def test_aux_layers_are_the_streams_before_each_layer_and_before_the_final_norm(qwen3):
     reference, model = qwen3
     (tokens,) = random_prompts(lengths=(11,))
     runner = PagedRunner(model)
     metadata = AttentionMetadata.from_rows([runner.rows(0, 11)], runner.block_size)
-    hidden, taps = model.forward(torch.tensor(tokens), metadata, runner.kv, taps=(0, 1, 2, 3))
+    hidden, aux_layers = model.forward(
+        torch.tensor(tokens), metadata, runner.kv, aux_layers=(0, 1, 2, 3)
+    )
     with torch.no_grad():
         expected = reference.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
-        normed = reference.model.norm(taps[3])
+        normed = reference.model.norm(aux_layers[3])
     for layer in range(3):
-        torch.testing.assert_close(taps[layer], expected[layer][0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(aux_layers[layer], expected[layer][0], rtol=0, atol=1e-4)
     torch.testing.assert_close(hidden, expected[3][0], rtol=0, atol=1e-4)
     torch.testing.assert_close(normed, hidden, rtol=0, atol=1e-4)
 
 
-def test_a_tap_that_no_layer_has_is_refused(qwen3):
+def test_a_aux_layer_that_no_layer_has_is_refused(qwen3):
     runner = PagedRunner(qwen3[1])
     metadata = AttentionMetadata.from_rows([runner.rows(0, 1)], runner.block_size)
     with pytest.raises(ValueError, match=r"0\.\.3, got 4"):
-        qwen3[1].forward(torch.tensor([1]), metadata, runner.kv, taps=(4,))
+        qwen3[1].forward(torch.tensor([1]), metadata, runner.kv, aux_layers=(4,))
 
 
 def tree_rows(context: int, parents: list[int], table: list[int]) -> SequenceRows:

@@ -26,7 +26,7 @@ from folospec.models.base import Model
 from folospec.models.decoder import Decoder
 from folospec.models.forward import Rows
 from folospec.models.loader import load_model
-from folospec.models.views import view_of
+from folospec.models.self_draft import self_draft_of
 from folospec.worker.model_runner import ModelRunner
 
 pytestmark = pytest.mark.skipif(
@@ -108,8 +108,8 @@ class Runs:
         self.runner = ModelRunner(model, max_num_batched_tokens=64)
         self.runner.make_kv(NUM_BLOCKS, BLOCK_SIZE, torch.device("cpu"))
 
-    def forward(self, *batch: Rows, taps: tuple[int, ...] = ()) -> Any:
-        return self.runner.forward(list(batch), taps)
+    def forward(self, *batch: Rows, aux_layers: tuple[int, ...] = ()) -> Any:
+        return self.runner.forward(list(batch), aux_layers)
 
     def text(self, start: int, end: int, seq: int = 0) -> Rows:
         return Rows(TOKENS[start:end], start, TABLES[seq], end - start)
@@ -220,7 +220,7 @@ def test_only_a_deterministic_attention_makes_a_deterministic_model(folders):
         model = load(folders["llama"], backend)
         assert model.deterministic == (backend == "deterministic")
     model = load(folders["llama"], "deterministic")
-    assert not view_of(model, quantized=True).deterministic
+    assert not self_draft_of(model, quantized=True).deterministic
     model.quantization = "int8"
     assert not model.deterministic
 
@@ -258,22 +258,23 @@ def test_library_products_break_the_bits(folders):
 
 @pytest.mark.parametrize("skipped", [frozenset(), frozenset({1})])
 @pytest.mark.parametrize("old", [None, ".clone()", "_settled(stream, delta), None"])
-def test_taps_are_those_of_torch(folders, skipped, old, tmp_path):
-    """The rules broken are controls: a tap that goes on being added to, or lacks a half."""
+def test_aux_layers_are_those_of_torch(folders, skipped, old, tmp_path):
+    """The rules broken are controls: a auxiliary layer that goes on being added to, or lacks a
+    half."""
     views = []
     for backend, dtype in (("gathering", torch.float32), ("torch", torch.float64)):
         model = load(folders["llama"], backend, dtype)
-        views.append(view_of(model, skip_attention=skipped, skip_mlp=skipped - {1}))
+        views.append(self_draft_of(model, skip_attention=skipped, skip_mlp=skipped - {1}))
     if old is not None:
         new = "" if old == ".clone()" else "stream, delta"
         broken = mutant(gpu_decoder, old, new, tmp_path)
         views[0].gpu = broken.GpuDecoder(views[0], views[0].attention, False)
-    taps, found = (0, 1, 2), []
+    aux_layers, found = (0, 1, 2), []
     for view in views:
         runs = Runs(view)
-        found.append(runs.forward(runs.text(0, 9), taps=taps).taps)
-    assert found[0].keys() == set(taps)
-    right = all(off_by(found[0][tap], found[1][tap]) < 1e-4 for tap in taps)
+        found.append(runs.forward(runs.text(0, 9), aux_layers=aux_layers).aux_hidden_states)
+    assert found[0].keys() == set(aux_layers)
+    right = all(off_by(found[0][layer], found[1][layer]) < 1e-4 for layer in aux_layers)
     assert right == (old is None)
 
 
@@ -285,8 +286,8 @@ def test_a_view_that_leaves_layers_out_is_what_it_is_in_torch(folders, attention
     changes = {"skip_attention": frozenset(attention), "skip_mlp": frozenset(mlp)}
     model = load(folders["llama"], "gathering")
     unchanged = prompts(model)
-    own = view_of(model, **changes)
-    exact = view_of(load(folders["llama"], "torch", torch.float64), **changes)
+    own = self_draft_of(model, **changes)
+    exact = self_draft_of(load(folders["llama"], "torch", torch.float64), **changes)
     logits, expected = prompts(own), prompts(exact)
     assert off_by(logits, expected) < 1e-4
     assert off_by(logits, unchanged) > 0.1
@@ -294,8 +295,8 @@ def test_a_view_that_leaves_layers_out_is_what_it_is_in_torch(folders, attention
 
 
 def test_an_int8_view_is_summed_as_in_torch(folders):
-    own = view_of(load(folders["llama"], "deterministic"), quantized=True)
-    torchs = view_of(load(folders["llama"], "torch"), quantized=True)
+    own = self_draft_of(load(folders["llama"], "deterministic"), quantized=True)
+    torchs = self_draft_of(load(folders["llama"], "torch"), quantized=True)
     assert off_by(prompts(own), prompts(torchs)) < 1e-4
 
 

@@ -14,11 +14,11 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from folospec.attention.native_cpu import NativeAttention
 from folospec.kernels.native_children import NO_NOISE, NativeChildren, pack_wanted
-from folospec.kernels.sampling_records import pack_filters, pack_law
+from folospec.kernels.sampling_records import pack_filters, pack_sampling
 from folospec.models.forward import Rows
 from folospec.models.loader import load_model
 from folospec.models.native_chains import ChainBatch, draw_chains
-from folospec.spec.draft_runner import ChainLaw
+from folospec.spec.draft_runner import ChainSampling
 from folospec.worker.model_runner import ModelRunner
 
 VOCAB_SIZE, BLOCK_SIZE = 41, 4
@@ -66,29 +66,33 @@ def make_runner(folder, dtype="float32", library=None):
     return runner, runner.forward(prompts).logits.clone()
 
 
-def laws_of(filters, lengths, least):
+def params_of(filters, lengths, min_probability):
     return [
-        ChainLaw(
-            pack_law(3, 0, pack_filters(*each)), start if each[0] else NO_NOISE, 1.3, length, low
+        ChainSampling(
+            pack_sampling(3, 0, pack_filters(*each)),
+            start if each[0] else NO_NOISE,
+            1.3,
+            length,
+            low,
         )
-        for each, start, length, low in zip(filters, STARTS, lengths, least, strict=False)
+        for each, start, length, low in zip(filters, STARTS, lengths, min_probability, strict=False)
     ]
 
 
-def drawn_one_by_one(runner, logits, laws, advance=1):
+def drawn_one_by_one(runner, logits, all_params, advance=1):
     """The same chains, each drawn and run alone; a control does not advance the noise."""
     sampling = NativeChildren(runner.model.attention.library.library)
     tokens, chances = [], []
-    for seq, law in enumerate(laws):
+    for seq, params in enumerate(all_params):
         row, token_ids, confidence, joint = logits[seq : seq + 1], [], [], 1.0
         chains = runner.chains([STARTS[seq]], [TABLES[seq]])
-        for depth in range(law.length):
-            position = law.position if law.position < 0 else law.position + advance * depth
-            wanted = pack_wanted(0, position, 1, law.scale)
-            ((found, chance),) = sampling.draw(row, [law.packed], [wanted], 1)
+        for depth in range(params.length):
+            position = params.position if params.position < 0 else params.position + advance * depth
+            wanted = pack_wanted(0, position, 1, params.scale)
+            ((found, chance),) = sampling.draw(row, [params.packed], [wanted], 1)
             token_ids, confidence = token_ids + found, confidence + chance
             joint *= chance[0] if chance else 0.0
-            if not found or depth == law.length - 1 or joint < law.least:
+            if not found or depth == params.length - 1 or joint < params.min_probability:
                 break
             row = chains.forward(found)
         tokens.append(token_ids)
@@ -107,12 +111,14 @@ def threads(request):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_confidence_and_kv_are_the_same_bits(folder, threads, dtype, case):
-    laws = laws_of(*CASES[case])
+    all_params = params_of(*CASES[case])
     runner, logits = make_runner(folder, dtype)
     slow, same = make_runner(folder, dtype)
     before = runner.num_passes
-    drawn = runner.draw_chains(logits[: len(laws)], STARTS[: len(laws)], TABLES[: len(laws)], laws)
-    tokens, chances = drawn_one_by_one(slow, same, laws)
+    drawn = runner.draw_chains(
+        logits[: len(all_params)], STARTS[: len(all_params)], TABLES[: len(all_params)], all_params
+    )
+    tokens, chances = drawn_one_by_one(slow, same, all_params)
     assert drawn.token_ids == tokens
     assert drawn.confidence == chances
     for mine, theirs in zip(runner.kv.layers, slow.kv.layers, strict=True):
@@ -126,24 +132,24 @@ def test_tokens_confidence_and_kv_are_the_same_bits(folder, threads, dtype, case
 @pytest.mark.parametrize("target", X86)
 def test_it_is_so_with_every_instruction_set_that_runs_here(folder, target):
     library = built_for(target)
-    laws = laws_of(*CASES["of different lengths"])
+    all_params = params_of(*CASES["of different lengths"])
     runner, logits = make_runner(folder, library=library)
     slow, same = make_runner(folder, library=library)
-    drawn = runner.draw_chains(logits, STARTS, TABLES, laws)
-    assert drawn == drawn_one_by_one(slow, same, laws)
+    drawn = runner.draw_chains(logits, STARTS, TABLES, all_params)
+    assert drawn == drawn_one_by_one(slow, same, all_params)
 
 
 @pytest.mark.parametrize("num_threads", [2, 5])
 def test_threads_that_are_late_and_sleep_draw_the_same(folder, num_threads):
     """Without spinning every thread waits for others asleep, and wakes up behind them."""
     library, before = breakable().library, torch.get_num_threads()
-    laws = laws_of(*CASES["some unlikely"])
+    all_params = params_of(*CASES["some unlikely"])
     expected = None
     try:
         for threads in (1, *[num_threads] * 30):
             torch.set_num_threads(threads)
             runner, logits = make_runner(folder, library=library)
-            drawn = runner.draw_chains(logits, STARTS, TABLES, laws)
+            drawn = runner.draw_chains(logits, STARTS, TABLES, all_params)
             expected = expected or drawn
             assert drawn == expected
     finally:
@@ -151,45 +157,45 @@ def test_threads_that_are_late_and_sleep_draw_the_same(folder, num_threads):
 
 
 def test_control_noise_that_stays_at_the_first_position_draws_others(folder):
-    laws = laws_of((WARM,) * 4, (6,) * 4, (0.0,) * 4)
+    all_params = params_of((WARM,) * 4, (6,) * 4, (0.0,) * 4)
     runner, logits = make_runner(folder)
     slow, same = make_runner(folder)
-    drawn = runner.draw_chains(logits, STARTS, TABLES, laws)
-    assert drawn.token_ids != drawn_one_by_one(slow, same, laws, advance=0)[0]
+    drawn = runner.draw_chains(logits, STARTS, TABLES, all_params)
+    assert drawn.token_ids != drawn_one_by_one(slow, same, all_params, advance=0)[0]
 
 
 def test_a_chain_ends_where_nothing_is_possible(folder):
     runner, logits = make_runner(folder)
     logits[1] = -torch.inf
-    drawn = runner.draw_chains(logits, STARTS, TABLES, laws_of(*CASES["greedy"]))
+    drawn = runner.draw_chains(logits, STARTS, TABLES, params_of(*CASES["greedy"]))
     assert [len(ids) for ids in drawn.token_ids] == [6, 0, 6, 6]
 
 
 def test_a_chain_without_slots_is_refused(folder):
     runner, logits = make_runner(folder)
-    laws = laws_of((GREEDY,) * 4, (3, 3, 11, 3), (0.0,) * 4)
+    all_params = params_of((GREEDY,) * 4, (3, 3, 11, 3), (0.0,) * 4)
     with pytest.raises(ValueError, match="rows must be within the 20 slots, got a row 20"):
-        runner.draw_chains(logits, STARTS, TABLES, laws)
+        runner.draw_chains(logits, STARTS, TABLES, all_params)
 
 
 def test_logits_of_another_vocabulary_are_left_to_the_caller(folder):
     runner, _ = make_runner(folder)
-    laws = laws_of(*CASES["greedy"])
-    assert runner.draw_chains(torch.zeros(4, 50), STARTS, TABLES, laws) is None
+    all_params = params_of(*CASES["greedy"])
+    assert runner.draw_chains(torch.zeros(4, 50), STARTS, TABLES, all_params) is None
 
 
 def batch_of(runner, given, **changes):
     """What `draw_chains` takes, with something changed."""
-    law = pack_law(0, 0, pack_filters(*GREEDY))
+    params = pack_sampling(0, 0, pack_filters(*GREEDY))
     batch = ChainBatch(
         starts=[STARTS[0]],
         block_table=torch.tensor(TABLES[:1], dtype=torch.int32).numpy(),
         block_size=BLOCK_SIZE,
-        laws=[law],
+        all_params=[params],
         positions=[NO_NOISE],
         scales=[1.0],
         lengths=[3],
-        least=[0.0],
+        min_probability=[0.0],
     )
     rows = changes.pop("logits", given[:1])
     return runner.model.native_for(1), rows, runner.kv.layers, replace(batch, **changes)
@@ -203,8 +209,8 @@ WRONG = {
         "block ids must be in",
     ),
     "no tokens": ({"lengths": [0]}, "length of at least 1"),
-    "a law too few": ({"laws": []}, "there must be a law"),
-    "a short law": ({"laws": [b"abc"]}, "a law must have"),
+    "a parameter set too few": ({"all_params": []}, "there must be a parameter set"),
+    "a short parameter set": ({"all_params": [b"abc"]}, "a parameter set must have"),
     "logits of another size": ({"logits": torch.zeros(1, 7)}, "logits must be"),
     "logits of doubles": ({"logits": torch.zeros(1, VOCAB_SIZE).double()}, "logits must be"),
 }

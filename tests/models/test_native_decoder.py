@@ -27,7 +27,7 @@ from folospec.models.base import Model
 from folospec.models.decoder import Decoder
 from folospec.models.forward import Rows
 from folospec.models.loader import load_model
-from folospec.models.views import view_of
+from folospec.models.self_draft import self_draft_of
 from folospec.worker.model_runner import ModelRunner
 
 SHAPE = {
@@ -160,7 +160,7 @@ def load(folder: Path, kind: str, library: Native | None = None) -> Model:
     dtype = getattr(torch, kind.removeprefix("int8 of "))
     model = load_model(str(folder), dtype=dtype, attention=backend)
     assert model.deterministic
-    return view_of(model, quantized=True) if kind.startswith("int8") else model
+    return self_draft_of(model, quantized=True) if kind.startswith("int8") else model
 
 
 KINDS = ["float32", "bfloat16", "int8 of float32", "int8 of bfloat16"]
@@ -343,22 +343,24 @@ def test_torchs_own_products_break_the_bits(folders):
     assert not all(ways(model, brief=True).values())
 
 
-def test_taps_are_those_of_torch_and_have_the_bits_of_plain_decoding(folders):
+def test_aux_layers_are_those_of_torch_and_have_the_bits_of_plain_decoding(folders):
     model = load(folders["qwen3"], "float32")
     exact = load(folders["qwen3"], "exact")
-    taps = (0, 1, 2)
+    aux_layers = (0, 1, 2)
     results = []
     for each in (model, exact):
         runs = Runs(each)
-        results.append(runs.runner.forward([Rows(TOKENS[:70], 0, TABLE)], taps).taps)
-    for tap in taps:
+        results.append(
+            runs.runner.forward([Rows(TOKENS[:70], 0, TABLE)], aux_layers).aux_hidden_states
+        )
+    for layer in aux_layers:
         torch.testing.assert_close(
-            results[0][tap].double(), results[1][tap].double(), rtol=0, atol=1e-4
+            results[0][layer].double(), results[1][layer].double(), rtol=0, atol=1e-4
         )
     runs = Runs(model)
     for i in range(70):
-        alone = runs.runner.forward([Rows([TOKENS[i]], i, TABLE)], taps).taps
-        assert all(torch.equal(alone[tap][0], results[0][tap][i]) for tap in taps)
+        alone = runs.runner.forward([Rows([TOKENS[i]], i, TABLE)], aux_layers).aux_hidden_states
+        assert all(torch.equal(alone[layer][0], results[0][layer][i]) for layer in aux_layers)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
@@ -375,18 +377,23 @@ def test_large_passes_may_take_torchs_products_over_the_same_kv(folders, monkeyp
     exact = Runs(load(folders["llama"], "exact")).chunks(130, 0, 130).logits
     off = (torch.cat([part.logits for part in parts]).double() - exact).abs()
     assert off.mean() < (1e-5 if kind == "float32" else 0.1)
-    tapped = [runs.runner.forward([Rows(TOKENS[:n], 0, TABLE)], (1,)).taps[1] for n in (39, 40)]
+    aux_hidden_states = [
+        runs.runner.forward([Rows(TOKENS[:n], 0, TABLE)], (1,)).aux_hidden_states[1]
+        for n in (39, 40)
+    ]
     assert rows[-1] == 40
-    assert [one.dtype for one in tapped] == [torch.float32] * 2
+    assert [one.dtype for one in aux_hidden_states] == [torch.float32] * 2
     rows.clear()
-    assert view_of(model, skip_mlp=frozenset({0})).deterministic
-    Runs(view_of(model, skip_mlp=frozenset({0}))).chunks(80, 0, 80)
+    assert self_draft_of(model, skip_mlp=frozenset({0})).deterministic
+    Runs(self_draft_of(model, skip_mlp=frozenset({0}))).chunks(80, 0, 80)
     assert not rows, "a view's passes stay native"
 
 
 def test_a_view_that_leaves_layers_out_is_what_it_is_in_torch(folders):
     changes = {"skip_attention": frozenset({1}), "skip_mlp": frozenset({0})}
-    views = [view_of(load(folders["llama"], kind), **changes) for kind in ("float32", "exact")]
+    views = [
+        self_draft_of(load(folders["llama"], kind), **changes) for kind in ("float32", "exact")
+    ]
     views.append(load(folders["llama"], "exact"))
     own, exact, whole = (Runs(view).chunks(30, 0, 30).logits.double() for view in views)
     torch.testing.assert_close(own, exact, rtol=0, atol=1e-4)

@@ -20,7 +20,7 @@ from folospec.models import quantization
 from folospec.models.decoder import Decoder
 from folospec.models.loader import load_model
 from folospec.models.quantization import check_quantization, quantize
-from folospec.models.views import view_of
+from folospec.models.self_draft import self_draft_of
 
 MATRICES = ("qkv", "output", "gate_up", "down")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -156,11 +156,13 @@ def test_it_runs_between_gpu_kernels_and_promises_no_bits(folder: Any) -> None:
 def test_layers_can_be_skipped_but_not_rounded_twice(folder: Any) -> None:
     skipped = {"skip_attention": frozenset({1}), "skip_mlp": frozenset({0})}
     model = quantized(folder, "int8")
-    off = logits_of(view_of(model, **skipped)) - logits_of(view_of(load(folder), **skipped))
+    off = logits_of(self_draft_of(model, **skipped)) - logits_of(
+        self_draft_of(load(folder), **skipped)
+    )
     assert 1e-3 < off.abs().max() < 1.0
-    assert (logits_of(view_of(model, **skipped)) - logits_of(model)).abs().max() > 0.1
+    assert (logits_of(self_draft_of(model, **skipped)) - logits_of(model)).abs().max() > 0.1
     with pytest.raises(ValueError, match="rounded already, by quantization='int8'"):
-        view_of(model, quantized=True)
+        self_draft_of(model, quantized=True)
 
 
 @pytest.mark.parametrize(

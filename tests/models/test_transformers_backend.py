@@ -135,17 +135,19 @@ def test_windows_are_found_layer_by_layer(gemma3):
     assert gemma3[1].config.sliding_windows == (6, None, 6)
 
 
-def test_taps_are_the_streams_before_each_layer_and_before_the_final_norm(gemma3):
+def test_aux_layers_are_the_streams_before_each_layer_and_before_the_final_norm(gemma3):
     reference, model = gemma3
     (tokens,) = random_prompts(lengths=(11,))
     runner = PagedRunner(model)
     metadata = AttentionMetadata.from_rows([runner.rows(0, 11)], runner.block_size)
-    hidden, taps = model.forward(torch.tensor(tokens), metadata, runner.kv, taps=(0, 2, 3))
+    hidden, aux_layers = model.forward(
+        torch.tensor(tokens), metadata, runner.kv, aux_layers=(0, 2, 3)
+    )
     with torch.no_grad():
         expected = reference.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
-        normed = reference.model.norm(taps[3])
+        normed = reference.model.norm(aux_layers[3])
     for layer in (0, 2):
-        torch.testing.assert_close(taps[layer], expected[layer][0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(aux_layers[layer], expected[layer][0], rtol=0, atol=1e-4)
     torch.testing.assert_close(hidden, expected[3][0], rtol=0, atol=1e-4)
     torch.testing.assert_close(normed, hidden, rtol=0, atol=1e-4)
     assert model.forward(torch.tensor(tokens), metadata, runner.kv)[1] == {}

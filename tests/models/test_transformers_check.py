@@ -33,10 +33,10 @@ def check(folder, dtype, change=None):
     comparison = Comparison(own, "Tiny", 101, model.config.sliding_windows, [], model.device)
     plain = model.forward
 
-    def forward(input_ids, metadata, kv, taps=()):
+    def forward(input_ids, metadata, kv, aux_layers=()):
         if change is None:
-            return plain(input_ids, metadata, kv, taps)
-        return change(plain, input_ids, metadata, kv, taps)
+            return plain(input_ids, metadata, kv, aux_layers)
+        return change(plain, input_ids, metadata, kv, aux_layers)
 
     model.forward = forward
     comparison.check(model, 4)
@@ -46,37 +46,37 @@ def moved(metadata, positions):
     return dataclasses.replace(metadata, positions=positions)
 
 
-def later_from_zero(plain, ids, metadata, kv, taps):
+def later_from_zero(plain, ids, metadata, kv, aux_layers):
     starts = torch.from_numpy(metadata.context_lens).repeat_interleave(
         torch.from_numpy(metadata.query_start_loc).diff()
     )
-    return plain(ids, moved(metadata, metadata.positions - starts), kv, taps)
+    return plain(ids, moved(metadata, metadata.positions - starts), kv, aux_layers)
 
 
-def counted_through(plain, ids, metadata, kv, taps):
+def counted_through(plain, ids, metadata, kv, aux_layers):
     start = int(metadata.positions[0])
-    return plain(ids, moved(metadata, start + torch.arange(len(ids))), kv, taps)
+    return plain(ids, moved(metadata, start + torch.arange(len(ids))), kv, aux_layers)
 
 
-def one_further(plain, ids, metadata, kv, taps):
-    return plain(ids, moved(metadata, metadata.positions + 1), kv, taps)
+def one_further(plain, ids, metadata, kv, aux_layers):
+    return plain(ids, moved(metadata, metadata.positions + 1), kv, aux_layers)
 
 
-def neighbours_seen(plain, ids, metadata, kv, taps):
-    hidden, tapped = plain(ids, metadata, kv, taps)
-    twins = metadata.positions[1:] == metadata.positions[:-1]
-    hidden[1:][twins] += hidden[:-1][twins]
-    return hidden, tapped
+def neighbours_seen(plain, ids, metadata, kv, aux_layers):
+    hidden, aux_hidden_states = plain(ids, metadata, kv, aux_layers)
+    duplicates = metadata.positions[1:] == metadata.positions[:-1]
+    hidden[1:][duplicates] += hidden[:-1][duplicates]
+    return hidden, aux_hidden_states
 
 
-def fails(plain, ids, metadata, kv, taps):
+def fails(plain, ids, metadata, kv, aux_layers):
     raise KeyError("no such thing")
 
 
-def one_row_off(plain, ids, metadata, kv, taps):
-    hidden, tapped = plain(ids, metadata, kv, taps)
+def one_row_off(plain, ids, metadata, kv, aux_layers):
+    hidden, aux_hidden_states = plain(ids, metadata, kv, aux_layers)
     hidden[0] = hidden[0].flip(0)
-    return hidden, tapped
+    return hidden, aux_hidden_states
 
 
 FAULTS = {

@@ -9,7 +9,7 @@ class NearTie(Exception):
     """A threshold was met so closely that rounding decides; nothing can be compared."""
 
 
-def slow_law(logits, row):
+def slow_distribution(logits, row):
     """Probabilities, a list of floats, 0.0 where the token is excluded."""
     p = row.params
     z = constrained(list(logits), row)

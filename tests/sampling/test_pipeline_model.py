@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from slow_pipeline import NearTie, slow_law
+from slow_pipeline import NearTie, slow_distribution
 
 from folospec.sampling.pipeline import NoTokenError, SamplingRow, process
 from folospec.sampling_params import SamplingParams
@@ -63,7 +63,7 @@ def test_every_row_of_a_batch_equals_the_slow_model(batch):
         if max(got) == -math.inf:
             continue  # a draft after which nothing can follow; test_pipeline_stages looks at those
         try:
-            expected = slow_law(values, row)
+            expected = slow_distribution(values, row)
         except NearTie:
             continue
         assert [g > -math.inf for g in got] == [e > 0 for e in expected]

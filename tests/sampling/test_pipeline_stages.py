@@ -12,7 +12,7 @@ from folospec.sampling_params import SamplingParams
 NEG_INF = float("-inf")
 
 
-def law(logits, prompt=(), output=(), drafts=(), bad_words=(), stop_ids=(), **options):
+def distribution(logits, prompt=(), output=(), drafts=(), bad_words=(), stop_ids=(), **options):
     row = SamplingRow(
         SamplingParams(**options), prompt, output, drafts, bad_words, frozenset(stop_ids)
     )
@@ -20,12 +20,12 @@ def law(logits, prompt=(), output=(), drafts=(), bad_words=(), stop_ids=(), **op
 
 
 def kept(*args, **options):
-    return [token for token, prob in enumerate(law(*args, **options)) if prob > 0]
+    return [token for token, prob in enumerate(distribution(*args, **options)) if prob > 0]
 
 
 def log_ratio(*args, **options):
     """How far token 0 lies above token 1, in nats."""
-    first, second, *_ = law(*args, **options)
+    first, second, *_ = distribution(*args, **options)
     return math.log(first / second)
 
 
@@ -59,7 +59,7 @@ def test_processors_see_masks_bias_and_penalties_but_no_temperature():
         "logits_processors": [processor],
         "min_tokens": 5,
     }
-    law([1.0, 1.0, 1.0, 1.0], output=[1], stop_ids=[2], **options)
+    distribution([1.0, 1.0, 1.0, 1.0], output=[1], stop_ids=[2], **options)
     assert seen == [[2.0, 0.5, NEG_INF, NEG_INF]]
 
 
@@ -77,12 +77,12 @@ def test_processors_run_in_the_order_given():
 LOG_PROBS = [math.log(p) for p in (0.4, 0.3, 0.2, 0.1)]
 
 
-def test_top_p_judges_probabilities_after_temperature():
+def test_top_p_verifies_probabilities_after_temperature():
     assert kept(LOG_PROBS, top_p=0.6) == [0, 1]
     assert kept(LOG_PROBS, top_p=0.6, temperature=5.0) == [0, 1, 2]
 
 
-def test_top_p_judges_what_top_k_left():
+def test_top_p_verifies_what_top_k_left():
     assert kept(LOG_PROBS, top_k=2, top_p=0.5) == [0]  # 0.4 / 0.7 alone reaches one half
 
 
@@ -210,7 +210,7 @@ def test_a_processor_touches_its_own_row_alone_and_never_the_models_logits():
 
 
 def test_greedy_takes_the_lowest_of_equal_ids():
-    assert law([1.0, 3.0, 3.0], temperature=0.0) == [0.0, 1.0, 0.0]
+    assert distribution([1.0, 3.0, 3.0], temperature=0.0) == [0.0, 1.0, 0.0]
 
 
 def test_top_k_keeps_the_lowest_ids_of_equals():
@@ -240,7 +240,7 @@ def test_min_p_keeps_what_equals_the_bound():
 
 def test_one_possible_token_survives_every_filter():
     options = {"top_k": 3, "top_p": 0.01, "min_p": 1.0, "temperature": 0.3}
-    assert law([9.0, 1.0, 2.0], allowed_token_ids=[1], **options) == [0.0, 1.0, 0.0]
+    assert distribution([9.0, 1.0, 2.0], allowed_token_ids=[1], **options) == [0.0, 1.0, 0.0]
 
 
 def test_filters_never_bring_back_what_is_excluded():
@@ -249,12 +249,12 @@ def test_filters_never_bring_back_what_is_excluded():
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-6])
 def test_a_tiny_temperature_is_greedy_and_finite(temperature):
-    assert law([1.0, 3.0, 2.0], temperature=temperature) == [0.0, 1.0, 0.0]
+    assert distribution([1.0, 3.0, 2.0], temperature=temperature) == [0.0, 1.0, 0.0]
     assert kept([1.0, 3.0, 3.0], temperature=temperature, top_p=0.9) == [1, 2]
 
 
 def test_a_huge_temperature_is_uniform():
-    assert law([1.0, 30.0], temperature=1e300) == pytest.approx([0.5, 0.5])
+    assert distribution([1.0, 30.0], temperature=1e300) == pytest.approx([0.5, 0.5])
 
 
 # -- nothing left, bad input --------------------------------------------------------------------
@@ -313,14 +313,14 @@ def test_a_draft_that_nothing_can_follow_is_no_error_and_harms_no_other_row(proc
 
 def test_options_that_exclude_each_other_are_named():
     with pytest.raises(NoTokenError, match="allowed_token_ids, min_tokens"):
-        law([0.0] * 3, allowed_token_ids=[1], min_tokens=2, stop_ids=[1])
+        distribution([0.0] * 3, allowed_token_ids=[1], min_tokens=2, stop_ids=[1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error(value, temperature):
     with pytest.raises(NoTokenError, match="must not be NaN or"):
-        law([0.0, value], temperature=temperature)
+        distribution([0.0, value], temperature=temperature)
 
 
 def test_other_types_and_row_counts_are_refused():

@@ -1,4 +1,5 @@
-"""Drawing with keyed noise follows the law, and the same key gives the same token anywhere."""
+"""Drawing with keyed noise follows the distribution, and the same key gives the same token
+anywhere."""
 
 import math
 
@@ -58,11 +59,11 @@ def test_the_same_key_for_two_positions_is_caught(keys):
     assert chi_square_p_value(observed, torch.outer(probs, probs) * NUM_DRAWS) < FALSE_ALARM
 
 
-def test_the_pipelines_law_is_drawn_with_filters(keys):
+def test_the_pipelines_distribution_is_drawn_with_filters(keys):
     params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.05)
-    law = process(LOGITS[None], [SamplingRow(params)])
-    observed = torch.bincount(draw_target(law.expand(NUM_DRAWS, -1), keys[0]), minlength=6)
-    assert chi_square_p_value(observed, law[0].exp() * NUM_DRAWS) > FALSE_ALARM
+    params = process(LOGITS[None], [SamplingRow(params)])
+    observed = torch.bincount(draw_target(params.expand(NUM_DRAWS, -1), keys[0]), minlength=6)
+    assert chi_square_p_value(observed, params[0].exp() * NUM_DRAWS) > FALSE_ALARM
 
 
 def test_the_k_largest_are_draws_without_replacement(keys):

@@ -44,7 +44,7 @@ class FakeRunner:
         self.num_rows = 0
         self.num_passes = 0
 
-    def forward(self, batch, taps=()):
+    def forward(self, batch, aux_layers=()):
         self.num_passes += 1
         logits = []
         for rows in batch:
@@ -65,7 +65,7 @@ class FakeRunner:
     def chains(self, starts, block_tables):
         return RowChains(self, starts, block_tables)
 
-    def draw_chains(self, logits, starts, block_tables, laws):
+    def draw_chains(self, logits, starts, block_tables, distributions):
         return None
 
     def warm_up_chains(self, max_num_seqs, length, vocab_size):

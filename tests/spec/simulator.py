@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from folospec.spec.planner.feedback import Feedback
-from folospec.spec.planner.plan_terms import PlanRow, Source
+from folospec.spec.planner.plan_terms import PlannedSequence, Source
 from folospec.spec.planner.planner import Planner
 from folospec.spec.planner.step_cost import CostCurve, StepShape
 
@@ -28,7 +28,7 @@ class World:
     row: float = 0.0
     one_pass: float = 0.002
     level: float = 0.0001
-    lag: float = 0.0
+    num_uncomputed: float = 0.0
     noise: float = 0.05
     slow: Callable[[float], float] = lambda now: 1.0
     in_passes: bool = True
@@ -49,7 +49,7 @@ class Job:
     right: list[bool] = field(default_factory=list)
     name: str = ""
     done: int = 0
-    lag: int = 0
+    num_uncomputed: int = 0
 
     @property
     def room(self) -> int:
@@ -119,7 +119,7 @@ class Planned:
     def __init__(self, world: World, curve: CostCurve, planner: Planner | None = None) -> None:
         guess = None
         if world.in_passes:  # as the engine measures it at start, roughly
-            guess = (0.0, 0.0, 0.7 * world.one_pass, 0.7 * world.level, 0.7 * world.lag)
+            guess = (0.0, 0.0, 0.7 * world.one_pass, 0.7 * world.level, 0.7 * world.num_uncomputed)
         source = Source("draft", world.limit, world.in_passes, guess)
         self.planner = planner or Planner([source], curve)
         self.offers: dict = {}
@@ -136,7 +136,11 @@ class Planned:
         if planner.resting(names):
             plan = planner.last_plan
         else:
-            rows = [PlanRow(j.name, j.room, None, {"draft": j.lag + 1}) for j in jobs if j.room > 1]
+            rows = [
+                PlannedSequence(j.name, j.room, None, {"draft": j.num_uncomputed + 1})
+                for j in jobs
+                if j.room > 1
+            ]
             plan = planner.plan(names, rows, self.shape)
         wanted = {
             job.name: min(plan.get(job.name, {}).get("draft", 0), job.room - 1) for job in jobs
@@ -147,7 +151,7 @@ class Planned:
         for name, draft in drafts.items():
             parents = list(range(-1, len(draft) - 1))
             depths = list(range(1, len(draft) + 1))
-            self.offers[name] = self.planner.offer("draft", name, parents, depths, draft)
+            self.offers[name] = self.planner.score("draft", name, parents, depths, draft)
         offers = list(self.offers.values())
         self.planner.prune(offers, self.shape, self.drafting)
         return {offer.seq_id: len(offer.kept) for offer in offers}
@@ -186,11 +190,11 @@ def simulate(
             result.drafting += taken
             if isinstance(policy, Planned):
                 for name in wanted.keys() - drafts.keys():
-                    policy.planner.offer("draft", name, (), (), None)
-                lag = sum(job.lag for job in running if job.name in wanted)
+                    policy.planner.score("draft", name, (), (), None)
+                num_uncomputed = sum(job.num_uncomputed for job in running if job.name in wanted)
                 counts = {job.name: job.done for job in running if job.name in wanted}
                 depths = [len(draft) for draft in drafts.values()]
-                policy.planner.record_draft("draft", counts, depths, lag, taken)
+                policy.planner.record_draft("draft", counts, depths, num_uncomputed, taken)
                 policy.drafting = taken
         was_asked = bool(wanted)
         kept = policy.prune(drafts, running) if wanted else {}
@@ -230,12 +234,12 @@ def _draft_seconds(
     world: World, running: list[Job], wanted: dict[str, int], drafts: dict[str, list[float]]
 ) -> float:
     depths = [len(draft) for draft in drafts.values()]
-    lag = sum(job.lag for job in running if job.name in wanted)
-    seconds = world.call + world.row * len(wanted) + world.lag * lag
+    num_uncomputed = sum(job.num_uncomputed for job in running if job.name in wanted)
+    seconds = world.call + world.row * len(wanted) + world.num_uncomputed * num_uncomputed
     if world.in_passes:
         seconds += world.one_pass * max(depths) + world.level * sum(depths)
     for job in running:
-        job.lag = 0 if job.name in wanted else job.lag
+        job.num_uncomputed = 0 if job.name in wanted else job.num_uncomputed
     return seconds
 
 
@@ -248,7 +252,7 @@ def _advance(running: list[Job], wanted: dict[str, int], kept: dict[str, int]) -
         if job.name in wanted:
             accepted[job.name] = count
         job.done += count + 1
-        job.lag = 0 if job.name in wanted else job.lag + count + 1
+        job.num_uncomputed = 0 if job.name in wanted else job.num_uncomputed + count + 1
     return accepted
 
 

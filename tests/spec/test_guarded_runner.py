@@ -92,10 +92,10 @@ def test_the_runner_gets_rows_that_the_drafter_cannot_change(guarded: Guarded) -
     with guarded.granted(REQUEST):
         given = Rows(token_ids, ROOT, REQUEST.block_table, parents=[-1, 0])
         guarded.runner.forward([given])
-    ((taken,), taps) = guarded.inner.calls[0]
+    ((taken,), aux_layers) = guarded.inner.calls[0]
     assert taken == Rows((1, 2), ROOT, REQUEST.block_table, parents=(-1, 0))
     assert taken is not given
-    assert taps == ()
+    assert aux_layers == ()
 
 
 def test_positions_are_those_of_the_model() -> None:

@@ -207,8 +207,10 @@ def test_the_prompts_ngrams_are_drafted_from_the_first_step() -> None:
         proposal = Decoding(drafter, lambda _: 12, prompt).propose()
         assert proposal is not None
         assert proposal.candidate is not None
-        judged = [t for t, c in zip(proposal.tree.token_ids, proposal.candidate, strict=True) if c]
-        assert judged == expected
+        verified = [
+            t for t, c in zip(proposal.tree.token_ids, proposal.candidate, strict=True) if c
+        ]
+        assert verified == expected
 
 
 def test_the_window_gives_way_first_where_slots_are_short() -> None:

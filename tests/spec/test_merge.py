@@ -17,11 +17,11 @@ A, B = TokenTree([1, 2], [-1, 0]), TokenTree([1, 4, 3], [-1, -1, 0])
 
 
 @st.composite
-def trees(draw, twins=True):
+def trees(draw, duplicates=True):
     token_ids, parents, seen = [], [], set()
     for node in range(draw(st.integers(1, 7))):
         parent, token_id = draw(st.integers(-1, node - 1)), draw(st.integers(0, 2))
-        if not twins and (parent, token_id) in seen:
+        if not duplicates and (parent, token_id) in seen:
             return TokenTree(token_ids, parents)
         seen.add((parent, token_id))
         token_ids.append(token_id)
@@ -135,7 +135,7 @@ def test_nodes_that_are_too_deep_are_left_out(unite, parts, max_depth):
 
 @each_way
 @given(parts=several, data=st.data(), limit=st.integers(0, 8))
-def test_no_more_nodes_are_judged_than_may_be(unite, parts, data, limit):
+def test_no_more_nodes_are_verified_than_may_be(unite, parts, data, limit):
     """Scratch nodes have slots, and no share in the budget of draft tokens."""
     wanted = [data.draw(st.lists(st.booleans(), min_size=len(p), max_size=len(p))) for p in parts]
     proposals = [Proposal(p, candidate=c) for p, c in zip(parts, wanted, strict=True)]
@@ -164,7 +164,7 @@ def test_the_deep_nodes_of_the_first_leave_their_room_to_the_second(unite):
 
 
 @each_way
-@given(parts=st.lists(trees(twins=False), min_size=1, max_size=3), data=st.data())
+@given(parts=st.lists(trees(duplicates=False), min_size=1, max_size=3), data=st.data())
 def test_every_drafter_finds_its_slots(unite, parts, data):
     offset = st.none() | st.integers(1, 20)
     slots = [data.draw(st.lists(offset, min_size=len(p), max_size=len(p))) for p in parts]
@@ -183,9 +183,9 @@ def test_every_drafter_finds_its_slots(unite, parts, data):
 
 
 @pytest.mark.parametrize("slots", [[1, None, 2], [None, 1, 2]])
-def test_a_node_of_two_twins_has_the_slot_of_the_one_that_was_run(slots):
-    twins = Proposal(TokenTree([3, 3, 4], [-1, -1, 0]), draft_slots={"model": slots})
-    assert merge([twins, A], unite=True)[0].draft_slots["model"][:2] == (1, 2)
+def test_a_node_of_two_duplicates_has_the_slot_of_the_one_that_was_run(slots):
+    duplicates = Proposal(TokenTree([3, 3, 4], [-1, -1, 0]), draft_slots={"model": slots})
+    assert merge([duplicates, A], unite=True)[0].draft_slots["model"][:2] == (1, 2)
 
 
 def test_a_drafter_without_kv_adds_no_slots():
@@ -217,7 +217,7 @@ def test_a_proposer_without_opinion_adds_no_confidence():
     assert merge([A, B], unite=True)[0].confidence is None
 
 
-def test_a_node_is_judged_if_one_of_its_proposers_wants_it_judged():
+def test_a_node_is_verified_if_one_of_its_proposers_wants_it_verified():
     proposals = [Proposal(A, candidate=[True, False]), Proposal(B, candidate=[False, True, False])]
     assert merge(proposals, unite=True)[0].candidate == (True, False, True, False)
     assert merge(proposals, unite=False)[0].candidate == (True, False, False, True, False)
@@ -227,7 +227,7 @@ def test_a_node_is_judged_if_one_of_its_proposers_wants_it_judged():
 
 
 @given(several, st.data())
-def test_side_by_side_every_node_keeps_its_law(parts, data):
+def test_side_by_side_every_node_keeps_its_distribution(parts, data):
     torch.manual_seed(0)
     proposals = [
         Proposal(
@@ -244,13 +244,13 @@ def test_side_by_side_every_node_keeps_its_law(parts, data):
     for part, nodes in zip(proposals, sources, strict=True):
         for node, place in nodes.items():
             one_hot = torch.eye(VOCAB_SIZE)[part.tree.token_ids[node]]
-            law = one_hot if part.draft_probs is None else part.draft_probs[node]
-            assert torch.equal(proposal.draft_probs[place], law)
+            distribution = one_hot if part.draft_probs is None else part.draft_probs[node]
+            assert torch.equal(proposal.draft_probs[place], distribution)
 
 
-def test_united_nodes_have_no_laws():
-    laws = torch.full((2, VOCAB_SIZE), 1 / VOCAB_SIZE)
-    assert merge([Proposal(A, draft_probs=laws), B], unite=True)[0].draft_probs is None
+def test_united_nodes_have_no_distributions():
+    distributions = torch.full((2, VOCAB_SIZE), 1 / VOCAB_SIZE)
+    assert merge([Proposal(A, draft_probs=distributions), B], unite=True)[0].draft_probs is None
 
 
 def test_the_merged_proposal_is_named_after_its_drafters():

@@ -1,5 +1,6 @@
-"""N-gram assisted drafting: what is counted, how long the drafts are, and that the output's law is
-the target's. Each claim is one that other implementations of the method have broken."""
+"""N-gram assisted drafting: what is counted, how long the drafts are, and that the output's
+distribution is the target's. Each claim is one that other implementations of the method have
+broken."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import math
 
 import pytest
 import torch
-from enumeration import Toy, distance, output_law
+from enumeration import Toy, distance, output_distribution
 from lookup_rows import ask, chain_of, make, num_read_per_step, tell
 
 from folospec.core.token_tree import TokenTree
@@ -71,7 +72,7 @@ def test_committed_tokens_are_counted_once_whatever_was_proposed_and_told():
     assert counted(drafter, [1, 50]) == 0
 
 
-def test_the_targets_likeliest_tokens_are_noted_after_every_judged_node():
+def test_the_targets_likeliest_tokens_are_noted_after_every_verified_node():
     drafter = make("nasd", n=2, filler_top_k=2)
     ask(drafter, [1, 2])
     tree = TokenTree([10, 11, 12, 13], [-1, 0, -1, 2])
@@ -86,7 +87,7 @@ def test_the_targets_likeliest_tokens_are_noted_after_every_judged_node():
         11: {41: 0.5, 42: 0.25},
         12: {32: 0.5, 33: 0.25},
     }
-    assert store.lookup([13]) is None, "nobody judges a scratch row"
+    assert store.lookup([13]) is None, "nobody verifies a scratch row"
 
 
 def test_a_step_without_a_draft_teaches_too():
@@ -278,30 +279,30 @@ def test_bad_options_are_refused(settings, message):
         make("nasd", **settings)
 
 
-# The law of the output.
+# The distribution of the output.
 
 
 class FixedToy(Toy):
-    """A target that draws every token from one law."""
+    """A target that draws every token from one distribution."""
 
-    law = (0.5, 0.3, 0.2)
+    distribution = (0.5, 0.3, 0.2)
 
     def target(self, context):
-        return self.law
+        return self.distribution
 
 
 def drafter_over(token_ids, **options):
     """Proposes what the real drafter does after these tokens; a function of the context."""
     proposal = ask(make("nasd", vocab_size=3, n=2, **options), token_ids, max_draft_tokens=2)
-    return lambda walk: Proposal(proposal.tree)
+    return lambda choices: Proposal(proposal.tree)
 
 
-@pytest.mark.parametrize("judge", [verify_rejection, verify_block], ids=lambda j: j.__name__)
+@pytest.mark.parametrize("rule", [verify_rejection, verify_block], ids=lambda j: j.__name__)
 @pytest.mark.parametrize("token_ids", [[0, 1, 0], [1, 0, 1], [2, 2], [0]])
-def test_a_drafted_token_is_emitted_with_the_targets_probability(judge, token_ids):
+def test_a_drafted_token_is_emitted_with_the_targets_probability(rule, token_ids):
     toy = FixedToy("fixed", 0)
     drafter = drafter_over(token_ids, stop_if_unknown=False)
-    assert distance(toy, drafter, judge, 3) < 1e-12
+    assert distance(toy, drafter, rule, 3) < 1e-12
 
 
 def test_drawing_again_after_a_mismatch_would_favour_the_draft():
@@ -313,7 +314,7 @@ def test_drawing_again_after_a_mismatch_would_favour_the_draft():
 
     toy, drafter = FixedToy("fixed", 0), drafter_over([1, 0, 1])
     first = [0.0] * 3
-    for tokens, weight in output_law(toy, drafter, drawing_again, 3).items():
+    for tokens, weight in output_distribution(toy, drafter, drawing_again, 3).items():
         first[tokens[0]] += weight
     assert first == pytest.approx([0.75, 0.15, 0.1])
     assert torch.tensor(first).argmax() == drafter(None).tree.token_ids[0]

@@ -14,7 +14,7 @@ def test_proposal_may_be_empty():
     assert len(proposal) == proposal.num_draft_tokens == 0
 
 
-def test_proposal_counts_only_nodes_that_are_judged():
+def test_proposal_counts_only_nodes_that_are_verified():
     proposal = Proposal(TREE, candidate=[True, False, True, False])
     assert len(proposal) == 4
     assert proposal.num_draft_tokens == 2

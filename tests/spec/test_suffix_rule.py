@@ -310,7 +310,7 @@ class TestState:
         ({"min_token_prob": 1.1}, r"min_token_prob must be in \[0, 1\], got 1.1"),
         ({"min_token_prob": math.nan}, r"min_token_prob must be in \[0, 1\]"),
         ({"tree": "yes"}, "tree must be None, True or False, got 'yes'"),
-        ({"tree": True, "acceptance": "block"}, "acceptance='block' judges chains"),
+        ({"tree": True, "acceptance": "block"}, "acceptance='block' verifies chains"),
         ({"preload": "text"}, "preload must be a list"),
         ({"preload": [7]}, "preload must hold texts or token id lists, got 7"),
         ({"preload": ["text"]}, "need a tokenizer"),

@@ -45,7 +45,7 @@ def test_an_unknown_token_has_no_children():
     assert ask(drafter, [1, 5]) is None
 
 
-def test_every_judged_row_fills_the_matrix_accepted_or_not_and_no_scratch_row():
+def test_every_verified_row_fills_the_matrix_accepted_or_not_and_no_scratch_row():
     drafter = make("token_recycling", top_k=2)
     ask(drafter, [8, 1])
     tree = TokenTree([10, 11, 12, 13], [-1, 0, -1, 2])

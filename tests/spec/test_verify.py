@@ -15,21 +15,21 @@ from folospec.speculative_config import ACCEPTANCE_RULES
 TREE = TokenTree([5, 6, 8, 7], [-1, 0, -1, 0])
 #   root -- 0: token 5 -- 2: token 6
 #      `--- 1: token 5 -- 3: token 7        two merged proposals that agree on the first token
-TWINS = TokenTree([5, 5, 6, 7], [-1, -1, 0, 1])
+DUPLICATES = TokenTree([5, 5, 6, 7], [-1, -1, 0, 1])
 
 
 class ScriptedCoins:
     """Accepts the given nodes, draws the likeliest token, and writes down what it was asked."""
 
     def __init__(self, *accepted):
-        self.accepted, self.asked, self.row, self.law = accepted, {}, None, None
+        self.accepted, self.asked, self.row, self.distribution = accepted, {}, None, None
 
     def accept(self, probability, node):
         self.asked[node] = probability
         return node in self.accepted
 
     def draw(self, probs, row):
-        self.row, self.law = row, probs
+        self.row, self.distribution = row, probs
         return int(probs.argmax())
 
 
@@ -45,9 +45,9 @@ class ScriptedCoins:
         (TREE, [8, 6, 0, 6, 0], Verdict([2], 6)),  # token 6 is no child of node 2
         (TokenTree.chain([1, 1, 1]), [1, 1, 2, 1], Verdict([0, 1], 2)),
         (TokenTree.chain([1, 1, 1]), [1, 1, 1, 1], Verdict([0, 1, 2], 1)),
-        (TWINS, [5, 6, 6, 4, 0], Verdict([0, 2], 4)),
-        (TWINS, [5, 7, 7, 0, 4], Verdict([1, 3], 4)),
-        (TWINS, [5, 9, 9, 0, 0], Verdict([0], 9)),
+        (DUPLICATES, [5, 6, 6, 4, 0], Verdict([0, 2], 4)),
+        (DUPLICATES, [5, 7, 7, 0, 4], Verdict([1, 3], 4)),
+        (DUPLICATES, [5, 9, 9, 0, 0], Verdict([0], 9)),
     ],
 )
 def test_coupled_descends_while_a_child_is_the_targets_token(tree, target_token_ids, verdict):
@@ -76,7 +76,7 @@ def probs(*rows, dtype=torch.float64):
     return torch.tensor(rows, dtype=dtype)
 
 
-def test_rejection_accepts_a_sampled_token_with_the_ratio_of_the_laws():
+def test_rejection_accepts_a_sampled_token_with_the_ratio_of_the_distributions():
     coins = ScriptedCoins(0)
     proposal = Proposal(TokenTree.chain([1]), probs([0.2, 0.8, 0.0]))
     verdict = verify_rejection(proposal, probs([0.5, 0.2, 0.3], [0.1, 0.1, 0.8]), coins)
@@ -90,7 +90,7 @@ def test_rejection_draws_what_the_draft_did_not_cover():
     proposal = Proposal(TokenTree.chain([1]), probs([0.2, 0.8, 0.0]))
     verdict = verify_rejection(proposal, probs([0.5, 0.2, 0.3], [0.1, 0.1, 0.8]), coins)
     assert verdict == Verdict([], 0)
-    assert coins.law.tolist() == pytest.approx([0.5, 0.0, 0.5])
+    assert coins.distribution.tolist() == pytest.approx([0.5, 0.0, 0.5])
     assert coins.row == 0
 
 
@@ -101,7 +101,7 @@ def test_rejection_tries_each_sibling_against_what_the_earlier_ones_left():
     verify_rejection(proposal, probs([0.3, 0.3, 0.4], [1, 0, 0], [1, 0, 0]), coins)
     # left after the first: (0, 0.1, 0.2) / 0.3, so token 1 has 1/3 where the draft has 1/2
     assert coins.asked == {0: pytest.approx(0.5), 1: pytest.approx(2 / 3)}
-    assert coins.law.tolist() == pytest.approx([0.0, 0.0, 1.0])
+    assert coins.distribution.tolist() == pytest.approx([0.0, 0.0, 1.0])
 
 
 def test_rejection_of_one_hot_siblings_strikes_their_tokens_out():
@@ -109,10 +109,10 @@ def test_rejection_of_one_hot_siblings_strikes_their_tokens_out():
     target = probs([0.5, 0.3, 0.1, 0.1], *[[1, 0, 0, 0]] * 3)
     verify_rejection(Proposal(TokenTree([0, 1, 0], [-1] * 3)), target, coins)
     assert coins.asked == {0: 0.5, 1: pytest.approx(0.6), 2: 0.0}  # the duplicate cannot win
-    assert coins.law.tolist() == pytest.approx([0.0, 0.0, 0.5, 0.5])
+    assert coins.distribution.tolist() == pytest.approx([0.0, 0.0, 0.5, 0.5])
 
 
-def test_rejection_walks_down_the_accepted_child_and_tries_only_its_children():
+def test_rejection_verifies_down_the_accepted_child_and_tries_only_its_children():
     coins = ScriptedCoins(2, 3)
     tree = TokenTree([0, 1, 1, 0, 1], [-1, 0, -1, 2, 3])
     verdict = verify_rejection(Proposal(tree), probs(*[[0.5, 0.5]] * 6), coins)
@@ -121,7 +121,7 @@ def test_rejection_walks_down_the_accepted_child_and_tries_only_its_children():
     assert coins.row == 4
 
 
-def test_rejection_does_not_try_scratch_rows_or_children_their_own_law_excludes():
+def test_rejection_does_not_try_scratch_rows_or_children_their_own_distribution_excludes():
     coins = ScriptedCoins()
     proposal = Proposal(
         TokenTree([0, 1, 2], [-1] * 3),
@@ -130,7 +130,7 @@ def test_rejection_does_not_try_scratch_rows_or_children_their_own_law_excludes(
     )
     verify_rejection(proposal, probs(*[[0.2, 0.3, 0.5]] * 4), coins)
     assert set(coins.asked) == {2}
-    assert coins.law.tolist() == pytest.approx([0.4, 0.6, 0.0])
+    assert coins.distribution.tolist() == pytest.approx([0.4, 0.6, 0.0])
 
 
 @pytest.mark.parametrize("verify", [verify_rejection, verify_block])
@@ -153,7 +153,7 @@ def test_block_weighs_prefixes_and_takes_the_longest_that_wins():
     coins = ScriptedCoins()
     assert verify_block(proposal, target, coins) == Verdict([], 1)
     assert coins.asked == {0: 0.0, 1: pytest.approx(0.125)}
-    assert coins.law.tolist() == pytest.approx([0.0, 1.0])
+    assert coins.distribution.tolist() == pytest.approx([0.0, 1.0])
 
 
 def test_block_draws_from_the_scaled_target():
@@ -164,7 +164,7 @@ def test_block_draws_from_the_scaled_target():
     # weight 0.8: scaled target (0.16, 0.16, 0.48), minus the draft: (0, 0, 0.23)
     assert coins.asked == {0: pytest.approx(0.23 / 0.43), 1: pytest.approx(0.8 * 0.2 / 0.5)}
     assert verdict == Verdict([0], 2)
-    assert coins.law.tolist() == pytest.approx([0.0, 0.0, 1.0])
+    assert coins.distribution.tolist() == pytest.approx([0.0, 0.0, 1.0])
 
 
 def test_block_stops_the_chain_at_a_scratch_row():
@@ -176,11 +176,15 @@ def test_block_stops_the_chain_at_a_scratch_row():
 
 @pytest.mark.parametrize("verify", [verify_rejection, verify_block])
 def test_a_rejection_that_only_rounding_allows_leaves_the_target(verify):
-    law = probs([0.1, 0.2, 0.7], dtype=torch.float32)
+    distribution = probs([0.1, 0.2, 0.7], dtype=torch.float32)
     tiny = torch.tensor([[3e-9, 0.0, 0.0]])
     coins = ScriptedCoins()
-    verify(Proposal(TokenTree.chain([2]), law - tiny), torch.cat([law, law]), coins)
-    assert torch.equal(coins.law, law[0])
+    verify(
+        Proposal(TokenTree.chain([2]), distribution - tiny),
+        torch.cat([distribution, distribution]),
+        coins,
+    )
+    assert torch.equal(coins.distribution, distribution[0])
 
 
 @pytest.mark.parametrize("verify", [verify_rejection, verify_block])
@@ -194,13 +198,13 @@ def test_masked_tokens_stay_impossible_and_the_dtype_is_the_targets(verify, dtyp
         drafts = torch.rand(2, 6, generator=generator).softmax(-1)
         coins = ScriptedCoins()
         verify(Proposal(TokenTree.chain([1, 2]), drafts), target, coins)
-        assert coins.law.dtype == dtype
-        assert (coins.law[::2] == 0.0).all()
-        assert float(coins.law.sum()) == pytest.approx(1.0, abs=1e-6)
+        assert coins.distribution.dtype == dtype
+        assert (coins.distribution[::2] == 0.0).all()
+        assert float(coins.distribution.sum()) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_block_refuses_a_tree():
-    with pytest.raises(ValueError, match=r"judges chains, got .* \[-1, 0, -1, 0\]"):
+    with pytest.raises(ValueError, match=r"verifies chains, got .* \[-1, 0, -1, 0\]"):
         verify_block(Proposal(TREE), probs(*[[0.5, 0.5]] * 5), ScriptedCoins())
 
 
@@ -241,9 +245,9 @@ def test_every_rule_of_the_config_is_there_and_says_what_it_promises():
 
 
 def outcomes(coins):
-    law = torch.full((50,), 0.02)
+    distribution = torch.full((50,), 0.02)
     return [coins.accept(0.5, node) for node in range(40)] + [
-        coins.draw(law, row) for row in range(10)
+        coins.draw(distribution, row) for row in range(10)
     ]
 
 
@@ -256,12 +260,12 @@ def test_keyed_coins_repeat_for_the_same_step_and_for_no_other():
 
 
 def test_keyed_coins_never_do_the_impossible():
-    law = torch.tensor([0.0, 1e-30, 0.0, 1.0, 0.0])
+    distribution = torch.tensor([0.0, 1e-30, 0.0, 1.0, 0.0])
     for position in range(200):
         coins = KeyedCoins(0, 0, position)
         assert coins.accept(1.0, 0)
         assert not coins.accept(0.0, 0)
-        assert coins.draw(law, 0) in (1, 3)
+        assert coins.draw(distribution, 0) in (1, 3)
 
 
 def test_keyed_coins_win_as_often_as_they_should():

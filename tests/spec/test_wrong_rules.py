@@ -13,7 +13,7 @@ from enumeration import (
     most_likely,
     normalised,
     one_hot,
-    output_law,
+    output_distribution,
     sampled,
     total_variation,
     without_replacement,
@@ -34,64 +34,66 @@ def assert_biased(distances, usual, most):
 
 
 def test_resampling_from_the_target_after_a_rejection_is_seen():
-    def judge(proposal, target_probs, coins):
+    def rule(proposal, target_probs, coins):
         coins.draw_from = lambda residual, row: target_probs[row]
         return verify_rejection(proposal, target_probs, coins)
 
-    distances = [distance(t, drafter_of(t, CHAIN, sampled), judge, 3) for t in TOYS]
+    distances = [distance(t, drafter_of(t, CHAIN, sampled), rule, 3) for t in TOYS]
     assert_biased(distances, 0.1, 0.2)
 
 
 def test_the_rule_for_independent_children_on_distinct_ones_is_seen():
-    def drafter_of_wrong_law(toy):
-        def drafter(walk):
-            proposal = draft(toy, [-1, -1], without_replacement, walk)
-            law = torch.tensor([toy.draft(())] * 2, dtype=torch.float64)
-            return Proposal(proposal.tree, law)
+    def drafter_of_wrong_probs(toy):
+        def drafter(choices):
+            proposal = draft(toy, [-1, -1], without_replacement, choices)
+            distribution = torch.tensor([toy.draft(())] * 2, dtype=torch.float64)
+            return Proposal(proposal.tree, distribution)
 
         return drafter
 
-    distances = [distance(t, drafter_of_wrong_law(t), verify_rejection, 2) for t in TOYS]
+    distances = [distance(t, drafter_of_wrong_probs(t), verify_rejection, 2) for t in TOYS]
     assert_biased(distances, 0.01, 0.08)
 
 
-@pytest.mark.parametrize("judge", [verify_rejection, verify_block], ids=lambda j: j.__name__)
-def test_an_argmax_draft_with_the_law_of_a_sampled_one_is_seen(judge):
-    def drafter_of_wrong_law(toy):
-        def drafter(walk):
-            tree = draft(toy, CHAIN, most_likely, walk).tree
+@pytest.mark.parametrize("rule", [verify_rejection, verify_block], ids=lambda j: j.__name__)
+def test_an_argmax_draft_with_the_distribution_of_a_sampled_one_is_seen(rule):
+    def drafter_of_wrong_probs(toy):
+        def drafter(choices):
+            tree = draft(toy, CHAIN, most_likely, choices).tree
             contexts = [(), (tree.token_ids[0],)]
-            law = torch.tensor([toy.draft(c) for c in contexts], dtype=torch.float64)
-            return Proposal(tree, law)
+            distribution = torch.tensor([toy.draft(c) for c in contexts], dtype=torch.float64)
+            return Proposal(tree, distribution)
 
         return drafter
 
-    distances = [distance(t, drafter_of_wrong_law(t), judge, 3) for t in TOYS]
+    distances = [distance(t, drafter_of_wrong_probs(t), rule, 3) for t in TOYS]
     assert_biased(distances, 0.3, 0.5)
 
 
-@pytest.mark.parametrize("judge", [verify_rejection, verify_block], ids=lambda j: j.__name__)
-def test_dropping_a_draft_for_its_low_probability_is_seen(judge):
+@pytest.mark.parametrize("rule", [verify_rejection, verify_block], ids=lambda j: j.__name__)
+def test_dropping_a_draft_for_its_low_probability_is_seen(rule):
     def drafter_of_timid(toy):
-        def drafter(walk):
-            proposal = draft(toy, [-1], sampled, walk)
+        def drafter(choices):
+            proposal = draft(toy, [-1], sampled, choices)
             unlikely = toy.draft(())[proposal.tree.token_ids[0]] < 0.34
             return proposal.prune([] if unlikely else [0])
 
         return drafter
 
-    distances = [distance(t, drafter_of_timid(t), judge, 2) for t in TOYS]
+    distances = [distance(t, drafter_of_timid(t), rule, 2) for t in TOYS]
     assert_biased(distances, 0.08, 0.2)
 
 
 def test_sorting_children_drawn_without_replacement_is_seen():
     def drafter_of_sorted(toy):
-        def drafter(walk):
-            drawn = draft(toy, [-1, -1], without_replacement, walk).tree.token_ids
-            law = toy.draft(())
-            first, second = sorted(drawn, key=lambda t: -law[t])
-            rest = normalised([0.0 if t == first else law[t] for t in range(toy.vocab_size)])
-            probs = torch.tensor([law, rest], dtype=torch.float64)
+        def drafter(choices):
+            drawn = draft(toy, [-1, -1], without_replacement, choices).tree.token_ids
+            distribution = toy.draft(())
+            first, second = sorted(drawn, key=lambda t: -distribution[t])
+            rest = normalised(
+                [0.0 if t == first else distribution[t] for t in range(toy.vocab_size)]
+            )
+            probs = torch.tensor([distribution, rest], dtype=torch.float64)
             return Proposal(TokenTree([first, second], [-1, -1]), probs)
 
         return drafter
@@ -100,13 +102,13 @@ def test_sorting_children_drawn_without_replacement_is_seen():
     assert_biased(distances, 0.15, 0.25)
 
 
-def greedy(law):
-    return one_hot(law.index(max(law)), len(law))
+def greedy(distribution):
+    return one_hot(distribution.index(max(distribution)), len(distribution))
 
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["one-hot", "softmax"])
-def test_greedy_judged_by_a_softmax_ratio_is_seen(wrong):
-    def judge(proposal, target_probs, coins):
+def test_greedy_verified_by_a_softmax_ratio_is_seen(wrong):
+    def rule(proposal, target_probs, coins):
         if wrong:
             coins.draw_from = lambda probs, row: torch.tensor(greedy(probs.tolist()))
             return verify_rejection(proposal, target_probs, coins)
@@ -116,12 +118,12 @@ def test_greedy_judged_by_a_softmax_ratio_is_seen(wrong):
     distances = []
     for toy in TOYS:
 
-        def drafter(walk, toy=toy):
-            tree = draft(toy, [-1], most_likely, walk).tree
+        def drafter(choices, toy=toy):
+            tree = draft(toy, [-1], most_likely, choices).tree
             return Proposal(tree, torch.tensor([toy.draft(())], dtype=torch.float64))
 
         first = dict.fromkeys(range(toy.vocab_size), 0.0)
-        for tokens, weight in output_law(toy, drafter, judge, 2).items():
+        for tokens, weight in output_distribution(toy, drafter, rule, 2).items():
             first[tokens[0]] += weight
         distances.append(total_variation(first, dict(enumerate(greedy(toy.target(()))))))
     if wrong:
@@ -133,7 +135,7 @@ def test_greedy_judged_by_a_softmax_ratio_is_seen(wrong):
 def block_with_flaw(flaw):
     """Block verification written once more, from the paper, with a place for each mistake."""
 
-    def judge(proposal, target_probs, coins):
+    def rule(proposal, target_probs, coins):
         token_ids, rows = proposal.tree.token_ids, proposal.draft_probs
         weights, tau = [1.0], 0
         for i, token_id in enumerate(token_ids):
@@ -156,14 +158,14 @@ def block_with_flaw(flaw):
             left = left / left.sum() if left.sum() > 0 else target_probs[tau]
         return Verdict(list(range(tau)), coins.draw(left, tau))
 
-    return judge
+    return rule
 
 
 def test_block_agrees_with_the_papers_own_order_of_coins():
     for toy in TOYS:
         drafter = drafter_of(toy, LONG_CHAIN, sampled)
-        ours = output_law(toy, drafter, verify_block, 4)
-        theirs = output_law(toy, drafter, block_with_flaw(None), 4)
+        ours = output_distribution(toy, drafter, verify_block, 4)
+        theirs = output_distribution(toy, drafter, block_with_flaw(None), 4)
         assert total_variation(ours, theirs) < 1e-12
 
 

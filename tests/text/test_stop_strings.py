@@ -132,8 +132,8 @@ def test_an_output_ends_at_the_token_that_completes_a_stop(kind: str) -> None:
         request.stream_to(stream)
         completion = request.completion()
         assert (count, completion.text, completion.stop_reason) == expected, (output, stops)
-        assert "".join(increment.text for increment in stream.arrived) == completion.text
-        streamed = [t for increment in stream.arrived for t in increment.token_ids]
+        assert "".join(delta.text for delta in stream.arrived) == completion.text
+        streamed = [t for delta in stream.arrived for t in delta.token_ids]
         assert streamed == completion.token_ids
         num_stopped += completion.stop_reason is not None
     assert 10 < num_stopped < 60
@@ -147,7 +147,7 @@ def test_the_increments_of_a_stream_add_up_to_the_text(kind: str) -> None:
         request, stream = OneRequest(tokenizer, output[:1], len(output)), Stream()
         feed(request, output, lambda s=stream, r=request: r.stream_to(s))
         text = request.completion().text
-        assert "".join(increment.text for increment in stream.arrived) == text
+        assert "".join(delta.text for delta in stream.arrived) == text
         assert stream.arrived[-1].finish_reason == "length"
 
 

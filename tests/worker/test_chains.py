@@ -120,7 +120,7 @@ def test_a_row_without_a_slot_is_refused_before_anything_is_written(runner: Mode
 
 def test_rows_run_one_at_a_time_where_that_is_asked(folder: str) -> None:
     model = load_model(folder, dtype=torch.float32, attention="torch")
-    runner = ModelRunner(model, max_num_batched_tokens=64, row_at_a_time=True)
+    runner = ModelRunner(model, max_num_batched_tokens=64, batch_invariant_reference=True)
     assert isinstance(runner.chains(LENGTHS, tables()), RowChains)
 
 

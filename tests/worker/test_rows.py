@@ -54,10 +54,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def make_runner(folder: str) -> Any:
-    def make(row_at_a_time: bool = False, max_num_batched_tokens: int = 64) -> ModelRunner:
+    def make(
+        batch_invariant_reference: bool = False, max_num_batched_tokens: int = 64
+    ) -> ModelRunner:
         model = load_model(folder, dtype=torch.float64, attention="torch")
         runner = ModelRunner(
-            model, max_num_batched_tokens=max_num_batched_tokens, row_at_a_time=row_at_a_time
+            model,
+            max_num_batched_tokens=max_num_batched_tokens,
+            batch_invariant_reference=batch_invariant_reference,
         )
         runner.make_kv(60, BLOCK_SIZE, torch.device("cpu"))
         for layer in runner.kv.layers:  # what nobody wrote shows
@@ -123,7 +127,9 @@ def distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"row_at_a_time": True}], ids=["packed", "row at a time"])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_invariant_reference": True}], ids=["packed", "row at a time"]
+)
 def test_a_tree_grown_by_levels_has_the_logits_of_one_pass_and_of_chains(
     make_runner: Any, options: dict[str, Any]
 ) -> None:

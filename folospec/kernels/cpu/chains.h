@@ -20,10 +20,10 @@ struct Chains {
     const int64_t* windows;      // [num_windows] that layers have
     int64_t num_windows;
     const int64_t* starts;       // [chains] position, and index in the block table, of the first token
-    const Law* laws;             // [chains]
-    const Wanted* wanted;        // [chains] of the first token; `law` counts in `laws`
+    const SamplingParams* all_params;             // [chains]
+    const Wanted* wanted;        // [chains] of the first token; `params` counts in `all_params`
     const int64_t* lengths;      // [chains] tokens that are wanted, at least 1
-    const double* least;         // [chains] a chain that is less likely does not go on
+    const double* min_probability;         // [chains] a chain that is less likely does not go on
     int64_t most;                // the largest of `lengths`
     const float* logits;         // [chains, out of lm_head], of the rows that the first tokens follow
     int64_t* tokens;             // [chains, most], the result
@@ -45,7 +45,7 @@ class ChainWorker {
 public:
     ChainWorker(const Model& model, const Chains& job)
         : m(model), c(job), vocab(job.lm_head->out), chains(job.attention.rows), rows(job.most),
-          joint(chains, 1.0), identity(chains + 1), drawn(chains), taps(model.num_layers + 1) {
+          joint(chains, 1.0), identity(chains + 1), drawn(chains), aux_hidden_states(model.num_layers + 1) {
         for (int64_t i = 0; i <= chains; i++) identity[i] = i;
         groups.assign(identity.begin(), identity.end());
         std::fill(c.found, c.found + chains, 0);
@@ -98,7 +98,7 @@ private:
     std::vector<int64_t> identity;
     std::vector<int32_t> groups;
     std::vector<Drawn> drawn;     // of each row
-    std::vector<float*> taps;     // none
+    std::vector<float*> aux_hidden_states;     // none
     Scratch s;
     float *hidden, *room, *next_logits;
 
@@ -109,7 +109,7 @@ private:
         if (wanted.position != NO_NOISE) wanted.position += depth;
         const float* logits = (depth ? next_logits : c.logits) + row * vocab;
         Drawn& to = drawn[row];
-        to.count = ChildRow(logits, vocab, c.laws[wanted.law], wanted, memory).draw(&to.id, &to.chance);
+        to.count = ChildRow(logits, vocab, c.all_params[wanted.params], wanted, memory).draw(&to.id, &to.chance);
     }
 
     // Note what was drawn, and number the rows of the chains that go on.
@@ -122,7 +122,7 @@ private:
             c.chances[chain * c.most + depth] = drawn[row].chance;
             c.found[chain] = depth + 1;
             joint[chain] *= drawn[row].chance;
-            if (depth + 1 == c.lengths[chain] || joint[chain] < c.least[chain]) continue;
+            if (depth + 1 == c.lengths[chain] || joint[chain] < c.min_probability[chain]) continue;
             int64_t position = c.starts[chain] + depth, size = c.attention.block_size;
             const int32_t* table = c.attention.block_table + chain * c.attention.table_width;
             next.chain.push_back(chain);
@@ -155,7 +155,7 @@ private:
         pass.sin = c.sin;
         pass.window_first = r.window_first.data();
         pass.hidden = hidden;
-        pass.taps = taps.data();
+        pass.aux_hidden_states = aux_hidden_states.data();
         pass.scratch = c.scratch;
         pass.threads = c.threads;
         return pass;

@@ -21,7 +21,7 @@ constexpr int64_t NO_NOISE = -1;        // instead of a position
 constexpr float ROUGH_MARGIN = 1e-3f;   // more than two rough scores can be off, near the best
 
 struct Wanted {
-    int64_t law, position, count;  // position of the token that is drawn, or NO_NOISE
+    int64_t params, position, count;  // position of the token that is drawn, or NO_NOISE
     double scale;
 };
 
@@ -87,12 +87,12 @@ struct ChildRoom {
 
 class ChildRow {
 public:
-    ChildRow(const float* logits, int64_t size, const Law& law, const Wanted& wanted, ChildRoom& room)
-        : logits(logits), size(size), wanted(wanted), room(room), key(target_key(law, wanted.position)),
-          temperature(law.temperature > 0.0 ? law.temperature : 1.0) {
-        if (law.temperature > 0.0 && law.filters()) {
+    ChildRow(const float* logits, int64_t size, const SamplingParams& params, const Wanted& wanted, ChildRoom& room)
+        : logits(logits), size(size), wanted(wanted), room(room), key(target_key(params, wanted.position)),
+          temperature(params.temperature > 0.0 ? params.temperature : 1.0) {
+        if (params.temperature > 0.0 && params.filters()) {
             room.log_probs.resize(size);
-            log_probs_row(logits, size, law, &peak, room.log_probs.data(), room.memory);
+            log_probs_row(logits, size, params, &peak, room.log_probs.data(), room.memory);
             this->logits = room.log_probs.data();
             temperature = 1.0;
         }
@@ -196,12 +196,12 @@ extern "C" __attribute__((visibility("default"))) int64_t folospec_sizeof_wanted
 // For every row of logits [rows, size]: found[row] tokens and chances, at [row, 0], [row, 1], ... of
 // arrays [rows, most].
 extern "C" __attribute__((visibility("default"))) void folospec_children(
-    const float* logits, int64_t size, const folospec::Law* laws, const folospec::Wanted* wanted, int64_t rows,
+    const float* logits, int64_t size, const folospec::SamplingParams* all_params, const folospec::Wanted* wanted, int64_t rows,
     int64_t most, int64_t* tokens, float* chances, int64_t* found, int32_t threads) {
     using namespace folospec;
     share_out(threads, rows, [&](int64_t row) {
         static thread_local ChildRoom room;
-        ChildRow drawn(logits + row * size, size, laws[wanted[row].law], wanted[row], room);
+        ChildRow drawn(logits + row * size, size, all_params[wanted[row].params], wanted[row], room);
         found[row] = drawn.draw(tokens + row * most, chances + row * most);
     });
 }

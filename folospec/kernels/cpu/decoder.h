@@ -43,7 +43,7 @@ struct Pass {
     const float* sin;
     const int32_t* window_first;  // [windows, rows] first key in the window, for layers that have one
     float* hidden;                // [rows, hidden], the result: after the final norm
-    float* const* taps;           // [num_layers + 1] where to put the stream before a layer, or null
+    float* const* aux_hidden_states;           // [num_layers + 1] where to put the stream before a layer, or null
     float* scratch;
     int64_t threads;
 };
@@ -102,11 +102,11 @@ public:
     void run() {
         embed();
         for (int64_t i = 0; i < m.num_layers; i++) {
-            tap(i);
+            layer(i);
             if (!m.layers[i].skip_attention) attend(m.layers[i]);
             if (!m.layers[i].skip_mlp) mlp(m.layers[i]);
         }
-        tap(m.num_layers);
+        layer(m.num_layers);
         norm(m.final_norm, 0, rows, {p.hidden, m.hidden, FLOAT32, Tiling(rows, true)});
     }
 
@@ -134,10 +134,10 @@ private:
         });
     }
 
-    void tap(int64_t layer) {
-        if (!p.taps[layer]) return;
+    void layer(int64_t layer) {
+        if (!p.aux_hidden_states[layer]) return;
         member.share(rows * m.hidden, 64, [&](int64_t begin, int64_t end) {
-            std::memcpy(p.taps[layer] + begin, s.stream + begin, (end - begin) * sizeof(float));
+            std::memcpy(p.aux_hidden_states[layer] + begin, s.stream + begin, (end - begin) * sizeof(float));
         });
     }
 

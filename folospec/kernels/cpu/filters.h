@@ -108,14 +108,14 @@ static uint64_t key_of_mass(const Row& row, double bound, std::vector<uint64_t>&
     return order[place];
 }
 
-static Kept filter(Row& row, const Law& law, std::vector<uint64_t>& order) {
+static Kept filter(Row& row, const SamplingParams& params, std::vector<uint64_t>& order) {
     Kept kept;
-    if (law.top_k > 0 && law.top_k < row.size) {
-        kept.end_at(row, key_of_count(row, law.top_k, order));
+    if (params.top_k > 0 && params.top_k < row.size) {
+        kept.end_at(row, key_of_count(row, params.top_k, order));
         kept.apply(row);
     }
-    if (law.top_p < 1.0) kept.end_at(row, key_of_mass(row, law.top_p * (double)row.total, order));
-    kept.floor = law.log_min_p;
+    if (params.top_p < 1.0) kept.end_at(row, key_of_mass(row, params.top_p * (double)row.total, order));
+    kept.floor = params.log_min_p;
     kept.apply(row);
     return kept;
 }

@@ -11,7 +11,7 @@
 namespace folospec {
 
 // What the rows of one sequence are drawn with; packed by kernels/native_sampling.py.
-struct Law {
+struct SamplingParams {
     uint64_t seed;
     uint64_t sample_index;
     double temperature;  // 0: greedy
@@ -70,7 +70,7 @@ struct Row {
 struct RowMemory {
     std::vector<double> odds;
     std::vector<uint64_t> order;  // see `order_key`
-    std::vector<int64_t> same, below;  // see `walk_tree`
+    std::vector<int64_t> same, below;  // see `verify_tree`
 };
 
 // The largest value; NaN if there is one.

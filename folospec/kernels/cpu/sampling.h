@@ -1,4 +1,4 @@
-// From logits to tokens: the arg-max, the filtered law, and the race of the keyed noise.
+// From logits to tokens: the arg-max, the filtered distribution, and the race of the keyed noise.
 //
 //     logits --> peak --> scaled = (logit - peak) / temperature --> odds = exp(scaled), in 0 .. 1
 //                                                                      |
@@ -32,8 +32,8 @@ INLINE uint64_t mix64(uint64_t x) {
 }
 
 // The key of the target's token at a position.
-INLINE uint64_t target_key(const Law& law, int64_t position) {
-    const uint64_t parts[] = {law.seed, law.sample_index, (uint64_t)position, 0};
+INLINE uint64_t target_key(const SamplingParams& params, int64_t position) {
+    const uint64_t parts[] = {params.seed, params.sample_index, (uint64_t)position, 0};
     uint64_t state = 0;
     for (uint64_t part : parts) state = mix64((state ^ part) + 0x9E3779B97F4A7C15u);
     return state;
@@ -99,15 +99,15 @@ struct Race {
 // ---- rows ---------------------------------------------------------------------------------------
 
 // The token of one row, NO_TOKEN where none is possible; `peak` says why: -inf, or NaN or +inf.
-static int64_t draw_row(const float* logits, int64_t size, const Law& law, int64_t position, float* peak,
+static int64_t draw_row(const float* logits, int64_t size, const SamplingParams& params, int64_t position, float* peak,
                         RowMemory& memory) {
     *peak = row_peak(logits, size);
     if (!std::isfinite(*peak)) return NO_TOKEN;
     int64_t top = first_equal(logits, size, *peak);
-    if (law.temperature == 0.0) return top;
-    Row row = make_row(logits, size, *peak, law.temperature, memory);
-    if (law.filters()) filter(row, law, memory.order);
-    uint64_t key = target_key(law, position);
+    if (params.temperature == 0.0) return top;
+    Row row = make_row(logits, size, *peak, params.temperature, memory);
+    if (params.filters()) filter(row, params, memory.order);
+    uint64_t key = target_key(params, position);
     Race race = {row, key, row.log_total()};
     race.enter(top, uniform(key, (uint32_t)top));
     race.try_all();
@@ -115,17 +115,17 @@ static int64_t draw_row(const float* logits, int64_t size, const Law& law, int64
 }
 
 // The log-probabilities that `draw_row` draws from; all -inf where no token is possible.
-static void log_probs_row(const float* logits, int64_t size, const Law& law, float* peak, float* out,
+static void log_probs_row(const float* logits, int64_t size, const SamplingParams& params, float* peak, float* out,
                           RowMemory& memory) {
     *peak = row_peak(logits, size);
-    if (!std::isfinite(*peak) || law.temperature == 0.0) {
+    if (!std::isfinite(*peak) || params.temperature == 0.0) {
         std::fill(out, out + size, -HUGE_VALF);
         if (std::isfinite(*peak)) out[first_equal(logits, size, *peak)] = 0.0f;
         return;
     }
-    Row row = make_row(logits, size, *peak, law.temperature, memory);
+    Row row = make_row(logits, size, *peak, params.temperature, memory);
     Kept kept;
-    if (law.filters()) kept = filter(row, law, memory.order);
+    if (params.filters()) kept = filter(row, params, memory.order);
     double log_total = row.log_total();
     for (int64_t id = 0; id < size; id++) {
         bool in = (logits[id] > kept.least) | ((logits[id] == kept.least) & (id <= kept.last));
@@ -145,22 +145,22 @@ struct Tree {
     int64_t size;
 };
 
-struct Walked {
+struct Verified {
     int64_t token;   // after the path; NO_TOKEN where none is possible
     int64_t length;  // of the path
     double peak;     // the largest logit where the path ends
 };
 
 // Nodes with the same tokens from the root on are one: `same` holds them, and the path is its first's.
-static Walked walk_tree(const float* logits, int64_t size, const Law& law, const Tree& tree,
-                        const int64_t* nodes, int64_t* paths, RowMemory& memory) {
+static Verified verify_tree(const float* logits, int64_t size, const SamplingParams& params, const Tree& tree,
+                            const int64_t* nodes, int64_t* paths, RowMemory& memory) {
     const int64_t *tokens = nodes + tree.begin, *parents = tokens + tree.size;
     std::vector<int64_t>&same = memory.same, &below = memory.below;
     same.assign(1, -1);
     for (int64_t length = 0;; length++) {
         const float* row = logits + (tree.root_row + 1 + same[0]) * size;
         float peak;
-        int64_t token = draw_row(row, size, law, tree.position + length, &peak, memory);
+        int64_t token = draw_row(row, size, params, tree.position + length, &peak, memory);
         below.clear();
         if (token != NO_TOKEN)
             for (int64_t node : same)
@@ -185,29 +185,29 @@ INLINE RowMemory& memory_of_thread() {
 #define EXPORT_SAMPLING extern "C" __attribute__((visibility("default")))
 
 EXPORT_SAMPLING void folospec_sampling_sizes(int64_t* sizes) {
-    sizes[0] = sizeof(folospec::Law);
+    sizes[0] = sizeof(folospec::SamplingParams);
     sizes[1] = sizeof(folospec::Tree);
-    sizes[2] = sizeof(folospec::Walked);
+    sizes[2] = sizeof(folospec::Verified);
 }
 
 // Draw the target's tokens of `count` sequences and walk their trees: accept a child that has the drawn
 // token, and draw at it the next. See `verify_coupled` of spec/verify.py.
-EXPORT_SAMPLING void folospec_walk(const float* logits, int64_t size, const folospec::Law* laws,
-                                   const folospec::Tree* trees, const int64_t* nodes, int64_t count,
-                                   folospec::Walked* walked, int64_t* paths, int64_t threads) {
+EXPORT_SAMPLING void folospec_verify(const float* logits, int64_t size, const folospec::SamplingParams* all_params,
+                                     const folospec::Tree* trees, const int64_t* nodes, int64_t count,
+                                     folospec::Verified* verified, int64_t* paths, int64_t threads) {
     using namespace folospec;
     share_out(threads, count, [&](int64_t i) {
-        walked[i] = walk_tree(logits, size, laws[i], trees[i], nodes, paths, memory_of_thread());
+        verified[i] = verify_tree(logits, size, all_params[i], trees[i], nodes, paths, memory_of_thread());
     });
 }
 
-// Log-probabilities [count, size] of the rows of logits [count, size], row i with laws[law_of[i]].
-EXPORT_SAMPLING void folospec_log_probs(const float* logits, int64_t size, const folospec::Law* laws,
-                                        const int64_t* law_of, int64_t count, float* out, float* peaks,
+// Log-probabilities [count, size] of the rows of logits [count, size], row i with distributions[params_of[i]].
+EXPORT_SAMPLING void folospec_log_probs(const float* logits, int64_t size, const folospec::SamplingParams* all_params,
+                                        const int64_t* params_of, int64_t count, float* out, float* peaks,
                                         int64_t threads) {
     using namespace folospec;
     share_out(threads, count, [&](int64_t i) {
-        log_probs_row(logits + i * size, size, laws[law_of[i]], peaks + i, out + i * size,
+        log_probs_row(logits + i * size, size, all_params[params_of[i]], peaks + i, out + i * size,
                       memory_of_thread());
     });
 }

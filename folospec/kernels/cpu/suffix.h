@@ -122,7 +122,7 @@ public:
         if (max_nodes > 0) offer(tree, {1.0, 0, 0, -1, 0, 0, 0, root}, -1, max_depth);
         while (!heap.empty() && draft.size() < max_nodes) {
             std::pop_heap(heap.begin(), heap.end());
-            Offer best = heap.back();
+            ScoredProposal best = heap.back();
             heap.pop_back();
             draft.token_ids.push_back(best.token);
             draft.parents.push_back(best.parent);
@@ -133,22 +133,22 @@ public:
     }
 
 private:
-    struct Offer {
+    struct ScoredProposal {
         double joint;
         int64_t seen;
         int32_t token, parent, depth, count, total;
         SuffixPoint point;
-        bool operator<(const Offer& other) const {
+        bool operator<(const ScoredProposal& other) const {
             return joint < other.joint || (joint == other.joint && seen > other.seen);
         }
     };
 
     const SuffixRules& rules;
-    std::vector<Offer> heap;
+    std::vector<ScoredProposal> heap;
     int64_t num_seen = 0;
 
     // Offer what has followed a node, what was first seen last coming first.
-    void offer(const SuffixTree& tree, const Offer& above, int32_t parent, int64_t max_depth) {
+    void offer(const SuffixTree& tree, const ScoredProposal& above, int32_t parent, int64_t max_depth) {
         if (above.depth >= max_depth) return;
         SuffixPoint point = above.point;
         const SuffixNode& node = tree.nodes[point.node];
@@ -168,7 +168,7 @@ private:
         }
     }
 
-    void push(const Offer& above, int32_t parent, int32_t token, int32_t count, int32_t total, int32_t node) {
+    void push(const ScoredProposal& above, int32_t parent, int32_t token, int32_t count, int32_t total, int32_t node) {
         double joint = above.joint * ((double)count / (double)total);
         if (!(joint >= rules.min_joint)) return;
         SuffixPoint point = {node, above.point.depth + 1, false};

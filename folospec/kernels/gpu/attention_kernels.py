@@ -76,7 +76,7 @@ def _add_keys(
 
 
 @triton.jit
-def _walk(
+def _verify(
     q, begin, stop, first, context_len, last_seen, row_positions, row_words, row_is_node, key,
     value, table, suffix_slots, suffix_positions, mask_words, key_slot_stride, value_slot_stride,
     inner, outer, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
@@ -207,7 +207,7 @@ def attend_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(begin, end, PART_LENGTH):
             stop = tl.minimum(start + PART_LENGTH, end)
-            part_maximum, part_total, part_acc = _walk(
+            part_maximum, part_total, part_acc = _verify(
                 q, tl.maximum(start, first_block), stop, first, context_len, last_seen,
                 row_positions, row_words, row_is_node, key, value, table, suffix_slots,
                 suffix_positions, mask_words, key_slot_stride, value_slot_stride, inner, outer,
@@ -218,7 +218,7 @@ def attend_kernel(
     else:
         start = begin + part * length
         stop = tl.minimum(start + length, end)
-        maximum, total, acc = _walk(
+        maximum, total, acc = _verify(
             q, tl.maximum(start, first_block), stop, first, context_len, last_seen,
             row_positions, row_words, row_is_node, key, value, table, suffix_slots,
             suffix_positions, mask_words, key_slot_stride, value_slot_stride, inner, outer,

@@ -1,7 +1,7 @@
 """Draws tokens from rows of logits on the device: arg-max, probabilities, keyed noise.
 
     scan     part by part: the peak, where it is, and roughly the best score
-    weigh    part by part: the sum of weights, by which the law is normalised
+    weigh    part by part: the sum of weights, by which the parameter set is normalised
     (narrow, select of `filters`, for rows that have filters)
     draw     row by row: argmax float32(scaled - log_total) + gumbel, of equals the lowest id
 
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from folospec.kernels.gpu.filters import id_of_key, load_keys, logit_of_key
-from folospec.kernels.gpu.law import (
+from folospec.kernels.gpu.noise import TARGET, gumbel, key_of, rough_gumbel
+from folospec.kernels.gpu.params import (
     MOST,
     NEG_INF,
     filters_of,
@@ -31,25 +32,24 @@ from folospec.kernels.gpu.law import (
     total_of,
     weight_of,
 )
-from folospec.kernels.gpu.noise import TARGET, gumbel, key_of, rough_gumbel
 
 MARGIN = tl.constexpr(0.015625)
 """More than rough scores near the best can be off, several times over."""
 
 
 @triton.jit
-def _noise_key(law, draw, advance):
+def _noise_key(params, draw, advance):
     """The key of a draw's noise, and whether it has any."""
     position = tl.load(draw + 2)
     key = key_of(
-        tl.load(law), tl.load(law + 1), position + advance, tl.zeros_like(position) + TARGET
+        tl.load(params), tl.load(params + 1), position + advance, tl.zeros_like(position) + TARGET
     )
     return key, position >= 0
 
 
 @triton.jit(do_not_specialize=["advance"])
 def scan_kernel(
-    logits, row_stride, vocab, laws, draws, advance, peaks, firsts, roughs, sums, num_parts,
+    logits, row_stride, vocab, all_params, draws, advance, peaks, firsts, roughs, sums, num_parts,
     PART: tl.constexpr, CHILDREN: tl.constexpr,
 ):  # fmt: skip
     """Write of every part, [draws, parts]: its largest logit (NaN if there is one), the first id
@@ -68,11 +68,11 @@ def scan_kernel(
     out = tl.program_id(0).to(tl.int64) * num_parts + part
     tl.store(peaks + out, tl.where(is_nan, float("nan"), peak))
     tl.store(firsts + out, tl.min(tl.where(x == peak, ids, 0x7FFFFFFF), 0))
-    law = laws + 6 * index
-    temperature = temperature_of(law, CHILDREN)
+    params = all_params + 6 * index
+    temperature = temperature_of(params, CHILDREN)
     if temperature == 0:
         return
-    key, is_noisy = _noise_key(law, draw, advance)
+    key, is_noisy = _noise_key(params, draw, advance)
     # As a factor it must be finite, or 0 times it is none; rough scores need no more.
     factor = tl.minimum(1.0 / temperature, 1e300)
     possible = x > NEG_INF
@@ -91,7 +91,7 @@ def scan_kernel(
 
 @triton.jit
 def weigh_kernel(
-    logits, row_stride, vocab, laws, draws, peaks, totals, num_parts,
+    logits, row_stride, vocab, all_params, draws, peaks, totals, num_parts,
     PART: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, CHILDREN: tl.constexpr,
 ):  # fmt: skip
     """Write the sum of the weights of every part, int64 [draws, parts], before any filter. CHILDREN
@@ -100,10 +100,10 @@ def weigh_kernel(
     index = tl.load(draws + 4 * draw)
     if index < 0:
         return
-    law = laws + 6 * index
-    if CHILDREN & (has_filters(law, vocab) == 0):
+    params = all_params + 6 * index
+    if CHILDREN & (has_filters(params, vocab) == 0):
         return
-    temperature = temperature_of(law, False)
+    temperature = temperature_of(params, False)
     peak = peak_of(peaks + draw * num_parts, num_parts, PARTS)
     if (temperature == 0) | (is_finite(peak) == 0):
         return
@@ -116,8 +116,8 @@ def weigh_kernel(
 
 @triton.jit(do_not_specialize=["advance"])
 def draw_kernel(
-    logits, row_stride, vocab, laws, draws, advance, peaks, firsts, roughs, totals, candidates,
-    counts, lasts, kept_totals, tokens, row_peaks, num_parts,
+    logits, row_stride, vocab, all_params, draws, advance, peaks, firsts, roughs, totals,
+    candidates, counts, lasts, kept_totals, tokens, row_peaks, num_parts,
     PART: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr,
     ID_BITS: tl.constexpr, FILTERS: tl.constexpr,
 ):  # fmt: skip
@@ -129,22 +129,22 @@ def draw_kernel(
     index = tl.load(draw)
     if index < 0:
         return
-    law = laws + 6 * index
+    params = all_params + 6 * index
     parts = number * num_parts
     peak = peak_of(peaks + parts, num_parts, PARTS)
     tl.store(row_peaks + number, peak)
     if is_finite(peak) == 0:
         return
-    temperature = temperature_of(law, False)
+    temperature = temperature_of(params, False)
     if temperature == 0:
         token = first_of_row(peaks + parts, firsts + parts, peak, num_parts, PARTS)
     else:
-        key, has_noise = _noise_key(law, draw, advance)
-        if FILTERS & has_filters(law, vocab):
+        key, has_noise = _noise_key(params, draw, advance)
+        if FILTERS & has_filters(params, vocab):
             token, sum_of_odds = _race_of_kept(
-                candidates + parts * PART, counts + parts, law, key, True, tl.load(lasts + number),
-                log_of_weight(tl.load(kept_totals + number), BITS), peak, temperature, 1.0,
-                num_parts, PART, PARTS, TILE, ID_BITS, False,
+                candidates + parts * PART, counts + parts, params, key, True,
+                tl.load(lasts + number), log_of_weight(tl.load(kept_totals + number), BITS),
+                peak, temperature, 1.0, num_parts, PART, PARTS, TILE, ID_BITS, False,
             )  # fmt: skip
         else:
             total = total_of(totals + parts, num_parts, PARTS)
@@ -158,7 +158,7 @@ def draw_kernel(
 
 @triton.jit(do_not_specialize=["advance"])
 def child_kernel(
-    logits, row_stride, vocab, laws, draws, advance, peaks, roughs, sums, candidates, counts,
+    logits, row_stride, vocab, all_params, draws, advance, peaks, roughs, sums, candidates, counts,
     lasts, kept_totals, result, num_draws, num_parts,
     PART: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr,
     ID_BITS: tl.constexpr, FILTERS: tl.constexpr,
@@ -174,19 +174,19 @@ def child_kernel(
     index = tl.load(draw)
     if index < 0:
         return
-    law = laws + 6 * index
+    params = all_params + 6 * index
     parts = number * num_parts
     peak = peak_of(peaks + parts, num_parts, PARTS)
     if is_finite(peak) == 0:
         return
-    temperature = temperature_of(law, True)
+    temperature = temperature_of(params, True)
     scale = tl.load(draw + 3).to(tl.float64, bitcast=True).to(tl.float32)
-    key, is_noisy = _noise_key(law, draw, advance)
-    if FILTERS & has_filters(law, vocab):
+    key, is_noisy = _noise_key(params, draw, advance)
+    if FILTERS & has_filters(params, vocab):
         token, total = _race_of_kept(
-            candidates + parts * PART, counts + parts, law, key, is_noisy, tl.load(lasts + number),
-            log_of_weight(tl.load(kept_totals + number), BITS), peak, temperature, scale,
-            num_parts, PART, PARTS, TILE, ID_BITS, True,
+            candidates + parts * PART, counts + parts, params, key, is_noisy,
+            tl.load(lasts + number), log_of_weight(tl.load(kept_totals + number), BITS),
+            peak, temperature, scale, num_parts, PART, PARTS, TILE, ID_BITS, True,
         )  # fmt: skip
         chance = 1.0 / total
     else:
@@ -245,7 +245,7 @@ def _race_of_parts(
 
 @triton.jit
 def _race_of_kept(
-    candidates, counts, law, key, is_noisy, last, log_total, peak, temperature, scale, num_parts,
+    candidates, counts, params, key, is_noisy, last, log_total, peak, temperature, scale, num_parts,
     PART: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, ID_BITS: tl.constexpr,
     CHILDREN: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +253,7 @@ def _race_of_kept(
     exp(scale * (score - best)) over all of that."""
     part = tl.arange(0, PARTS)
     number = tl.load(counts + part, mask=part < num_parts, other=0)
-    top_p, floor, top_k = filters_of(law)
+    top_p, floor, top_k = filters_of(params)
     best = tl.full([], NEG_INF, tl.float32)
     token = tl.full([], MOST, tl.int64)
     for at in range(0, tl.max(number, 0), TILE):

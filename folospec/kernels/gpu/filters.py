@@ -8,7 +8,7 @@ to a key; ties are no matter, for no two tokens have the same key.
     narrow   part by part: leave out what cannot be kept, and close the ranks
     select   row by row: bisect what is left, usually a small share of the row
 
-Weights are integers (`law.weight_of`), so their sums have no order.
+Weights are integers (`params.weight_of`), so their sums have no order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from folospec.kernels.gpu.law import (
+from folospec.kernels.gpu.params import (
     MOST,
     NEG_INF,
     filters_of,
@@ -63,7 +63,7 @@ def load_keys(candidates, counts, at, PART: tl.constexpr, PARTS: tl.constexpr, T
 
 @triton.jit
 def narrow_kernel(
-    logits, row_stride, vocab, laws, draws, peaks, totals, candidates, counts, num_parts,
+    logits, row_stride, vocab, all_params, draws, peaks, totals, candidates, counts, num_parts,
     PART: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ID_BITS: tl.constexpr,
 ):  # fmt: skip
     """Write the order keys of a part that filters may keep to `candidates` [draws, parts, PART],
@@ -72,8 +72,8 @@ def narrow_kernel(
     index = tl.load(draws + 4 * draw)
     if index < 0:
         return
-    law = laws + 6 * index
-    if has_filters(law, vocab) == 0:
+    params = all_params + 6 * index
+    if has_filters(params, vocab) == 0:
         return
     peak = peak_of(peaks + draw * num_parts, num_parts, PARTS)
     if is_finite(peak) == 0:
@@ -81,7 +81,7 @@ def narrow_kernel(
     ids = part * PART + tl.arange(0, PART)
     row = logits + tl.load(draws + 4 * draw + 1) * row_stride
     x = tl.load(row + ids, mask=ids < vocab, other=NEG_INF)
-    top_p, floor, top_k = filters_of(law)
+    top_p, floor, top_k = filters_of(params)
     keys = order_key(x, ids, ID_BITS)
     keep = x > NEG_INF
     if (top_k > 0) & (top_k < vocab):
@@ -89,7 +89,7 @@ def narrow_kernel(
     else:
         # What lies beyond top_p weighs less than the share that it leaves out. Half of that is
         # safe from the rounding of the bound.
-        scaled = scale_down(x, peak, temperature_of(law, False))
+        scaled = scale_down(x, peak, temperature_of(params, False))
         spare = tl.maximum(1.0 - top_p - 1e-12, 0.0) / (2.0 * vocab)
         total = total_of(totals + draw * num_parts, num_parts, PARTS)
         least = (spare * total.to(tl.float64)).to(tl.int64)
@@ -118,7 +118,7 @@ def _last_of_part(keys, possible, count):
 
 @triton.jit
 def select_kernel(
-    vocab, laws, draws, peaks, totals, candidates, counts, lasts, kept_totals, num_parts,
+    vocab, all_params, draws, peaks, totals, candidates, counts, lasts, kept_totals, num_parts,
     PART: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr,
     ID_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -128,8 +128,8 @@ def select_kernel(
     index = tl.load(draws + 4 * draw)
     if index < 0:
         return
-    law = laws + 6 * index
-    if has_filters(law, vocab) == 0:
+    params = all_params + 6 * index
+    if has_filters(params, vocab) == 0:
         return
     peak = peak_of(peaks + draw * num_parts, num_parts, PARTS)
     if is_finite(peak) == 0:
@@ -137,8 +137,8 @@ def select_kernel(
     part = tl.arange(0, PARTS)
     number = tl.load(counts + draw * num_parts + part, mask=part < num_parts, other=0)
     rows = candidates + draw * num_parts * PART
-    temperature = temperature_of(law, False)
-    top_p, floor, top_k = filters_of(law)
+    temperature = temperature_of(params, False)
+    top_p, floor, top_k = filters_of(params)
     last = _last_in_row(rows, number, PART, PARTS, TILE)
     if (top_k > 0) & (top_k < vocab):
         last = _last_up_to(

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from folospec.kernels.gpu.draw import first_of_row
 from folospec.kernels.gpu.filters import order_key
-from folospec.kernels.gpu.law import (
+from folospec.kernels.gpu.params import (
     NEG_INF,
     filters_of,
     has_filters,
@@ -22,7 +22,7 @@ from folospec.kernels.gpu.law import (
 
 @triton.jit
 def write_kernel(
-    logits, row_stride, vocab, laws, draws, peaks, firsts, totals, lasts, kept_totals, out,
+    logits, row_stride, vocab, all_params, draws, peaks, firsts, totals, lasts, kept_totals, out,
     row_peaks, num_parts,
     PART: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ID_BITS: tl.constexpr,
     FILTERS: tl.constexpr,
@@ -31,14 +31,14 @@ def write_kernel(
     a token is impossible, and the largest logit of every row, float32."""
     number, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     draw = draws + 4 * number
-    law = laws + 6 * tl.load(draw)
+    params = all_params + 6 * tl.load(draw)
     parts = number * num_parts
     peak = peak_of(peaks + parts, num_parts, PARTS)
     if part == 0:
         tl.store(row_peaks + number, peak)
     ids = part * PART + tl.arange(0, PART)
     inside = ids < vocab
-    temperature = temperature_of(law, False)
+    temperature = temperature_of(params, False)
     value = tl.full([PART], NEG_INF, tl.float32)
     if is_finite(peak):
         if temperature == 0:
@@ -50,9 +50,9 @@ def write_kernel(
             scaled = scale_down(x, peak, temperature)
             total = total_of(totals + parts, num_parts, PARTS)
             kept = inside
-            if FILTERS & has_filters(law, vocab):
+            if FILTERS & has_filters(params, vocab):
                 total = tl.load(kept_totals + number)
-                top_p, floor, top_k = filters_of(law)
+                top_p, floor, top_k = filters_of(params)
                 in_order = order_key(x, ids, ID_BITS) <= tl.load(lasts + number)
                 kept = in_order & (scaled >= floor)
             log_prob = (scaled - log_of_weight(total, BITS)).to(tl.float32)

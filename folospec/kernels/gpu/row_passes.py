@@ -45,11 +45,11 @@ class RowPasses:
 
     Args:
         logits: float32 [num_rows, vocab_size].
-        laws: int64 [6 * num_laws].
+        all_params: int64 [6 * num_params].
         draws: int64 [4 * num_draws].
         part: tokens of the vocabulary that one program works on, a power of two; None: by the
             vocabulary.
-        filters: whether any law has some.
+        filters: whether any parameter set has some.
         children: whether what is drawn are children of draft nodes.
         advance: added to the positions of the draws.
     """
@@ -57,7 +57,7 @@ class RowPasses:
     def __init__(
         self,
         logits: Tensor,
-        laws: Tensor,
+        all_params: Tensor,
         draws: Tensor,
         part: int | None,
         *,
@@ -65,7 +65,7 @@ class RowPasses:
         children: bool = False,
         advance: int = 0,
     ) -> None:
-        self.logits, self.laws, self.draws = logits, laws, draws.view(-1, DRAW)
+        self.logits, self.all_params, self.draws = logits, all_params, draws.view(-1, DRAW)
         self.num_draws, self.vocab = len(self.draws), logits.shape[1]
         self.filters, self.children, self.advance = filters, children, advance
         if part is None:
@@ -84,8 +84,9 @@ class RowPasses:
         }
 
     def launch(self, kernel: Any, grid: Sequence[int], *args: Any) -> None:
-        """Launch a kernel that begins with the rows and laws, and ends with the number of parts."""
-        inputs = (self.logits, self.logits.stride(0), self.vocab, self.laws)
+        """Launch a kernel that begins with the rows and parameter sets, and ends with the number of
+        parts."""
+        inputs = (self.logits, self.logits.stride(0), self.vocab, self.all_params)
         self._launch(kernel, grid, *inputs, *args)
 
     def _launch(self, kernel: Any, grid: Sequence[int], *args: Any) -> None:
@@ -127,4 +128,4 @@ class RowPasses:
         of_rows, size = (chunk.draws, chunk.peaks, chunk.totals), len(chunk.draws)
         candidates, counts, *_ = chunk.kept
         self.launch(narrow_kernel, (size, self.num_parts), *of_rows, candidates, counts)
-        self._launch(select_kernel, (size,), self.vocab, self.laws, *of_rows, *chunk.kept)
+        self._launch(select_kernel, (size,), self.vocab, self.all_params, *of_rows, *chunk.kept)

@@ -2,12 +2,12 @@
 
 It does what `native_sampling` does on the CPU, and has the ratio rules too.
 
-    arrays_of(walks)   numpy, on the host: laws, trees, nodes and draws, all int64
-    run_walks(...)     launches alone: tensors in, `result` out; may be part of a CUDA graph
-    read_walks(...)    the result, copied to the host, as `Walk`s
+    arrays_of(trees)   numpy, on the host: parameter sets, trees, nodes and draws, all int64
+    run_verify(...)     launches alone: tensors in, `result` out; may be part of a CUDA graph
+    read_paths(...)    the result, copied to the host, as `VerifiedPath`s
 
-`DeviceSampling.walk` is the three in a row. A row's outcome depends on that row, its law and its
-position alone.
+`DeviceSampling.draw_and_verify` is the three in a row. A row's outcome depends on that row, its
+parameter set and its position alone.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ import triton
 from torch import Tensor
 
 from folospec.kernels.gpu import launch
+from folospec.kernels.gpu.coupled import verify_kernel
 from folospec.kernels.gpu.draw import child_kernel, draw_kernel
 from folospec.kernels.gpu.log_probs import write_kernel
 from folospec.kernels.gpu.ratio import block_kernel, rejection_kernel
 from folospec.kernels.gpu.row_passes import NUM_WARPS, RowPasses
 from folospec.kernels.gpu.sampling_arrays import (
     DRAW,
+    PROPOSAL,
     TREE,
-    TRIAL,
-    Trials,
+    PackedProposals,
     arrays_of,
     child_arrays,
     has_filters,
     on_device,
     read_children,
-    read_walks,
+    read_paths,
     result_size,
 )
-from folospec.kernels.gpu.walk import walk_kernel
-from folospec.kernels.sampling_records import Walk, Walks
+from folospec.kernels.sampling_records import PackedTrees, VerifiedPath
 
 
 class DeviceSampling:
@@ -72,34 +72,34 @@ class DeviceSampling:
             and logits.stride(1) == 1
         )
 
-    # ---- the target's tokens, and walks --------------------------------------------------------
+    # ---- the target's tokens, and their paths --------------------------------------------------
 
-    def walk(self, logits: Tensor, walks: Walks) -> list[Walk]:
-        """`NativeSampling.walk`, with one host read.
-
-        Raises:
-            ValueError: a sequence has rows that there are no logits for.
-        """
-        return read_walks(self.start_walks(logits, walks).cpu(), walks)
-
-    def start_walks(self, logits: Tensor, walks: Walks) -> Tensor:
-        """`walk` with the result, for `read_walks`, left on the device.
+    def draw_and_verify(self, logits: Tensor, packed_trees: PackedTrees) -> list[VerifiedPath]:
+        """`NativeSampling.draw_and_verify`, with one host read.
 
         Raises:
             ValueError: a sequence has rows that there are no logits for.
         """
-        if walks.num_rows > len(logits):
-            raise ValueError(f"there are {len(logits)} rows of logits, not {walks.num_rows}")
-        arrays = arrays_of(walks)
+        return read_paths(self.start_verify(logits, packed_trees).cpu(), packed_trees)
+
+    def start_verify(self, logits: Tensor, packed_trees: PackedTrees) -> Tensor:
+        """`draw_and_verify` with the result, for `read_paths`, left on the device.
+
+        Raises:
+            ValueError: a sequence has rows that there are no logits for.
+        """
+        if packed_trees.num_rows > len(logits):
+            raise ValueError(f"there are {len(logits)} rows of logits, not {packed_trees.num_rows}")
+        arrays = arrays_of(packed_trees)
         tensors = on_device(arrays, logits.device)
-        size = result_size(len(walks), len(walks.nodes) // 2)
+        size = result_size(len(packed_trees), len(packed_trees.nodes) // 2)
         result = torch.empty(size, dtype=torch.int64, device=logits.device)
         most = int(arrays["trees"][3::TREE].max(initial=0))
-        filters = has_filters(arrays["laws"])
-        self.run_walks(logits, tensors, result, filters=filters, max_nodes=most)
+        filters = has_filters(arrays["all_params"])
+        self.run_verify(logits, tensors, result, filters=filters, max_nodes=most)
         return result
 
-    def run_walks(
+    def run_verify(
         self,
         logits: Tensor,
         tensors: dict[str, Tensor],
@@ -115,15 +115,15 @@ class DeviceSampling:
             tensors: int64, of `sizes`.
             result: int64 of `result_size`: for every walk its token (-1 where none is possible),
                 the length of its path and the bits of the peak; then the paths.
-            filters: whether any law has some; False is faster.
+            filters: whether any parameter set has some; False is faster.
             max_nodes: of one tree; None: all nodes may be in one.
         """
         tokens, row_peaks = self.draw_tokens(
-            logits, tensors["laws"], tensors["draws"], filters=filters
+            logits, tensors["all_params"], tensors["draws"], filters=filters
         )
-        self.walk_trees(tensors, tokens, row_peaks, result, max_nodes=max_nodes)
+        self.verify_trees(tensors, tokens, row_peaks, result, max_nodes=max_nodes)
 
-    def walk_trees(
+    def verify_trees(
         self,
         tensors: dict[str, Tensor],
         tokens: Tensor,
@@ -132,32 +132,32 @@ class DeviceSampling:
         *,
         max_nodes: int | None = None,
     ) -> None:
-        """The second half of `run_walks`, of what `draw_tokens` gave for all rows."""
-        num_walks = tensors["trees"].numel() // TREE
+        """The second half of `run_verify`, of what `draw_tokens` gave for all rows."""
+        num_trees = tensors["trees"].numel() // TREE
         if max_nodes is None:
             max_nodes = tensors["nodes"].numel() // 2
         rows = max(16, triton.next_power_of_2(max_nodes + 1))
         launch.launch(
-            walk_kernel,
-            (num_walks,),
-            *(tensors["trees"], tensors["nodes"], tokens, row_peaks, result, num_walks),
+            verify_kernel,
+            (num_trees,),
+            *(tensors["trees"], tensors["nodes"], tokens, row_peaks, result, num_trees),
             ROWS=rows,
             num_warps=4 if rows > 64 else 1,
         )
 
     def draw_tokens(
-        self, logits: Tensor, laws: Tensor, draws: Tensor, *, filters: bool = True
+        self, logits: Tensor, all_params: Tensor, draws: Tensor, *, filters: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Draw the target's token for every draw. Nothing is read on the host.
 
         Args:
-            laws: int64 [6 * num_laws], of `pack_law`.
-            draws: int64 [4 * num_draws], see `gpu.law`.
+            all_params: int64 [6 * num_params], of `pack_sampling`.
+            draws: int64 [4 * num_draws], see `gpu.params`.
 
         Returns:
             int64 [num_draws], -1 where no token is possible; and the largest logits, float32.
         """
-        passes = RowPasses(logits, laws, draws, self._part, filters=filters)
+        passes = RowPasses(logits, all_params, draws, self._part, filters=filters)
         tokens = torch.empty(passes.num_draws, dtype=torch.int64, device=logits.device)
         row_peaks = torch.empty_like(tokens, dtype=torch.float32)
         for rows, drawn, peaks, firsts, roughs, _, totals, kept in passes.chunks(
@@ -171,7 +171,7 @@ class DeviceSampling:
     # ---- children of draft nodes ---------------------------------------------------------------
 
     def draw(
-        self, logits: Tensor, laws: Sequence[bytes], wanted: Sequence[bytes], most: int
+        self, logits: Tensor, all_params: Sequence[bytes], wanted: Sequence[bytes], most: int
     ) -> list[tuple[list[int], list[float]]]:
         """`NativeChildren.draw` for one child of every row, with one host read.
 
@@ -180,10 +180,10 @@ class DeviceSampling:
         """
         if most != 1:
             raise ValueError(f"one child can be drawn of every row, got most={most}")
-        arrays = child_arrays(laws, wanted)
+        arrays = child_arrays(all_params, wanted)
         result = torch.empty((3, len(wanted)), dtype=torch.int64, device=logits.device)
         tensors = on_device(arrays, logits.device)
-        self.draw_next(logits, tensors, result, filters=has_filters(arrays["laws"]))
+        self.draw_next(logits, tensors, result, filters=has_filters(arrays["all_params"]))
         return read_children(result.cpu())
 
     def draw_next(
@@ -199,16 +199,16 @@ class DeviceSampling:
 
         Args:
             logits: float32 [num_rows, vocab_size], such as `takes` says yes to.
-            tensors: "laws" and "draws" of `child_arrays`. A greedy law is read as temperature 1
-                without filters.
+            tensors: "all_params" and "draws" of `child_arrays`. A greedy parameter set is read
+                as temperature 1 without filters.
             result: int64 [3, num_rows]: the tokens, 0 where none is possible; 1 where one is, else
                 0; and the bits of the confidences, float32. The confidence is off by about 1e-4 of
                 itself times the scale, for its sum is made of `noise.rough_gumbel`.
-            filters: whether any law has some; False is faster.
+            filters: whether any parameter set has some; False is faster.
             advance: added to the positions: those of a later token of the same chains.
         """
         passes = RowPasses(
-            *(logits, tensors["laws"], tensors["draws"], self._part),
+            *(logits, tensors["all_params"], tensors["draws"], self._part),
             filters=filters,
             children=True,
             advance=advance,
@@ -217,36 +217,41 @@ class DeviceSampling:
             found = (drawn, advance, peaks, roughs, sums, *kept)
             passes.launch(child_kernel, (len(drawn),), *found, result[:, rows], result.stride(0))
 
-    # ---- laws, and the rules that judge by them ------------------------------------------------
+    # ---- log-probabilities, and the ratio rules ------------------------------------------------
 
     def log_probs(
-        self, logits: Tensor, laws: Sequence[bytes], law_of: Sequence[int]
+        self, logits: Tensor, all_params: Sequence[bytes], params_of: Sequence[int]
     ) -> tuple[Tensor, Sequence[float]]:
         """`NativeSampling.log_probs`, with one host read, that of the peaks.
 
         Raises:
-            ValueError: a law is out of range, or not one is named for every row.
+            ValueError: a parameter set is out of range, or not one is named for every row.
         """
-        out, row_peaks = self.start_log_probs(logits, laws, law_of)
+        out, row_peaks = self.start_log_probs(logits, all_params, params_of)
         return out, row_peaks.tolist()
 
     def start_log_probs(
-        self, logits: Tensor, laws: Sequence[bytes], law_of: Sequence[int]
+        self, logits: Tensor, all_params: Sequence[bytes], params_of: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """`log_probs` with the largest logits left on the device, float32 [num_rows]."""
         count, vocab = logits.shape
-        if len(law_of) != count or any(not 0 <= law < len(laws) for law in law_of):
+        if len(params_of) != count or any(
+            not 0 <= params < len(all_params) for params in params_of
+        ):
             raise ValueError(
-                f"law_of must name one of {len(laws)} laws for each of {count} rows, "
-                f"got {list(law_of)}"
+                f"params_of must name one of {len(all_params)} parameter sets for each of "
+                f"{count} rows, got {list(params_of)}"
             )
         table = np.zeros((count, DRAW), np.int64)
-        table[:, 0], table[:, 1] = law_of, np.arange(count)
-        arrays = {"laws": np.frombuffer(b"".join(laws), np.int64), "draws": table.ravel()}
+        table[:, 0], table[:, 1] = params_of, np.arange(count)
+        arrays = {
+            "all_params": np.frombuffer(b"".join(all_params), np.int64),
+            "draws": table.ravel(),
+        }
         tensors = on_device(arrays, logits.device)
         passes = RowPasses(
-            *(logits, tensors["laws"], tensors["draws"], self._part),
-            filters=has_filters(arrays["laws"]),
+            *(logits, tensors["all_params"], tensors["draws"], self._part),
+            filters=has_filters(arrays["all_params"]),
         )
         row_peaks = torch.empty(count, dtype=torch.float32, device=logits.device)
         out = torch.empty((count, vocab), dtype=torch.float32, device=logits.device)
@@ -256,13 +261,14 @@ class DeviceSampling:
             passes.launch(write_kernel, grid, *found, out[rows], row_peaks[rows])
         return out, row_peaks
 
-    def start_ratio(self, rule: str, target_probs: Tensor, trials: Trials) -> Tensor:
-        """`run_ratio` for these sequences; the result, for `read_trials`, is left on the device."""
-        tensors = on_device(trials.arrays(), target_probs.device)
-        size = result_size(len(trials), trials.num_nodes)
+    def start_ratio(self, rule: str, target_probs: Tensor, proposals: PackedProposals) -> Tensor:
+        """`run_ratio` for these sequences; the result, for `read_ratio_paths`, is left on the
+        device."""
+        tensors = on_device(proposals.arrays(), target_probs.device)
+        size = result_size(len(proposals), proposals.num_nodes)
         result = torch.empty(size, dtype=torch.int64, device=target_probs.device)
-        drafts = trials.draft_probs(target_probs)
-        self.run_ratio(rule, target_probs, drafts, tensors, result, max_nodes=trials.max_nodes)
+        drafts = proposals.draft_probs(target_probs)
+        self.run_ratio(rule, target_probs, drafts, tensors, result, max_nodes=proposals.max_nodes)
         return result
 
     def run_ratio(
@@ -275,19 +281,19 @@ class DeviceSampling:
         *,
         max_nodes: int,
     ) -> None:
-        """Judge all sequences. Nothing is read on the host. The verdicts are those of `spec.verify`
-        with `KeyedCoins`, as far as float32 sums agree.
+        """Verify all sequences. Nothing is read on the host. The verdicts are those of
+        `spec.verify` with `KeyedCoins`, as far as float32 sums agree.
 
         Args:
-            rule: "rejection", or "block", which judges chains.
+            rule: "rejection", or "block", which verifies chains.
             target_probs: float32 [*, vocab_size].
             draft_probs: float32 [*, vocab_size], of the drafts of all trees.
-            tensors: int64, of `Trials.arrays`.
-            result: int64 of `result_size`, as that of `run_walks`, with 0 for the peak.
+            tensors: int64, of `PackedProposals.arrays`.
+            result: int64 of `result_size`, as that of `run_verify`, with 0 for the peak.
             max_nodes: of one tree.
 
         Raises:
-            ValueError: another rule, or laws of another size or type.
+            ValueError: another rule, or parameter sets of another size or type.
         """
         vocab, kinds = target_probs.shape[1], {target_probs.dtype, draft_probs.dtype}
         if rule not in ("rejection", "block"):
@@ -297,17 +303,17 @@ class DeviceSampling:
                 f"draft_probs must be float32 and cover the target's {vocab} tokens, "
                 f"got {draft_probs.shape[1]} and the types {sorted(map(str, kinds))}"
             )
-        num_trials = tensors["trials"].numel() // TRIAL
-        scratch = target_probs.new_empty((num_trials, vocab))
+        num_proposals = tensors["proposals"].numel() // PROPOSAL
+        scratch = target_probs.new_empty((num_proposals, vocab))
         most = 4096 if self._part is None else self._part
         constants = {"BLOCK": min(most, triton.next_power_of_2(vocab)), "num_warps": NUM_WARPS}
         if rule == "block":
             constants["NODES"] = triton.next_power_of_2(max_nodes + 1)
         launch.launch(
             block_kernel if rule == "block" else rejection_kernel,
-            (num_trials,),
+            (num_proposals,),
             *(target_probs, target_probs.stride(0), vocab, draft_probs.contiguous()),
-            *(tensors["trials"], tensors["nodes"], scratch, result, num_trials),
+            *(tensors["proposals"], tensors["nodes"], scratch, result, num_proposals),
             **constants,
         )
 

@@ -14,8 +14,8 @@ columns to the right is i + j tokens after `a`:
     new      m    n    o    p        the target's most likely token after each last place
 
 Each column and its new token is an n-gram, (a e i m), (b f j n), ..., and goes into the pool. Then
-the rows move up, and the new tokens are the last row. Window rows are never judged and never kept.
-The verification branch has the pool's latest n-grams that begin with `a`, as a tree:
+the rows move up, and the new tokens are the last row. Window rows are never verified and never
+kept. The verification branch has the pool's latest n-grams that begin with `a`, as a tree:
 
     a -+- e -- i -- m
        `- x -+- y -- z
@@ -117,9 +117,9 @@ class _State:
     num_seen: int = 0
     """Committed tokens whose n-grams are in the pool."""
     num_columns: int = 0
-    """Columns of the window in the last proposal, behind its judged nodes."""
+    """Columns of the window in the last proposal, behind its verified nodes."""
     kinds: list[tuple[int, int]] = field(default_factory=list)
-    """Of the judged nodes of the last proposal: rank of the n-gram, depth."""
+    """Of the verified nodes of the last proposal: rank of the n-gram, depth."""
 
 
 class LookaheadDrafter(Drafter):
@@ -134,7 +134,7 @@ class LookaheadDrafter(Drafter):
         max_first_tokens: most first tokens in the pool.
 
     Raises:
-        ValueError: an option is out of range, or the acceptance rule judges chains only.
+        ValueError: an option is out of range, or the acceptance rule verifies chains only.
     """
 
     def __init__(self, context: DrafterContext) -> None:
@@ -143,7 +143,7 @@ class LookaheadDrafter(Drafter):
         if not ACCEPTANCE[context.acceptance].takes_trees:
             raise ValueError(
                 f"the {context.config.method} drafter drafts trees, which "
-                f"acceptance={context.acceptance!r} does not judge; use 'coupled' or 'rejection'"
+                f"acceptance={context.acceptance!r} does not verify; use 'coupled' or 'rejection'"
             )
         options = context.read_options(
             {
@@ -186,17 +186,17 @@ class LookaheadDrafter(Drafter):
             self._pool.lookup(root), row.max_draft_tokens, row.max_depth
         )
         state.window.begin(root)
-        num_judged = len(guesses)
-        state.num_columns = state.window.num_columns(row.num_slots - num_judged, row.max_depth)
+        num_candidates = len(guesses)
+        state.num_columns = state.window.num_columns(row.num_slots - num_candidates, row.max_depth)
         scratch = state.window.tree(state.num_columns)
-        if num_judged + len(scratch) == 0:
+        if num_candidates + len(scratch) == 0:
             return None
         confidence = phrase_confidence(guesses, state.kinds, self._acceptance)
-        below = [ROOT if parent == ROOT else num_judged + parent for parent in scratch.parents]
+        below = [ROOT if parent == ROOT else num_candidates + parent for parent in scratch.parents]
         return Proposal(
             TokenTree([*guesses.token_ids, *scratch.token_ids], [*guesses.parents, *below]),
             confidence=confidence + [0.0] * len(scratch),
-            candidate=[True] * num_judged + [False] * len(scratch),
+            candidate=[True] * num_candidates + [False] * len(scratch),
         )
 
     def observe(self, results: list[StepResult]) -> None:
@@ -205,7 +205,7 @@ class LookaheadDrafter(Drafter):
             if state is None or result.proposal is None or not result.own_nodes:
                 continue
             for node, accepted in tried_nodes(result):
-                # Where drafts were merged, a window place may have become a judged node.
+                # Where drafts were merged, a window place may have become a verified node.
                 if node < len(state.kinds):
                     self._acceptance.record(state.kinds[node], accepted)
             for ngram in state.window.advance(self._new_token_ids(state, result)):

@@ -26,10 +26,10 @@ from folospec.spec.draft_runner import DraftRunner
 from folospec.spec.drafters.base import Drafter, DrafterContext, DraftRequest, StepResult
 from folospec.spec.proposal import Proposal
 from folospec.spec.stores.acceptance_table import tried_nodes
+from folospec.spec.trees.builders import Chain, TreeBuilder
 from folospec.spec.trees.children import Children
 from folospec.spec.trees.drafting import DRAFTING_OPTIONS, RankAcceptance, Sharpness, read_drafting
-from folospec.spec.trees.drawing import DraftLaw, Drawer, Spot, chain_law
-from folospec.spec.trees.growth import Chain, Growth
+from folospec.spec.trees.drawing import DraftPosition, DraftSampling, Drawer, chain_sampling
 
 __all__ = ["DRAFTING_OPTIONS", "ModelDrafter"]
 
@@ -48,9 +48,9 @@ class ModelDrafter(Drafter):
     """Drafts with the model behind `runner`.
 
     Drafts are drawn through the request's own sampling pipeline. Under `coupled` they look the
-    target's noise up, so that draft and target agree whenever their laws nearly do (Daliri et al.,
-    arXiv 2408.07978); under `rejection` and `block` they have noise of their own, as those rules
-    demand.
+    target's noise up, so that draft and target agree whenever their distributions nearly do (Daliri
+    et al., arXiv 2408.07978); under `rejection` and `block` they have noise of their own, as those
+    rules demand.
 
     Args:
         options: those of `DRAFTING_OPTIONS`, read from the user's.
@@ -82,8 +82,8 @@ class ModelDrafter(Drafter):
 
     @property
     def has_static_tree(self) -> bool:
-        # Without replacement there are no more children than the law has tokens, and behind a drawn
-        # token that tells of it.
+        # Without replacement there are no more children than the distribution has tokens, and
+        # behind a drawn token that tells of it.
         return self.plan.kind == "chain" or self.plan.children == "iid"
 
     def warm_up(self, max_num_seqs: int) -> None:
@@ -97,16 +97,18 @@ class ModelDrafter(Drafter):
         if self.plan.kind == "chain":
             self._draft_chains(cast("list[Chain]", drafts), logits)
         else:
-            self._draft_trees(cast("list[Growth]", drafts), logits)
+            self._draft_trees(cast("list[TreeBuilder]", drafts), logits)
         return [self._proposal(draft) for draft in drafts]
 
-    def _begin(self, row: DraftRequest) -> Chain | Growth:
-        law = DraftLaw(row, self.plan)
+    def _begin(self, row: DraftRequest) -> Chain | TreeBuilder:
+        sampling = DraftSampling(row, self.plan)
         # Under a ratio rule the length of a draft must not depend on what is drawn.
-        least = row.min_path_probability if self.shares_noise or not law.is_noisy else 0.0
+        min_probability = (
+            row.min_path_probability if self.shares_noise or not sampling.is_noisy else 0.0
+        )
         if self.plan.kind == "chain":
-            return Chain(row, law, least)
-        return Growth(row, law, least, self.plan, self.ranks)
+            return Chain(row, sampling, min_probability)
+        return TreeBuilder(row, sampling, min_probability, self.plan, self.ranks)
 
     def _draft_chains(self, chains: list[Chain], logits: Tensor) -> None:
         """Let all chains grow by a token in every pass; `logits` are those of the roots."""
@@ -117,8 +119,10 @@ class ModelDrafter(Drafter):
             return
         run = None
         while chains:
-            spots = [Spot(c.law, c.token_ids, len(c.token_ids)) for c in chains]
-            for chain, children in zip(chains, self._draw(logits, spots), strict=True):
+            draft_positions = [
+                DraftPosition(c.sampling, c.token_ids, len(c.token_ids)) for c in chains
+            ]
+            for chain, children in zip(chains, self._draw(logits, draft_positions), strict=True):
                 chain.add(children)
             going = [index for index, chain in enumerate(chains) if not chain.is_done]
             if not going:
@@ -136,13 +140,16 @@ class ModelDrafter(Drafter):
     def _draft_at_once(self, chains: list[Chain], logits: Tensor) -> bool:
         """Draw all chains without coming back for each token, where the runner can and nothing but
         logits and noise is in the draws."""
-        if any(chain.law.has_own_noise or chain.law.is_constrained for chain in chains):
+        if any(chain.sampling.has_own_noise or chain.sampling.is_constrained for chain in chains):
             return False
         drawn = self.runner.draw_chains(
             logits,
             [chain.row.root_position + 1 for chain in chains],
             [chain.row.block_table for chain in chains],
-            [chain_law(c.law, c.length, self.sharpness.value, c.least) for c in chains],
+            [
+                chain_sampling(c.sampling, c.length, self.sharpness.value, c.min_probability)
+                for c in chains
+            ],
         )
         if drawn is None:
             return False
@@ -152,14 +159,14 @@ class ModelDrafter(Drafter):
                     chain.add(Children([token_id], [chance]))
         return True
 
-    def _draft_trees(self, growths: list[Growth], logits: Tensor) -> None:
+    def _draft_trees(self, builders: list[TreeBuilder], logits: Tensor) -> None:
         """Let all trees grow by a level in every pass; `logits` are those of the roots."""
-        active = [growth for growth in growths if growth.frontier]
-        if len(active) < len(growths):
-            logits = logits[[bool(growth.frontier) for growth in growths]]
+        active = [growth for growth in builders if growth.frontier]
+        if len(active) < len(builders):
+            logits = logits[[bool(growth.frontier) for growth in builders]]
         while active:
             at = [(growth, node) for growth in active for node in growth.frontier]
-            drawn = self._draw(logits, [growth.spot(node) for growth, node in at])
+            drawn = self._draw(logits, [growth.draft_position(node) for growth, node in at])
             for (growth, node), children in zip(at, drawn, strict=True):
                 growth.add(node, children)
             for growth in active:
@@ -169,11 +176,11 @@ class ModelDrafter(Drafter):
                 batch = [growth.next_rows() for growth in active]
                 logits = self.run([replace(r, token_ids=self._fit(r.token_ids)) for r in batch])
 
-    def _draw(self, logits: Tensor, spots: Sequence[Spot]) -> list[Children]:
+    def _draw(self, logits: Tensor, draft_positions: Sequence[DraftPosition]) -> list[Children]:
         """Draw the children of every spot, with the confidence that the rule allows."""
-        drawn = self.drawer.draw(logits, spots, self.sharpness.value)
-        for spot, children in zip(spots, drawn, strict=True):
-            if spot.law.has_own_noise and not self.shares_noise:
+        drawn = self.drawer.draw(logits, draft_positions, self.sharpness.value)
+        for draft_position, children in zip(draft_positions, drawn, strict=True):
+            if draft_position.sampling.has_own_noise and not self.shares_noise:
                 # What is said of a sampled draft may not look at its token under a ratio rule, so
                 # it is what children of its rank have met with so far.
                 estimates = self.ranks.estimates()
@@ -211,12 +218,14 @@ class ModelDrafter(Drafter):
             logits: float [num_places, vocab_size].
             places: a sequence, and the draft tokens between its root and the place.
         """
-        laws: dict[str, DraftLaw] = {}
+        samplings: dict[str, DraftSampling] = {}
         for row, _ in places:
-            if row.seq_id not in laws:
-                laws[row.seq_id] = DraftLaw(row, self.plan)
-        spots = [Spot(laws[row.seq_id], path, len(path)) for row, path in places]
-        return self.drawer.draw(logits, spots, self.sharpness.value)
+            if row.seq_id not in samplings:
+                samplings[row.seq_id] = DraftSampling(row, self.plan)
+        draft_positions = [
+            DraftPosition(samplings[row.seq_id], path, len(path)) for row, path in places
+        ]
+        return self.drawer.draw(logits, draft_positions, self.sharpness.value)
 
     def observe(self, results: list[StepResult]) -> None:
         for result in results:
@@ -248,9 +257,9 @@ class ModelDrafter(Drafter):
         last = self.runner.vocab_size - 1
         return [min(token_id, last) for token_id in token_ids]
 
-    def _proposal(self, draft: Chain | Growth) -> Proposal | None:
-        proposal, ranks = draft.finish(self.kv_owner, with_laws=not self.shares_noise)
+    def _proposal(self, draft: Chain | TreeBuilder) -> Proposal | None:
+        proposal, ranks = draft.finish(self.kv_owner, with_draft_probs=not self.shares_noise)
         if proposal is not None:
-            known = draft.law.uses_sharpness
+            known = draft.sampling.uses_sharpness
             self._proposed[draft.row.seq_id] = _Proposed(ranks, proposal.confidence or (), known)
         return proposal

@@ -187,7 +187,7 @@ class NasdDrafter(Drafter):
             state.tail = [*state.tail, *result.new_token_ids][1 - self.n :]
 
     def _fill(self, state: _State, result: StepResult) -> None:
-        """Note the target's likeliest tokens after the root and every judged node, but for those
+        """Note the target's likeliest tokens after the root and every verified node, but for those
         that it said: they are counted."""
         if result.top_token_ids is None:
             return

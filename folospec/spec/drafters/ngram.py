@@ -116,7 +116,7 @@ class NgramDrafter(Drafter):
             )
         if self.num_matches > 1 and not ACCEPTANCE[context.acceptance].takes_trees:
             raise ValueError(
-                f"num_matches must be 1 with acceptance={context.acceptance!r}, which judges "
+                f"num_matches must be 1 with acceptance={context.acceptance!r}, which verifies "
                 f"chains, got {self.num_matches}"
             )
         self.default_num_speculative_tokens *= self.num_matches

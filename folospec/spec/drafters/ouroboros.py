@@ -12,8 +12,8 @@ phrase that begins with it, and what it draws after each place is compared with 
                drawn    e   f
 
 Each draft token is the one that the model draws there, with its own noise; a phrase only says which
-places are worth asking about at once. The chain, and its law, are those of drafting a token at a
-time.
+places are worth asking about at once. The chain, and its distribution, are those of drafting a
+token at a time.
 
 Second, the draft goes on behind its last token with the phrases that begin there, as a tree:
 
@@ -79,7 +79,7 @@ class _Draft:
     """Draft tokens that are wanted."""
     token_ids: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
-    laws: list[Tensor] = field(default_factory=list)
+    draft_probs: list[Tensor] = field(default_factory=list)
     """What each token was drawn from, [vocab_size], where it is not one-hot."""
     phrase: list[int] = field(default_factory=list)
     """What the next pass feeds behind the last token."""
@@ -111,13 +111,13 @@ class OuroborosDrafter(ModelDrafter):
         draft_length: most tokens of the chain that the model drafts; what is left of the budget is
             for phrases.
         phrase_length: most tokens of a phrase.
-        phrases: most phrases behind the chain. 3, or 1 where the rule judges chains.
+        phrases: most phrases behind the chain. 3, or 1 where the rule verifies chains.
         phrases_per_token, max_first_tokens: bounds of the pool.
         children: how a draft token is drawn, as for every drafter with a model.
 
     Raises:
-        ValueError: an option is out of range, or the acceptance rule judges chains and `phrases` is
-            above 1.
+        ValueError: an option is out of range, or the acceptance rule verifies chains and `phrases`
+            is above 1.
     """
 
     def __init__(self, context: DrafterContext) -> None:
@@ -130,7 +130,7 @@ class OuroborosDrafter(ModelDrafter):
         _check(options)
         if options["phrases"] > 1 and not takes_trees:
             raise ValueError(
-                f"acceptance={context.acceptance!r} judges chains: phrases must be at most 1, "
+                f"acceptance={context.acceptance!r} verifies chains: phrases must be at most 1, "
                 f"got {options['phrases']}"
             )
         runner = context.load_draft_model(model, self.kv_owner)
@@ -224,8 +224,8 @@ class OuroborosDrafter(ModelDrafter):
         for children in drawn[: agreed + 1]:
             draft.token_ids += children.token_ids
             draft.confidence += children.confidence
-            if children.laws is not None:
-                draft.laws += children.laws
+            if children.draft_probs is not None:
+                draft.draft_probs += children.draft_probs
         self._num_drafted += len(draft.token_ids) - before
         self._num_turns += 1
         self._learn(TokenTree.chain(phrase), said[1:], range(agreed, len(phrase)))
@@ -259,7 +259,7 @@ class OuroborosDrafter(ModelDrafter):
         slots = [node + 1 if node < draft.num_fed else None for node in range(len(tree))]
         return Proposal(
             tree,
-            draft_probs=_laws(draft.laws, tail) if is_sampled else None,
+            draft_probs=_draft_probs(draft.draft_probs, tail) if is_sampled else None,
             confidence=confidence + phrase_confidence(tail, kinds, self._acceptance),
             draft_slots={self.kv_owner: slots},
         )
@@ -302,13 +302,14 @@ class OuroborosDrafter(ModelDrafter):
         }
 
 
-def _laws(drawn: list[Tensor], tail: TokenTree) -> Tensor:
-    """[num_nodes, vocab_size]: the draft model's laws, then a one-hot law for each phrase node."""
-    laws = torch.stack(drawn)
-    tails = laws.new_zeros(len(tail), laws.shape[1])
+def _draft_probs(drawn: list[Tensor], tail: TokenTree) -> Tensor:
+    """[num_nodes, vocab_size]: the draft model's distributions, then a one-hot distribution for
+    each phrase node."""
+    draft_probs = torch.stack(drawn)
+    tails = draft_probs.new_zeros(len(tail), draft_probs.shape[1])
     for node, token_id in enumerate(tail.token_ids):
         tails[node, token_id] = 1.0
-    return torch.cat([laws, tails])
+    return torch.cat([draft_probs, tails])
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -135,15 +135,15 @@ class TokenRecyclingDrafter(Drafter):
                 self._roots[result.seq_id] = result.new_token_ids[-1]
 
     def _recycle(self, result: StepResult) -> None:
-        """Take over the candidates after every judged row; of several rows with one token the
+        """Take over the candidates after every verified row; of several rows with one token the
         latest on the accepted path is kept, or else the last."""
         rows: list[tuple[int, int]] = []  # (token, its row)
         if result.seq_id in self._roots:  # else it was never asked about: its root is not known
             rows.append((self._roots[result.seq_id], 0))
         if result.proposal is not None and result.verdict is not None:
             token_ids, path = result.proposal.tree.token_ids, result.verdict.path
-            judged = [n for n in range(len(token_ids)) if result.proposal.is_candidate(n)]
-            missed = [node for node in judged if node not in path]
+            verified = [n for n in range(len(token_ids)) if result.proposal.is_candidate(n)]
+            missed = [node for node in verified if node not in path]
             rows = [(token_ids[node], node + 1) for node in missed] + rows
             rows += [(token_ids[node], node + 1) for node in path]
         if result.top_token_ids is None or not rows:

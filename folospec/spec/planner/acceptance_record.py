@@ -22,7 +22,7 @@ PRIOR_ACCEPTANCE = 0.7
 """Before anything was seen. Too high is tried and learned; too low may never be tried."""
 _PRIOR_WEIGHT, _REQUEST_WEIGHT = 6.0, 5.0
 _DRAFTER_KEEP, _REQUEST_KEEP = 0.995, 0.93
-_WORTH_WEIGHT, _WORTH_KEEP = 24.0, 0.98
+_GAIN_WEIGHT, _GAIN_KEEP = 24.0, 0.98
 """Of what asking is worth for a request: answers come in runs, and a text repeats itself the more
 the longer it is, so some dozen questions without an answer say little."""
 _PRIOR_WORTH = 0.5
@@ -49,21 +49,21 @@ class _Bin:
     """Nodes whose stated confidence was alike: how many, what was stated, and what came of it."""
 
     tried: float = 0.0
-    stated: float = 0.0
+    confidence: float = 0.0
     accepted: float = 0.0
 
-    def add(self, stated: float, accepted: bool) -> None:
+    def add(self, confidence: float, accepted: bool) -> None:
         self.tried = _DRAFTER_KEEP * self.tried + 1.0
-        self.stated = _DRAFTER_KEEP * self.stated + stated
+        self.confidence = _DRAFTER_KEEP * self.confidence + confidence
         self.accepted = _DRAFTER_KEEP * self.accepted + accepted
 
     @property
     def correction(self) -> float:
-        return (self.accepted - self.stated) / (_PRIOR_WEIGHT + self.tried)
+        return (self.accepted - self.confidence) / (_PRIOR_WEIGHT + self.tried)
 
 
 @dataclass(slots=True)
-class _Worth:
+class _ExpectedGain:
     """Mean worth of an ask at each of `PRICES`: sums, and what they are to be multiplied by, so
     that an answer of nothing, which is the usual one, is cheap to add."""
 
@@ -91,7 +91,7 @@ class _Worth:
 @dataclass(slots=True)
 class _Request:
     levels: list[Share] = field(default_factory=lambda: [Share() for _ in range(NUM_LEVELS)])
-    worth: _Worth = field(default_factory=_Worth)
+    expected_gain: _ExpectedGain = field(default_factory=_ExpectedGain)
     expected: float = 0.0
     accepted: float = 0.0
     """Of tried nodes: the calibrated confidence in them, and how many were accepted."""
@@ -104,7 +104,7 @@ class AcceptanceRecord:
         self._levels = [Share() for _ in range(NUM_LEVELS)]
         self._wide: list[float] | None = None
         self._bins = [_Bin() for _ in range(NUM_BINS)]
-        self._worth = _Worth()
+        self._expected_gain = _ExpectedGain()
         self._requests: dict[str, _Request] = {}
         self.num_asks = 0
         self.nodes_per_level = 1.0
@@ -168,51 +168,51 @@ class AcceptanceRecord:
     def _bin(self, confidence: float) -> _Bin:
         return self._bins[min(int(confidence * NUM_BINS), NUM_BINS - 1)]
 
-    def add_trial(self, seq_id: str, stated: float, expected: float, accepted: bool) -> None:
+    def add_trial(self, seq_id: str, confidence: float, expected: float, accepted: bool) -> None:
         """A node was put to the test; `expected` is its calibrated confidence."""
-        self._bin(stated).add(stated, accepted)
+        self._bin(confidence).add(confidence, accepted)
         request = self._request(seq_id)
         request.expected = _REQUEST_KEEP * request.expected + expected
         request.accepted = _REQUEST_KEEP * request.accepted + accepted
 
     # What asking is worth -------------------------------------------------------------------------
 
-    def worth(self, seq_id: str, price: float) -> float:
+    def expected_gain(self, seq_id: str, price: float) -> float:
         """Expected tokens that a proposal brings, less the price of its rows, when only nodes that
         are worth their price are kept."""
         if price <= PRICES[0]:
-            return self._worth_at(seq_id, 0)
+            return self._expected_gain_at(seq_id, 0)
         if price >= PRICES[-1]:
             left = max(0.0, 1.0 - (price - PRICES[-1]) / (1.0 - PRICES[-1]))
-            return left * self._worth_at(seq_id, len(PRICES) - 1)
+            return left * self._expected_gain_at(seq_id, len(PRICES) - 1)
         place = bisect_left(PRICES, price)
-        low, high = self._worth_at(seq_id, place - 1), self._worth_at(seq_id, place)
+        low, high = self._expected_gain_at(seq_id, place - 1), self._expected_gain_at(seq_id, place)
         part = (price - PRICES[place - 1]) / (PRICES[place] - PRICES[place - 1])
         return low + (high - low) * part
 
-    def _worth_at(self, seq_id: str, place: int) -> float:
+    def _expected_gain_at(self, seq_id: str, place: int) -> float:
         """The same at a price of `PRICES`."""
         prior = _PRIOR_WORTH * (1.0 - PRICES[place])
-        value = self._worth.estimate(place, prior, _PRIOR_WEIGHT)
+        value = self._expected_gain.estimate(place, prior, _PRIOR_WEIGHT)
         request = self._requests.get(seq_id)
         if request is not None:
-            value = request.worth.estimate(place, value, _WORTH_WEIGHT)
+            value = request.expected_gain.estimate(place, value, _GAIN_WEIGHT)
         return value
 
     def add_ask(self, seq_id: str, chances: Sequence[float], num_scratch: int = 0) -> None:
         """The drafter was asked; the nodes it proposed are reached and accepted with these
-        chances, and so many rows more are never judged."""
+        chances, and so many rows more are never verified."""
         self.num_asks += 1
         if not chances:
-            self._worth.add_nothing(_DRAFTER_KEEP)
-            self._request(seq_id).worth.add_nothing(_WORTH_KEEP)
+            self._expected_gain.add_nothing(_DRAFTER_KEEP)
+            self._request(seq_id).expected_gain.add_nothing(_GAIN_KEEP)
             return
         values = [
             sum([chance - price for chance in chances if chance > price]) - num_scratch * price
             for price in PRICES
         ]
-        self._worth.add(values, _DRAFTER_KEEP)
-        self._request(seq_id).worth.add(values, _WORTH_KEEP)
+        self._expected_gain.add(values, _DRAFTER_KEEP)
+        self._request(seq_id).expected_gain.add(values, _GAIN_KEEP)
 
     def _request(self, seq_id: str) -> _Request:
         request = self._requests.get(seq_id)

@@ -33,7 +33,7 @@ class DraftPrices:
     row: float
     one_pass: float
     level: float
-    lag: float = 0.0
+    num_uncomputed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def choose_nodes(
     drafting: float,
     weights: Sequence[float],
 ) -> tuple[list[list[int]], float]:
-    """Choose which nodes the target judges.
+    """Choose which nodes the target verifies.
 
     Args:
         chances: of each proposal, that its nodes are reached and accepted; a child's is not above

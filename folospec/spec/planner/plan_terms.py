@@ -33,7 +33,7 @@ class Source:
 
 
 @dataclass(slots=True)
-class PlanRow:
+class PlannedSequence:
     """A sequence that could be drafted for."""
 
     seq_id: str
@@ -41,39 +41,39 @@ class PlanRow:
     """Tokens that it may still generate, above 1."""
     wanted: int | None
     """Most draft tokens by the request's own wish."""
-    lags: Mapping[str, int]
+    uncomputed: Mapping[str, int]
     """By the name of each source that may draft for it, the tokens that it has to catch up with."""
 
 
 @dataclass(slots=True)
-class Offer:
+class ScoredProposal:
     """A proposal as the planner sees it."""
 
     source: str
     seq_id: str
     parents: Sequence[int]
     depths: Sequence[int]
-    stated: Sequence[float] | None
+    confidence: Sequence[float] | None
     """The confidence, as the drafter gave it."""
     calibrated: list[float]
     chances: list[float]
     """Of each node to be reached and accepted."""
-    judged: Sequence[bool] | None = None
+    candidate: Sequence[bool] | None = None
     is_probe: bool = False
     kept: list[int] = field(default_factory=list)
-    worth: float | None = None
+    expected_gain: float | None = None
     """Where the shape may follow from drawn tokens that must not decide: what it counts for, known
     before they were drawn."""
 
     @property
-    def stays_whole(self) -> bool:
+    def is_indivisible(self) -> bool:
         """Whether all nodes are kept or none: scratch rows belong together, and nodes that tell of
         drawn tokens must not decide."""
-        has_scratch = self.judged is not None and not all(self.judged)
-        return has_scratch or self.worth is not None
+        has_scratch = self.candidate is not None and not all(self.candidate)
+        return has_scratch or self.expected_gain is not None
 
     def net(self, price: float) -> float:
         """Tokens it is expected to bring, less the price of the rows that are worth it."""
-        if self.worth is not None:
-            return self.worth
+        if self.expected_gain is not None:
+            return self.expected_gain
         return sum(chance - price for chance in self.chances if chance > price)

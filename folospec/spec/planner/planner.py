@@ -4,7 +4,7 @@ Core gets integers; what they rest on stays here.
 
     plan      who is asked, and how deep: acceptance so far, against the cost of a step and a draft
     offer     a proposal came: its confidence, corrected by what came of earlier ones
-    prune     which nodes the target judges
+    prune     which nodes the target verifies
     observe   what became of them
     record    how long it took
 
@@ -20,12 +20,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from folospec.spec.planner.beliefs import Beliefs
+from folospec.spec.planner.estimates import Estimates
 from folospec.spec.planner.feedback import Feedback
 from folospec.spec.planner.learning_pace import REFERENCE_STEPS, SURE_GAIN
-from folospec.spec.planner.offers import learn_end, learn_offer, make_offer, prune_offers
-from folospec.spec.planner.plan_terms import Offer, PlanRow, Source
+from folospec.spec.planner.plan_terms import PlannedSequence, ScoredProposal, Source
 from folospec.spec.planner.probing import Probing
+from folospec.spec.planner.scored_proposals import (
+    learn_from_end,
+    learn_from_path,
+    prune_scored,
+    score_proposal,
+)
 from folospec.spec.planner.step_cost import DEFAULT_CURVE, CostCurve, DraftCall, StepShape
 from folospec.spec.planner.step_learning import StepLearning
 from folospec.spec.planner.step_plan import StepPlan
@@ -69,15 +74,15 @@ class Planner:
         curve: CostCurve = DEFAULT_CURVE,
         feedback: Feedback | None = None,
     ) -> None:
-        self.beliefs = Beliefs(sources, curve)
+        self.estimates = Estimates(sources, curve)
         self.probing = Probing()
         self.feedback = feedback or Feedback()
-        self._plan = StepPlan(self.beliefs, self.probing, self.feedback, [], StepShape(1, 1))
+        self._plan = StepPlan(self.estimates, self.probing, self.feedback, [], StepShape(1, 1))
         self._batch: list[str] = []
         self._ids: set[str] = set()
-        self._rest = self._rested = self._calm = self._since_arrival = 0
+        self._rest = self._rested = self._backoff = self._since_arrival = 0
         self._is_sure = False
-        self._learning = StepLearning(self.beliefs, self.probing, self.feedback)
+        self._learning = StepLearning(self.estimates, self.probing, self.feedback)
 
     # Plan -----------------------------------------------------------------------------------------
 
@@ -109,7 +114,7 @@ class Planner:
         return self._plan.reasons
 
     def plan(
-        self, seq_ids: list[str], rows: Sequence[PlanRow], shape: StepShape
+        self, seq_ids: list[str], rows: Sequence[PlannedSequence], shape: StepShape
     ) -> dict[str, dict[str, int]]:
         """Choose whom to ask for whom, and how deep.
 
@@ -131,7 +136,7 @@ class Planner:
         self._batch, self._rested = seq_ids, 0
         self.probing.next_plan(num_steps - 1)
         plan = self._plan = StepPlan(
-            *(self.beliefs, self.probing, self.feedback, rows, shape),
+            *(self.estimates, self.probing, self.feedback, rows, shape),
             ends_together=self._since_arrival > _ARRIVALS_OVER,
         )
         self._learning.is_reference = bool(rows) and self._learning.needs_reference()
@@ -153,7 +158,7 @@ class Planner:
         return (
             bool(asked)
             and not self._plan.has_probes
-            and not any(self.beliefs.sources[name].in_passes for name in asked)
+            and not any(self.estimates.sources[name].in_passes for name in asked)
             and all(self.feedback.gain(name) >= SURE_GAIN for name in asked)
         )
 
@@ -163,38 +168,38 @@ class Planner:
         asks = self._plan.asked
         # Who is still at the prompt, or could not be drafted for, may be ready in the next step.
         if not all_ready or (changed and asks):
-            self._calm = 0
+            self._backoff = 0
             return 0
         if self._plan.has_probes:
             return 0
         least, most = _HOLDS if asks else _RESTS
-        if asks and not any(self.beliefs.sources[name].in_passes for name in asks):
+        if asks and not any(self.estimates.sources[name].in_passes for name in asks):
             least, most = _LOOKUP_HOLDS
-        self._calm = least if changed else min(max(2 * self._calm + 1, least), most)
-        return self._calm
+        self._backoff = least if changed else min(max(2 * self._backoff + 1, least), most)
+        return self._backoff
 
     def min_path_probability(self, name: str) -> float:
         """The chance below which a draft with a model is not worth another level."""
         num_rows = self._plan.num_rows(name)
-        if not num_rows or not self.beliefs.sources[name].in_passes:
+        if not num_rows or not self.estimates.sources[name].in_passes:
             return 0.0
-        prices = self.beliefs.prices(name)
+        prices = self.estimates.prices(name)
         level = self._plan.rate * (prices.one_pass / num_rows + prices.level) + self._plan.price
-        return min(0.9, level / max(0.3, self.beliefs.records[name].conditional("", 2)))
+        return min(0.9, level / max(0.3, self.estimates.records[name].conditional("", 2)))
 
     # Offers ---------------------------------------------------------------------------------------
 
-    def offer(
+    def score(
         self,
         name: str,
         seq_id: str,
         parents: Sequence[int],
         depths: Sequence[int],
-        stated: Sequence[float] | None,
-        judged: Sequence[bool] | None = None,
+        confidence: Sequence[float] | None,
+        candidate: Sequence[bool] | None = None,
         *,
         follows_draws: bool = False,
-    ) -> Offer:
+    ) -> ScoredProposal:
         """Take a proposal of a source in; an empty one says that it has nothing to say.
 
         Args:
@@ -202,16 +207,21 @@ class Planner:
                 not allow them to decide. The proposal is kept whole then, and stands for as much
                 as earlier answers were worth.
         """
-        record = self.beliefs.records[name]
-        worth = record.worth(seq_id, self._plan.price) if follows_draws else None
-        answer = parents, depths, stated, judged
-        offer = make_offer(record, name, seq_id, *answer, learn=self.learns)
-        offer.worth = worth
-        offer.is_probe = self.probing.is_probing(name, seq_id)
-        return offer
+        record = self.estimates.records[name]
+        expected_gain = record.expected_gain(seq_id, self._plan.price) if follows_draws else None
+        answer = parents, depths, confidence, candidate
+        scored = score_proposal(record, name, seq_id, *answer, learn=self.learns)
+        scored.expected_gain = expected_gain
+        scored.is_probe = self.probing.is_probing(name, seq_id)
+        return scored
 
     def record_draft(
-        self, name: str, rows: Mapping[str, int], depths: Sequence[int], lag: int, seconds: float
+        self,
+        name: str,
+        rows: Mapping[str, int],
+        depths: Sequence[int],
+        num_uncomputed: int,
+        seconds: float,
     ) -> None:
         """Learn what asking cost.
 
@@ -220,71 +230,73 @@ class Planner:
             depths: how deep each answer went.
             lag: tokens that had to be caught up with, all together, besides one for each.
         """
-        self.beliefs.note_seen(name, rows)
+        self.estimates.note_seen(name, rows)
         # How fast the machine was is known when the step is over.
-        call = DraftCall(len(rows), max(depths, default=0), sum(depths), lag)
+        call = DraftCall(len(rows), max(depths, default=0), sum(depths), num_uncomputed)
         self._learning.calls.append((name, call, seconds))
 
-    def behind(self, name: str, seq_id: str, lag: int) -> int:
-        """See `Beliefs.behind`."""
-        return self.beliefs.behind(name, seq_id, lag)
+    def num_unread(self, name: str, seq_id: str, num_uncomputed: int) -> int:
+        """See `Estimates.num_unread`."""
+        return self.estimates.num_unread(name, seq_id, num_uncomputed)
 
-    def better(self, first: Offer | None, second: Offer | None) -> Offer | None:
+    def better(
+        self, first: ScoredProposal | None, second: ScoredProposal | None
+    ) -> ScoredProposal | None:
         """Of two offers for one sequence, the one that brings more; the first of equal ones."""
         if first is None or second is None:
             return first or second
         return second if second.net(self._plan.price) > first.net(self._plan.price) else first
 
     def still_asked(
-        self, name: str, asked: Mapping[str, int], offers: Mapping[str, Offer]
+        self, name: str, asked: Mapping[str, int], proposals: Mapping[str, ScoredProposal]
     ) -> dict[str, int]:
         """Of the sequences for which a source was to be asked, those for which it still pays, given
         what the sources before it have offered."""
-        record, prices, kept = self.beliefs.records[name], self.beliefs.prices(name), {}
+        record, prices, kept = self.estimates.records[name], self.estimates.prices(name), {}
         level = prices.level + prices.one_pass / max(1, len(asked))
         cost = self._plan.price + self._plan.rate * level
         for seq_id, depth in asked.items():
-            offer = offers.get(seq_id)
-            if offer is not None:
+            scored = proposals.get(seq_id)
+            if scored is not None:
                 reach = record.reach(seq_id, depth)
-                if offer.net(self._plan.price) >= sum(max(0.0, c - cost) for c in reach):
+                if scored.net(self._plan.price) >= sum(max(0.0, c - cost) for c in reach):
                     continue
             kept[seq_id] = depth
         return kept
 
     # Prune ----------------------------------------------------------------------------------------
 
-    def prune(self, offers: Sequence[Offer], shape: StepShape, drafting: float) -> None:
-        """Say in `Offer.kept` which nodes the target judges. One that `stays_whole` is kept as it
-        is. Of a probe the likeliest path is kept, two levels of it.
+    def prune(self, proposals: Sequence[ScoredProposal], shape: StepShape, drafting: float) -> None:
+        """Say in `ScoredProposal.kept` which nodes the target verifies. One that `is_indivisible`
+        is kept as it is. Of a probe the likeliest path is kept, two levels of it.
 
         Args:
             drafting: seconds that were spent on the offers.
         """
-        num_nodes = sum(len(offer.parents) for offer in offers)
+        num_nodes = sum(len(scored.parents) for scored in proposals)
         seconds = self._plan.seconds(shape, num_nodes)
-        prune_offers(offers, shape.num_sequences, seconds, drafting, self._plan.weights)
-        for offer in offers if self.learns else ():
-            if not offer.kept:
-                learn_end(self.beliefs.records[offer.source], offer, -1)
+        prune_scored(proposals, shape.num_sequences, seconds, drafting, self._plan.weights)
+        for scored in proposals if self.learns else ():
+            if not scored.kept:
+                learn_from_end(self.estimates.records[scored.source], scored, -1)
 
     # Learn ----------------------------------------------------------------------------------------
 
-    def observe(self, offer: Offer, path: Sequence[int]) -> None:
+    def observe(self, scored: ScoredProposal, path: Sequence[int]) -> None:
         """Learn from a verdict: `path` are the accepted nodes, as they are numbered in the
         offer."""
         if not self.learns:
             return
-        self._learning.num_accepted += len(path) * self._plan.weights.get(offer.seq_id, 1.0)
-        learn_offer(self.beliefs.records[offer.source], offer, path)
+        self._learning.num_accepted += len(path) * self._plan.weights.get(scored.seq_id, 1.0)
+        learn_from_path(self.estimates.records[scored.source], scored, path)
 
     def record_step(self, shape: StepShape, num_draft_rows: int, seconds: float) -> None:
         """Learn how long a step took, drafting left out."""
-        self.probing.earn(seconds)
+        self.probing.add_share(seconds)
         if self._learning.is_reference and self._rested < self._rest:
             return  # what drafters have left in caches makes it slow
-        rests = self._rested > 0
-        self._learning.record(self._plan, shape, num_draft_rows, seconds, rests=rests)
+        is_resting = self._rested > 0
+        self._learning.record(self._plan, shape, num_draft_rows, seconds, is_resting=is_resting)
 
     def skip_step(self) -> bool:
         """Whether a step of a plan that holds is too much like others to be learned from; it is
@@ -303,7 +315,7 @@ class Planner:
     def pass_over(self, seconds: float) -> None:
         """A step took so long that teaches nothing, since it computed prompts too. It counts as the
         reference that it was to be: where prompts never end, so would the steps without drafts."""
-        self.probing.earn(seconds)
+        self.probing.add_share(seconds)
         if self._learning.is_reference:
             self._learning.pace.add_plain()
         self.begin_step()
@@ -313,14 +325,14 @@ class Planner:
         it should; where it is given up, as often as the probe budget allows."""
         if name in self.last_plan.get(seq_id, ()) and not self.probing.is_probing(name, seq_id):
             return True
-        if not self.probing.has_money:
+        if not self.probing.has_budget:
             return False
-        self.probing.pay(self.beliefs.prices(name).lag * num_tokens)
+        self.probing.spend(self.estimates.prices(name).num_uncomputed * num_tokens)
         return True
 
     def stats(self) -> dict[str, Any]:
         """What is believed at present, times in seconds."""
-        found = self.beliefs.stats()
+        found = self.estimates.stats()
         for name, source in found["sources"].items():
             source["measured_gain"] = self.feedback.gain(name)
             source["kept_of_promise"] = self.feedback.factor(name)
@@ -328,7 +340,7 @@ class Planner:
 
     def drop(self, seq_id: str, *, finished: bool) -> None:
         """Forget a sequence that has ended, or the places of drafters in one that was preempted."""
-        self.beliefs.drop(seq_id, finished=finished)
+        self.estimates.drop(seq_id, finished=finished)
         if finished:
-            for name in self.beliefs.sources:
+            for name in self.estimates.sources:
                 self.probing.forget(name, seq_id)

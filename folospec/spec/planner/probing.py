@@ -1,8 +1,8 @@
 """Decides when to try again where drafting was given up.
 
-Every step puts a share of its time into a purse, and a probe is paid from it: whatever happens,
-probing costs no more than that share. Per sequence and source the pauses between probes double,
-from a few steps to many; a sequence that was never probed comes first.
+Every step puts a share of its time into a probe budget, and a probe is paid from it: whatever
+happens, probing costs no more than that share. Per sequence and source the pauses between probes
+double, from a few steps to many; a sequence that was never probed comes first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 SHARE = 0.005
 _MOST_STEPS = 200
-"""The purse holds the shares of so many steps at most."""
+"""The probe budget holds the shares of so many steps at most."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 512
 _BURST, _LONG_BURST = 3, 8
 """Steps that one probe goes on for: what was caught up with is cheap to use again, and answers of a
@@ -21,7 +21,7 @@ _NUM_PHASES = 4
 
 
 @dataclass(slots=True)
-class _Place:
+class _Schedule:
     next_probe: int = 0
     pause: int = _FIRST_PAUSE
     until: int = -1
@@ -29,31 +29,31 @@ class _Place:
 
 
 class Probing:
-    """The purse, and who was probed when."""
+    """The probe budget, and who was probed when."""
 
     def __init__(self) -> None:
-        self._purse = 0.0
+        self._probe_budget = 0.0
         self._step_seconds = 0.0
         self._now = 0
-        self._places: dict[tuple[str, str], _Place] = {}
+        self._schedules: dict[tuple[str, str], _Schedule] = {}
         self._num_spread: dict[str, int] = {}
 
-    def earn(self, seconds: float) -> None:
+    def add_share(self, seconds: float) -> None:
         """Put aside a share of a step."""
         self._step_seconds += 0.05 * (seconds - self._step_seconds)
         self._put(SHARE * seconds)
 
-    def earn_again(self, num_steps: int) -> None:
+    def add_shares(self, num_steps: int) -> None:
         """Put the same share of so many steps aside that were not timed."""
         self._put(SHARE * num_steps * self._step_seconds)
 
     def _put(self, seconds: float) -> None:
         most = SHARE * _MOST_STEPS * self._step_seconds
-        self._purse = min(self._purse + seconds, most)
+        self._probe_budget = min(self._probe_budget + seconds, most)
 
     @property
-    def has_money(self) -> bool:
-        return self._purse > 0.0
+    def has_budget(self) -> bool:
+        return self._probe_budget > 0.0
 
     def next_plan(self, rested: int) -> None:
         """Time goes on, by a step and those that rested."""
@@ -68,37 +68,37 @@ class Probing:
         """
         best, turn = None, self._now + 1
         for index, seq_id in enumerate(seq_ids):
-            place = self._places.get((source, seq_id))
-            if place is None:
-                place = self._places[source, seq_id] = self._new_place(source, spread)
-            due = self._now if self._now <= place.until else place.next_probe
+            schedule = self._schedules.get((source, seq_id))
+            if schedule is None:
+                schedule = self._schedules[source, seq_id] = self._new_schedule(source, spread)
+            due = self._now if self._now <= schedule.until else schedule.next_probe
             if due < turn:
                 best, turn = index, due
         return best
 
-    def _new_place(self, source: str, spread: bool) -> _Place:
+    def _new_schedule(self, source: str, spread: bool) -> _Schedule:
         if not spread:
-            return _Place()
+            return _Schedule()
         phase = self._num_spread[source] = self._num_spread.get(source, -1) + 1
         due = self._now + phase % _NUM_PHASES * 2 * _FIRST_PAUSE
-        return _Place(due if phase % _NUM_PHASES else 0, burst=_LONG_BURST)
+        return _Schedule(due if phase % _NUM_PHASES else 0, burst=_LONG_BURST)
 
     def begin(self, source: str, seq_id: str, loss: float) -> None:
         """Probe, at a cost of `loss` seconds; a new one, or one more step of the last."""
-        place = self._places[source, seq_id]
-        if self._now > place.until:
-            place.until = self._now + place.burst - 1
-            place.next_probe = place.until + place.pause
-            place.pause = min(2 * place.pause, _LONGEST_PAUSE)
-        self._purse -= loss
+        schedule = self._schedules[source, seq_id]
+        if self._now > schedule.until:
+            schedule.until = self._now + schedule.burst - 1
+            schedule.next_probe = schedule.until + schedule.pause
+            schedule.pause = min(2 * schedule.pause, _LONGEST_PAUSE)
+        self._probe_budget -= loss
 
-    def pay(self, seconds: float) -> None:
+    def spend(self, seconds: float) -> None:
         """Take what something else costs that may pay later."""
-        self._purse -= seconds
+        self._probe_budget -= seconds
 
     def is_probing(self, source: str, seq_id: str) -> bool:
-        place = self._places.get((source, seq_id))
-        return place is not None and self._now <= place.until
+        schedule = self._schedules.get((source, seq_id))
+        return schedule is not None and self._now <= schedule.until
 
     def forget(self, source: str, seq_id: str) -> None:
-        self._places.pop((source, seq_id), None)
+        self._schedules.pop((source, seq_id), None)

@@ -213,12 +213,12 @@ class DraftCall(NamedTuple):
     num_rows: int
     num_passes: int
     num_levels: int
-    lag: int
+    num_uncomputed: int
 
     @property
     def catches_up(self) -> bool:
         """Whether there is much more to read than what a step adds."""
-        return self.lag > _MUCH * self.num_rows
+        return self.num_uncomputed > _MUCH * self.num_rows
 
 
 class DraftCost:
@@ -252,8 +252,8 @@ class DraftCost:
         """Seconds per call, per row, per pass, per row and pass, and per token of catching up; none
         is negative."""
         scale = self._unit * slowdown
-        call, row, one_pass, level, lag = self._fit.coefficients
-        return call * scale, row * scale, one_pass * scale, level * scale, lag * scale
+        call, row, one_pass, level, num_uncomputed = self._fit.coefficients
+        return call * scale, row * scale, one_pass * scale, level * scale, num_uncomputed * scale
 
     @property
     def is_settled(self) -> bool:
@@ -274,7 +274,7 @@ class DraftCost:
 
     def _features(self, call: DraftCall) -> tuple[float, ...]:
         passes, levels = (call.num_passes, call.num_levels) if self.in_passes else (0, 0)
-        return 1.0, call.num_rows, passes, levels, call.lag
+        return 1.0, call.num_rows, passes, levels, call.num_uncomputed
 
     def relax(self, share: float) -> None:
         """Forget a share of what was learned, when the drafter is not asked."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from folospec.spec.planner.beliefs import Beliefs
+from folospec.spec.planner.estimates import Estimates
 from folospec.spec.planner.feedback import Feedback
 from folospec.spec.planner.learning_pace import LearningPace
 from folospec.spec.planner.probing import Probing
@@ -15,8 +15,8 @@ from folospec.spec.planner.step_plan import StepPlan
 class StepLearning:
     """Notes what happens in a step, and learns from it at its end."""
 
-    def __init__(self, beliefs: Beliefs, probing: Probing, feedback: Feedback) -> None:
-        self._beliefs, self._probing, self._feedback = beliefs, probing, feedback
+    def __init__(self, estimates: Estimates, probing: Probing, feedback: Feedback) -> None:
+        self._estimates, self._probing, self._feedback = estimates, probing, feedback
         self.pace = LearningPace()
         self.calls: list[tuple[str, DraftCall, float]] = []
         """Of this step: the source, what it was asked, and the seconds that it took."""
@@ -39,9 +39,9 @@ class StepLearning:
         if asked:
             measured = max(self._feedback.gain(name) for name in asked)
             self._gain = max(plan.corrected, measured)
-        self._probing.earn_again(self.pace.num_skipped + self.pace.num_drafted_skipped)
+        self._probing.add_shares(self.pace.num_skipped + self.pace.num_drafted_skipped)
         self.pace.add_planned(num_steps, is_drafted=bool(asked))
-        self._beliefs.relax(num_steps, asked)
+        self._estimates.relax(num_steps, asked)
         self._feedback.relax(num_steps, asked)
 
     def needs_reference(self) -> bool:
@@ -49,7 +49,13 @@ class StepLearning:
         return self.pace.needs_reference(self._gain)
 
     def record(
-        self, plan: StepPlan, shape: StepShape, num_draft_rows: int, seconds: float, *, rests: bool
+        self,
+        plan: StepPlan,
+        shape: StepShape,
+        num_draft_rows: int,
+        seconds: float,
+        *,
+        is_resting: bool,
     ) -> None:
         """Learn from a step.
 
@@ -68,10 +74,10 @@ class StepLearning:
         if num_draft_rows == 0 and not plan.depths:
             self.pace.add_plain()
         # What a source and the planner work with has left the processor's caches where it was not
-        # asked in the step before, and a question takes two or three times as long: who judges by
+        # asked in the step before, and a question takes two or three times as long: who verifies by
         # that never asks again, and never learns better.
-        cold = {name for name, *_ in self.calls if not (rests or name in self._asked_before)}
-        cost = self._beliefs.cost
+        cold = {name for name, *_ in self.calls if not (is_resting or name in self._asked_before)}
+        cost = self._estimates.cost
         cost.observe(
             *(shape, num_draft_rows, seconds),
             asked=bool(self.calls),
@@ -80,22 +86,22 @@ class StepLearning:
         )
         for name, call, spent in self.calls:
             if name not in cold:
-                self._beliefs.draft_costs[name].observe(call, spent, cost.speed_now)
+                self._estimates.draft_costs[name].observe(call, spent, cost.speed_now)
         self.begin_step()
 
     @property
     def _asks_model(self) -> bool:
-        return any(self._beliefs.sources[name].in_passes for name, *_ in self.calls)
+        return any(self._estimates.sources[name].in_passes for name, *_ in self.calls)
 
     def _is_new(self, name: str, call: DraftCall, _: float) -> bool:
         """Whether a question is unlike most others; learning takes time."""
-        return call.catches_up or not self._beliefs.draft_costs[name].is_settled
+        return call.catches_up or not self._estimates.draft_costs[name].is_settled
 
     def _compare(
         self, plan: StepPlan, shape: StepShape, num_draft_rows: int, seconds: float
     ) -> None:
         """Compare a step with what is expected of it, and of one without drafts."""
-        cost = self._beliefs.cost
+        cost = self._estimates.cost
         plain = cost.expected(shape, 0)
         if self.is_reference and self.pace.is_settled:
             self._feedback.note_plain(seconds / plain)
@@ -105,7 +111,7 @@ class StepLearning:
         if self._asks_model:
             expected += cost.asking_model
         for name, call, _ in self.calls:
-            expected += self._beliefs.draft_costs[name].expected(call, cost.slowdown)
+            expected += self._estimates.draft_costs[name].expected(call, cost.slowdown)
         taken = seconds + sum(spent for *_, spent in self.calls)
         got = 1.0 + self.num_accepted / shape.num_sequences
         if plan.probe_loss is None:
@@ -115,4 +121,4 @@ class StepLearning:
             self._feedback.note_drafted(called, plan.promised, got, *shares)
         elif plan.promised == 1.0:
             loss = min(taken - got * plain, plan.probe_loss + plain)
-            self._probing.pay(max(0.0, loss - plan.probe_loss))
+            self._probing.spend(max(0.0, loss - plan.probe_loss))

@@ -2,7 +2,7 @@
 
 passes    of a model: every level costs, so the depth is chosen
 lookups   cost the same at any depth: whether to ask is chosen, at the price of a row by then
-probes    where it was given up, now and then, out of a purse
+probes    where it was given up, now and then, out of a probe budget
 reasons   for those that are left
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from folospec.spec.planner.acceptance_record import AcceptanceRecord
-from folospec.spec.planner.beliefs import Beliefs
+from folospec.spec.planner.estimates import Estimates
 from folospec.spec.planner.feedback import Feedback
 from folospec.spec.planner.plan_core import DepthRow, DraftPrices, choose_depths, price_of_row
-from folospec.spec.planner.plan_terms import PlanRow, Source
+from folospec.spec.planner.plan_terms import PlannedSequence, Source
 from folospec.spec.planner.probing import Probing
 from folospec.spec.planner.step_cost import StepShape
 
@@ -41,15 +41,15 @@ class StepPlan:
 
     def __init__(
         self,
-        beliefs: Beliefs,
+        estimates: Estimates,
         probing: Probing,
         feedback: Feedback,
-        rows: Sequence[PlanRow],
+        rows: Sequence[PlannedSequence],
         shape: StepShape,
         *,
         ends_together: bool = False,
     ) -> None:
-        self._beliefs, self._probing, self._feedback = beliefs, probing, feedback
+        self._estimates, self._probing, self._feedback = estimates, probing, feedback
         self._rows, self._num_sequences, self._shape = rows, shape.num_sequences, shape
         self.depths: dict[str, dict[str, int]] = {}
         """seq_id -> name of the source -> how deep."""
@@ -85,7 +85,7 @@ class StepPlan:
         alike = (shape.num_rows, shape.num_sequences) == (own.num_rows, own.num_sequences)
         if alike and num_nodes < len(self._seconds):
             return self._seconds
-        return self._beliefs.cost.table(shape, num_nodes)
+        return self._estimates.cost.table(shape, num_nodes)
 
     def num_rows(self, name: str) -> int:
         """For how many sequences a source is asked."""
@@ -93,9 +93,9 @@ class StepPlan:
 
     def choose(self) -> None:
         """Fill the plan in."""
-        sources = self._beliefs.sources.values()
+        sources = self._estimates.sources.values()
         most_nodes = max(8, max(source.limit for source in sources) * len(self._rows))
-        self._seconds = self._beliefs.cost.table(self._shape, most_nodes)
+        self._seconds = self._estimates.cost.table(self._shape, most_nodes)
         self.rate = self._num_sequences / self._seconds[0]
         for source in sources:
             if source.in_passes:
@@ -116,7 +116,7 @@ class StepPlan:
         its rows is saved by the last sequence alone. Who that will be is not sure: the chance is in
         proportion to the power `_SLOWEST` of the way to go.
         """
-        count, cost = self._shape.num_sequences, self._beliefs.cost
+        count, cost = self._shape.num_sequences, self._estimates.cost
         whole = cost.expected(self._shape, 0)
         single = cost.expected(StepShape(1, 1, self._shape.context // count), 0)
         one_row = max(0.0, whole - single) / max(1, count - 1)
@@ -129,19 +129,19 @@ class StepPlan:
         }
 
     def _prices(self, name: str) -> DraftPrices:
-        return self._beliefs.prices(name, is_first=not self.depths)
+        return self._estimates.prices(name, is_first=not self.depths)
 
-    def _add(self, row: PlanRow, source: Source, depth: int) -> None:
+    def _add(self, row: PlannedSequence, source: Source, depth: int) -> None:
         self.depths.setdefault(row.seq_id, {})[source.name] = depth
 
     def _add_passes(self, source: Source) -> None:
-        asked = [row for row in self._rows if source.name in row.lags]
-        prices, record = self._prices(source.name), self._beliefs.records[source.name]
+        asked = [row for row in self._rows if source.name in row.uncomputed]
+        prices, record = self._prices(source.name), self._estimates.records[source.name]
         choice = choose_depths(
             [
                 DepthRow(
-                    self._beliefs.reach(row, source),
-                    self._beliefs.catching_up(row, source.name, prices.lag),
+                    self._estimates.reach(row, source),
+                    self._estimates.catching_up(row, source.name, prices.num_uncomputed),
                     self.weights[row.seq_id],
                 )
                 for row in asked
@@ -166,19 +166,19 @@ class StepPlan:
         self.corrected *= gain * self._feedback.factor(source.name)
 
     def _add_lookups(self, source: Source) -> None:
-        prices, record = self._prices(source.name), self._beliefs.records[source.name]
+        prices, record = self._prices(source.name), self._estimates.records[source.name]
         margin = _ASK_MARGIN if self._num_sequences == 1 else _ASK_MARGIN_OF_MANY
         found, gain, saved = [], 0.0, -prices.call
         if self._is_on_trial(source):
-            for row in [row for row in self._rows if source.name in row.lags][:_FIRST_ROWS]:
-                self._add(row, source, self._beliefs.depth_limit(row, source))
+            for row in [row for row in self._rows if source.name in row.uncomputed][:_FIRST_ROWS]:
+                self._add(row, source, self._estimates.depth_limit(row, source))
             return
         for row in self._rows:
-            if source.name not in row.lags:
+            if source.name not in row.uncomputed:
                 continue
-            cost = prices.row + self._beliefs.catching_up(row, source.name, prices.lag)
-            worth = record.worth(row.seq_id, self.price / self.weights[row.seq_id])
-            net = worth * self.weights[row.seq_id] / self.rate - margin * cost
+            cost = prices.row + self._estimates.catching_up(row, source.name, prices.num_uncomputed)
+            expected_gain = record.expected_gain(row.seq_id, self.price / self.weights[row.seq_id])
+            net = expected_gain * self.weights[row.seq_id] / self.rate - margin * cost
             if net > 0:
                 found.append(row)
                 gain += net
@@ -186,45 +186,45 @@ class StepPlan:
         promised = 1.0 + saved * self.rate / self._num_sequences
         if gain > prices.call and self._feedback.trusts(source.name, promised):
             for row in _first_few(record, found):
-                self._add(row, source, self._beliefs.depth_limit(row, source))
+                self._add(row, source, self._estimates.depth_limit(row, source))
                 self._probing.forget(source.name, row.seq_id)
             self._promise(source, promised)
 
     def _is_on_trial(self, source: Source) -> bool:
         """Whether to ask whatever is expected: a text has more to find in it the longer it is, so
         who gives up where outputs begin never learns what comes later."""
-        prices, record = self._prices(source.name), self._beliefs.records[source.name]
-        rows = [row for row in self._rows if source.name in row.lags]
-        if record.num_asks >= _TRIAL_ASKS or not rows or not self._could_pay(source, rows):
+        prices, record = self._prices(source.name), self._estimates.records[source.name]
+        rows = [row for row in self._rows if source.name in row.uncomputed]
+        if record.num_asks >= _TRIAL_ASKS or not rows or not self._could_gain(source, rows):
             return False
         return record.num_asks * (prices.call + prices.row) < _TRIAL_STEPS * self._seconds[0]
 
     # Probes ---------------------------------------------------------------------------------------
 
     def _add_probe(self, source: Source) -> None:
-        """Ask once more where it was given up, if the purse allows it and it could pay."""
+        """Ask once more where it was given up, if the probe budget allows it and it could pay."""
         name, probing = source.name, self._probing
-        if not probing.has_money:
+        if not probing.has_budget:
             return
         idle = [
             row
             for row in self._rows
-            if name in row.lags and name not in self.depths.get(row.seq_id, ())
+            if name in row.uncomputed and name not in self.depths.get(row.seq_id, ())
         ]
         turn = probing.choose(name, [row.seq_id for row in idle], spread=not source.in_passes)
-        if turn is None or not self._could_pay(source, idle):
+        if turn is None or not self._could_gain(source, idle):
             return
         row, prices = idle[turn], self._prices(name)
-        depth = self._beliefs.depth_limit(row, source)
+        depth = self._estimates.depth_limit(row, source)
         if source.in_passes:
             depth = min(depth, 2)
-        behind = self._beliefs.behind(name, row.seq_id, row.lags[name])
+        num_unread = self._estimates.num_unread(name, row.seq_id, row.uncomputed[name])
         num_nodes = min(2, len(self._seconds) - 1)
         loss = (
             prices.call
             + prices.row
             + depth * (prices.one_pass + prices.level)
-            + prices.lag * behind
+            + prices.num_uncomputed * num_unread
             + self._seconds[num_nodes]
             - self._seconds[0]
         )
@@ -232,16 +232,16 @@ class StepPlan:
         self.probe_loss = (self.probe_loss or 0.0) + loss
         self._add(row, source, depth)
 
-    def _could_pay(self, source: Source, rows: Sequence[PlanRow]) -> bool:
+    def _could_gain(self, source: Source, rows: Sequence[PlannedSequence]) -> bool:
         """Whether drafts would pay if nearly all were accepted."""
         prices = self._prices(source.name)
-        limit = max(self._beliefs.depth_limit(row, source) for row in rows)
+        limit = max(self._estimates.depth_limit(row, source) for row in rows)
         reach = [0.9**level for level in range(1, min(limit, 8) + 1)]
         if source.in_passes:
             optimistic = [DepthRow(reach)] * len(rows)
             return any(choose_depths(optimistic, self._num_sequences, self._seconds, prices).depths)
-        worth = sum(chance - self.price for chance in reach if chance > self.price)
-        return worth > self.rate * (prices.row + prices.call / len(rows))
+        expected_gain = sum(chance - self.price for chance in reach if chance > self.price)
+        return expected_gain > self.rate * (prices.row + prices.call / len(rows))
 
     # Reasons --------------------------------------------------------------------------------------
 
@@ -251,29 +251,29 @@ class StepPlan:
         if not rows or self._num_sequences == 1:
             return {row.seq_id: "rejected" for row in rows}
         alone = StepShape(1, 1, self._shape.context // self._num_sequences)
-        seconds = self._beliefs.cost.table(alone, 4)
+        seconds = self._estimates.cost.table(alone, 4)
         rate = 1.0 / seconds[0]
         price = price_of_row(rate, seconds)
         least = {}
-        for name, source in self._beliefs.sources.items():
-            prices = self._beliefs.prices(name, is_first=True)
+        for name, source in self._estimates.sources.items():
+            prices = self._estimates.prices(name, is_first=True)
             passes = prices.one_pass + prices.level if source.in_passes else 0.0
             least[name] = rate * (prices.call + prices.row + passes)
         return {row.seq_id: self._reason(row, price, least) for row in rows}
 
-    def _reason(self, row: PlanRow, price: float, least: Mapping[str, float]) -> str:
-        for name in row.lags:
-            record = self._beliefs.records[name]
-            if self._beliefs.sources[name].in_passes:
-                pays = record.conditional(row.seq_id, 1) > price + least[name]
+    def _reason(self, row: PlannedSequence, price: float, least: Mapping[str, float]) -> str:
+        for name in row.uncomputed:
+            record = self._estimates.records[name]
+            if self._estimates.sources[name].in_passes:
+                is_worthwhile = record.conditional(row.seq_id, 1) > price + least[name]
             else:
-                pays = record.worth(row.seq_id, price) > least[name]
-            if pays:
+                is_worthwhile = record.expected_gain(row.seq_id, price) > least[name]
+            if is_worthwhile:
                 return "batch_full"
         return "rejected"
 
 
-def _first_few(record: AcceptanceRecord, rows: list[PlanRow]) -> list[PlanRow]:
+def _first_few(record: AcceptanceRecord, rows: list[PlannedSequence]) -> list[PlannedSequence]:
     """Of a source that little is known of, the sequences that it is tried with: those with the
     longest way to go."""
     if record.num_asks >= _FIRST_ASKS or len(rows) <= _FIRST_ROWS:

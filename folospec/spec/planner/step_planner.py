@@ -17,7 +17,7 @@ from collections.abc import Sequence as Seq
 from folospec.core.sequence import Sequence, SequenceGroup
 from folospec.core.sequence_step import SequenceStep
 from folospec.spec.drafter_handle import DrafterHandle
-from folospec.spec.planner.plan_terms import Offer, PlanRow, Source
+from folospec.spec.planner.plan_terms import PlannedSequence, ScoredProposal, Source
 from folospec.spec.planner.planner import Planner
 from folospec.spec.planner.step_cost import Costs, StepShape
 from folospec.spec.proposal import Proposal
@@ -57,7 +57,7 @@ class StepPlanner:
         self._asked: dict[str, dict[str, int]] = {}
         self._drafting = 0.0
         self._num_nodes = 0
-        self._offers: dict[str, Offer] = {}
+        self._scored: dict[str, ScoredProposal] = {}
         self._pruned: set[str] = set()
         self.has_prompts = False
         """Whether the step computes prompts."""
@@ -69,7 +69,7 @@ class StepPlanner:
 
     def source_of(self, drafter: DrafterHandle) -> str:
         """The name under which the planner knows a drafter."""
-        return next(iter(self.planner.beliefs.sources)) if self._merge else drafter.name
+        return next(iter(self.planner.estimates.sources)) if self._merge else drafter.name
 
     # Plan -----------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ class StepPlanner:
             return  # as in the last step, which has left nothing behind
         self._unpaid.clear()  # of a step that failed
         self.planner.begin_step()
-        self._offers, self._pruned, self._drafting, self._num_nodes = {}, set(), 0.0, 0
+        self._scored, self._pruned, self._drafting, self._num_nodes = {}, set(), 0.0, 0
         if self.is_resting:
             return
         rows, context, num_ready = [], 0, 0
@@ -97,21 +97,21 @@ class StepPlanner:
         self._shape = StepShape(max(1, num_ready), max(1, num_ready), context)
         self._asked = self.planner.plan(seq_ids, rows, self._shape)
 
-    def _plan_row(self, seq: Sequence) -> PlanRow | None:
+    def _plan_row(self, seq: Sequence) -> PlannedSequence | None:
         group = seq.group
         assert group is not None
         room, wanted = group.room(seq), group.params.num_speculative_tokens
         allowed = self._allowed(group)
         if room <= 1 or wanted == 0 or not allowed:
             return None
-        lags: dict[str, int] = {}
+        uncomputed: dict[str, int] = {}
         for drafter in allowed:
-            lag = self._lag(drafter, seq)
+            num_uncomputed = self._num_uncomputed(drafter, seq)
             name = self.source_of(drafter)
-            lags[name] = max(lag, lags.get(name, 0))
-        return PlanRow(seq.seq_id, room, wanted, lags)
+            uncomputed[name] = max(num_uncomputed, uncomputed.get(name, 0))
+        return PlannedSequence(seq.seq_id, room, wanted, uncomputed)
 
-    def _lag(self, drafter: DrafterHandle, seq: Sequence) -> int:
+    def _num_uncomputed(self, drafter: DrafterHandle, seq: Sequence) -> int:
         owner = drafter.kv_owner
         if owner is not None:
             return seq.num_tokens - seq.draft_progress.get(owner, 0)
@@ -120,7 +120,7 @@ class StepPlanner:
     def _reads_from_start(self, drafter: DrafterHandle) -> bool:
         """Whether the planner keeps count of what the drafter has read. A view of the target has
         its KV, and nothing to catch up with; beside a model, reading counts for nothing."""
-        return not self.planner.beliefs.sources[self.source_of(drafter)].in_passes
+        return not self.planner.estimates.sources[self.source_of(drafter)].in_passes
 
     @property
     def is_idle(self) -> bool:
@@ -160,46 +160,46 @@ class StepPlanner:
         the proposals so far."""
         name = self.source_of(drafter)
         depths = {s: self._asked[s][name] for s in seq_ids if name in self._asked.get(s, ())}
-        if self._merge or not self._offers or not drafter.drafts_in_passes:
+        if self._merge or not self._scored or not drafter.drafts_in_passes:
             return set(depths)
-        return set(self.planner.still_asked(name, depths, self._offers))
+        return set(self.planner.still_asked(name, depths, self._scored))
 
     # Proposals ------------------------------------------------------------------------------------
 
-    def behind(self, drafter: DrafterHandle, seqs: Seq[Sequence]) -> int:
+    def num_unread(self, drafter: DrafterHandle, seqs: Seq[Sequence]) -> int:
         """Tokens that the drafter has to catch up with for these sequences, besides one for
         each."""
         if drafter.kv_owner is not None:
-            return sum(max(0, self._lag(drafter, seq) - 1) for seq in seqs)
+            return sum(max(0, self._num_uncomputed(drafter, seq) - 1) for seq in seqs)
         if not self._reads_from_start(drafter):
             return 0
         name = self.source_of(drafter)
-        return sum(self.planner.behind(name, seq.seq_id, seq.num_tokens) for seq in seqs)
+        return sum(self.planner.num_unread(name, seq.seq_id, seq.num_tokens) for seq in seqs)
 
     def note_asked(
         self,
         drafter: DrafterHandle,
         seqs: Seq[Sequence],
         depths: Seq[int],
-        behind: int,
+        num_unread: int,
         begin: float,
     ) -> None:
         """Note what was asked, since when by `clock`; `note_taken` tells the planner."""
         counts = {seq.seq_id: seq.num_tokens for seq in seqs}
-        self._unpaid.append((self.source_of(drafter), counts, depths, behind, begin))
+        self._unpaid.append((self.source_of(drafter), counts, depths, num_unread, begin))
 
     def note_taken(self) -> None:
         """Learn what asking cost, and taking the answers in; drafters that are merged were one
         question."""
         if not self._unpaid:
             return
-        name, counts, depths, behind, begin = self._unpaid[0]
+        name, counts, depths, num_unread, begin = self._unpaid[0]
         for _, more, other_depths, other_behind, _ in self._unpaid[1:]:
             counts = {**counts, **more}
-            depths, behind = [*depths, *other_depths], behind + other_behind
+            depths, num_unread = [*depths, *other_depths], num_unread + other_behind
         spent = self.clock() - begin
         self._drafting += spent
-        self.planner.record_draft(name, counts, depths, behind, spent)
+        self.planner.record_draft(name, counts, depths, num_unread, spent)
         self._unpaid.clear()
 
     def min_path_probability(self, seq_id: str, drafter: DrafterHandle) -> float:
@@ -213,20 +213,20 @@ class StepPlanner:
         """Take an answer in, and note it in `step` unless what is there brings more."""
         seq_id = step.seq.seq_id
         if proposal is None:
-            self.planner.offer(name, seq_id, (), (), None)
+            self.planner.score(name, seq_id, (), (), None)
             return
-        tree, stated = proposal.tree, proposal.confidence
+        tree, confidence = proposal.tree, proposal.confidence
         follows_draws = False
         if proposal.draft_probs is not None and not self._shares_noise:
-            # A ratio rule judges drawn tokens: neither what the drafter says of them nor what
+            # A ratio rule verifies drawn tokens: neither what the drafter says of them nor what
             # hangs behind them may decide.
-            stated, follows_draws = None, not self._has_static_tree(proposal)
-        offer = self.planner.offer(
-            *(name, seq_id, tree.parents, tree.depths, stated, proposal.candidate),
+            confidence, follows_draws = None, not self._has_static_tree(proposal)
+        scored = self.planner.score(
+            *(name, seq_id, tree.parents, tree.depths, confidence, proposal.candidate),
             follows_draws=follows_draws,
         )
-        if self.planner.better(self._offers.get(seq_id), offer) is offer:
-            step.proposal, self._offers[seq_id] = proposal, offer
+        if self.planner.better(self._scored.get(seq_id), scored) is scored:
+            step.proposal, self._scored[seq_id] = proposal, scored
 
     def _has_static_tree(self, proposal: Proposal) -> bool:
         """Whether all who had a part in the proposal promise that its shape is not drawn."""
@@ -234,20 +234,20 @@ class StepPlanner:
 
     def prune(self, steps: Seq[SequenceStep]) -> None:
         """Keep of every proposal what the target is to verify, if anything."""
-        if not self._offers:
+        if not self._scored:
             return
-        self.planner.prune(list(self._offers.values()), self._shape, self._drafting)
+        self.planner.prune(list(self._scored.values()), self._shape, self._drafting)
         for step in steps:
-            offer = self._offers.get(step.seq.seq_id)
-            if offer is None:
+            scored = self._scored.get(step.seq.seq_id)
+            if scored is None:
                 continue
-            if not offer.kept:
-                del self._offers[offer.seq_id]
-                self._pruned.add(offer.seq_id)
+            if not scored.kept:
+                del self._scored[scored.seq_id]
+                self._pruned.add(scored.seq_id)
                 step.proposal = None
-            elif len(offer.kept) < len(step.proposal):
-                step.proposal = step.proposal.prune(offer.kept)
-            self._num_nodes += len(offer.kept)
+            elif len(scored.kept) < len(step.proposal):
+                step.proposal = step.proposal.prune(scored.kept)
+            self._num_nodes += len(scored.kept)
 
     # Learn ----------------------------------------------------------------------------------------
 
@@ -256,9 +256,9 @@ class StepPlanner:
         return self.planner.keeps(self.source_of(drafter), seq_id, num_tokens)
 
     def learn(self, seq_id: str, path: Seq[int]) -> None:
-        """Learn from a verdict; `path` are nodes of the proposal that was judged."""
-        offer = self._offers[seq_id]
-        self.planner.observe(offer, [offer.kept[node] for node in path])
+        """Learn from a verdict; `path` are nodes of the proposal that was verified."""
+        scored = self._scored[seq_id]
+        self.planner.observe(scored, [scored.kept[node] for node in path])
 
     def record(self, seconds: float) -> None:
         """Learn how long the step took, drafting included. One that computes prompts teaches

@@ -2,7 +2,7 @@
 
 A drafter without a model has no probabilities of its own. It has evidence: how long the match was,
 how often the continuation was seen, how deep the node is. Each kind of evidence is a key, and the
-estimate is the mean of a Beta law: (prior + accepted) / (prior weight + tried).
+estimate is the mean of a Beta distribution: (prior + accepted) / (prior weight + tried).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from folospec.spec.stores.acceptance_table import AcceptanceTable, share_among_s
 NOTHING = -1
 """In `phrases_said`: the model was not asked, or had nothing to say."""
 FIRST_GUESS = 0.5
-"""Chance of a node of the latest phrase before any was judged; that of the next one is a half of
+"""Chance of a node of the latest phrase before any was verified; that of the next one is a half of
 it, of the third a third."""
 
 

@@ -80,7 +80,7 @@ def read_tree_option(tree: object, acceptance: str) -> bool:
     """Whether to draft trees: as the option `tree` says, None being where the rule takes them.
 
     Raises:
-        ValueError: it is no bool, or the rule judges chains.
+        ValueError: it is no bool, or the rule verifies chains.
     """
     takes_trees = ACCEPTANCE[acceptance].takes_trees
     if tree is None:
@@ -88,5 +88,5 @@ def read_tree_option(tree: object, acceptance: str) -> bool:
     if not isinstance(tree, bool):
         raise ValueError(f"tree must be None, True or False, got {tree!r}")
     if tree and not takes_trees:
-        raise ValueError(f"acceptance={acceptance!r} judges chains, got tree=True")
+        raise ValueError(f"acceptance={acceptance!r} verifies chains, got tree=True")
     return tree

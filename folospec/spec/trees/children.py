@@ -1,10 +1,10 @@
 """Draws the children of a draft node from the draft model's distribution at that node.
 
     coupled              top k of log draft_probs + g, with the noise g that will draw the target's
-                         token: where the two laws nearly agree, so do their arg-maxes (Gumbel
-                         coupling, arXiv 2408.07978). Only for rules that share noise.
-    top_k                top k of draft_probs: a function of the context, so a one-hot law (EAGLE-2,
-                         OPT-Tree).
+                         token: where the two distributions nearly agree, so do their arg-maxes
+                             (Gumbel coupling, arXiv 2408.07978). Only for rules that share noise.
+    top_k                top k of draft_probs: a function of the context, so a one-hot distribution
+                         (EAGLE-2, OPT-Tree).
     without_replacement  top k of log draft_probs + g with noise of its own: k draws, each from
                          what the earlier ones left (RSD, arXiv 2402.14160; Sequoia).
     iid                  k independent draws; equal ones stay separate trials (SpecInfer).
@@ -28,7 +28,7 @@ NEG_INF = float("-inf")
 
 
 @dataclass(slots=True)
-class Place:
+class ChildRequest:
     """A node whose children are drawn: how many, and with which noise."""
 
     count: int
@@ -41,26 +41,27 @@ class Place:
 
 @dataclass(slots=True)
 class Children:
-    """The children of one place, in the order of their trial; fewer than asked for where the law
-    has no more tokens."""
+    """The children of one place, in the order of their trial; fewer than asked for where the
+    distribution has no more tokens."""
 
     token_ids: list[int]
     confidence: list[float]
-    """The chance of each to be the target's token, as far as law and noise tell."""
-    laws: Tensor | None = None
-    """[num_children, vocab_size] the law each was drawn from, given the earlier ones; None where
-    they are one-hot."""
+    """The chance of each to be the target's token, as far as distribution and noise tell."""
+    draft_probs: Tensor | None = None
+    """[num_children, vocab_size] the distribution each was drawn from, given the earlier ones; None
+    where they are one-hot."""
 
 
 def draw_children(
-    how: str, log_probs: Tensor, places: Sequence[Place], sharpness: float = 1.0
+    how: str, log_probs: Tensor, places: Sequence[ChildRequest], sharpness: float = 1.0
 ) -> list[Children]:
     """Draw the children of every place.
 
     Args:
         how: one of `CHILDREN`.
-        log_probs: float [num_places, vocab_size], the draft laws after the request's own pipeline;
-            of greedy requests the law at temperature 1, so that there is more than one token.
+        log_probs: float [num_places, vocab_size], the draft distributions after the request's own
+            pipeline; of greedy requests the distribution at temperature 1, so that there is more
+            than one token.
         sharpness: of the confidence, see `_chances`.
     """
     if how == "iid" and any(place.temperature > 0 for place in places):
@@ -88,12 +89,12 @@ def draw_children(
         count = sum(value > NEG_INF for value in row[: place.count])
         children = Children(ids[:count], chance[:count])
         if how == "without_replacement" and place.temperature > 0:
-            _add_laws(children, log_probs[index].exp())
+            _add_draft_probs(children, log_probs[index].exp())
         drawn.append(children)
     return drawn
 
 
-def _perturbed(log_probs: Tensor, places: Sequence[Place]) -> Tensor:
+def _perturbed(log_probs: Tensor, places: Sequence[ChildRequest]) -> Tensor:
     drawn = [index for index, place in enumerate(places) if place.temperature > 0]
     if not drawn:
         return log_probs
@@ -123,21 +124,21 @@ def _chances(scores: Tensor, scale: Sequence[float]) -> Tensor:
     return (scores * column).softmax(-1)
 
 
-def _add_laws(children: Children, probs: Tensor) -> None:
-    """The law of each child: that of the node, without the earlier ones."""
-    laws = []
+def _add_draft_probs(children: Children, probs: Tensor) -> None:
+    """The distribution of each child: that of the node, without the earlier ones."""
+    draft_probs = []
     left = probs.clone()
     for token_id in children.token_ids:
         mass = left.sum()
         if float(mass) <= torch.finfo(left.dtype).eps:  # what is left is rounding
             break
-        laws.append(left / mass)
+        draft_probs.append(left / mass)
         left[token_id] = 0.0
-    del children.token_ids[len(laws) :], children.confidence[len(laws) :]
-    children.laws = torch.stack(laws) if laws else None
+    del children.token_ids[len(draft_probs) :], children.confidence[len(draft_probs) :]
+    children.draft_probs = torch.stack(draft_probs) if draft_probs else None
 
 
-def _iid(log_probs: Tensor, places: Sequence[Place], sharpness: float) -> list[Children]:
+def _iid(log_probs: Tensor, places: Sequence[ChildRequest], sharpness: float) -> list[Children]:
     drawn = []
     for row, place in zip(log_probs, places, strict=True):
         if place.temperature == 0:

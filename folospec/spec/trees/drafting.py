@@ -108,7 +108,7 @@ def read_drafting(options: Mapping[str, Any], acceptance: str) -> Drafting:
             f"tree must be None, a list of widths, 'sequoia' or 'dynamic', got {tree!r}"
         )
     if kind != "chain" and not rule.takes_trees:
-        raise ValueError(f"acceptance={acceptance!r} judges chains, got tree={tree!r}")
+        raise ValueError(f"acceptance={acceptance!r} verifies chains, got tree={tree!r}")
     if children is None:
         children = "coupled" if rule.shares_noise else "without_replacement"
     if children not in CHILDREN:

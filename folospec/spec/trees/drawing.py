@@ -3,9 +3,9 @@
     logits -- constraints --+-- kernels: temperature, filters, noise, the best tokens in one call
                             `-- torch:   process(), then draw_children()
 
-Kernels serve float32 logits wherever no draft needs a law beside its tokens: the native ones on a
-CPU, and on a GPU Triton's, which draw one child of every node. Both ways draw the same children,
-but for near ties.
+Kernels serve float32 logits wherever no draft needs a distribution beside its tokens: the native
+ones on a CPU, and on a GPU Triton's, which draw one child of every node. Both ways draw the same
+children, but for near ties.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from folospec.sampling.best_tokens import (
 from folospec.sampling.constraints import SamplingRow, constrain, is_constrained
 from folospec.sampling.noise import Purpose
 from folospec.sampling.pipeline import process
-from folospec.spec.draft_runner import ChainLaw
-from folospec.spec.trees.children import Children, Place, draw_children
+from folospec.spec.draft_runner import ChainSampling
+from folospec.spec.trees.children import Children, ChildRequest, draw_children
 from folospec.spec.trees.drafting import Drafting
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from folospec.spec.drafters.base import DraftRequest
 
 
-class DraftLaw:
+class DraftSampling:
     """What the drafts of a sequence are drawn with."""
 
     def __init__(self, row: DraftRequest, plan: Drafting) -> None:
@@ -45,7 +45,7 @@ class DraftLaw:
         self.row, self.temperature = row, params.temperature
         self.is_noisy = plan.is_sampled and not params.greedy
         self.has_own_noise = self.is_noisy and not plan.uses_target_noise
-        """Each token has a law beside it, which a ratio rule asks for."""
+        """Each token has a distribution beside it, which a ratio rule asks for."""
         self.uses_sharpness = plan.uses_target_noise or params.greedy
         """Of the confidence, see `children.draw_children`."""
         self.is_constrained = is_constrained(SamplingRow(params))
@@ -53,10 +53,10 @@ class DraftLaw:
 
 
 @dataclass(slots=True)
-class Spot:
+class DraftPosition:
     """A node whose children are drawn."""
 
-    law: DraftLaw
+    sampling: DraftSampling
     path: Sequence[int]
     """The draft tokens from under the root down to the node."""
     node_row: int
@@ -75,25 +75,36 @@ class Drawer:
         self.plan, self.stream = plan, stream
         self.native: NativeChildren | None = load()
 
-    def draw(self, logits: Tensor, spots: Sequence[Spot], sharpness: float) -> list[Children]:
+    def draw(
+        self, logits: Tensor, draft_positions: Sequence[DraftPosition], sharpness: float
+    ) -> list[Children]:
         """Draw the children of every spot.
 
         Args:
             logits: float [num_spots, vocab_size], of the draft model; not changed.
             sharpness: of the confidence, see `drafting.Sharpness`.
         """
-        most = min(max(spot.count for spot in spots), logits.shape[1])
+        most = min(max(draft_position.count for draft_position in draft_positions), logits.shape[1])
         kernels = self._kernels_for(logits, most)
-        if kernels is None or any(spot.law.has_own_noise for spot in spots):
-            log_probs = process(logits, [_sampling_row(s) for s in spots], soften_greedy=True)
-            places = [self._place(spot) for spot in spots]
+        if kernels is None or any(
+            draft_position.sampling.has_own_noise for draft_position in draft_positions
+        ):
+            log_probs = process(
+                logits, [_sampling_row(s) for s in draft_positions], soften_greedy=True
+            )
+            places = [self._place(draft_position) for draft_position in draft_positions]
             return draw_children(self.plan.children, log_probs, places, sharpness)
-        if any(spot.law.is_constrained for spot in spots):
-            logits = constrain(logits, [_sampling_row(spot) for spot in spots])
+        if any(draft_position.sampling.is_constrained for draft_position in draft_positions):
+            logits = constrain(
+                logits, [_sampling_row(draft_position) for draft_position in draft_positions]
+            )
         drawn = kernels.draw(
             logits,
-            [spot.law.packed for spot in spots],
-            [_wanted(index, spot, most, sharpness) for index, spot in enumerate(spots)],
+            [draft_position.sampling.packed for draft_position in draft_positions],
+            [
+                _wanted(index, draft_position, most, sharpness)
+                for index, draft_position in enumerate(draft_positions)
+            ],
             most,
         )
         return [Children(token_ids, confidence) for token_ids, confidence in drawn]
@@ -104,47 +115,60 @@ class Drawer:
             return self.native
         return on_device(logits) if most == 1 else None
 
-    def _place(self, spot: Spot) -> Place:
-        row, keys = spot.law.row, []
-        if spot.law.is_noisy:
+    def _place(self, draft_position: DraftPosition) -> ChildRequest:
+        row, keys = draft_position.sampling.row, []
+        if draft_position.sampling.is_noisy:
             if self.plan.uses_target_noise:
                 codes = [int(Purpose.TARGET)]
-                position = row.root_position + 1 + len(spot.path)
+                position = row.root_position + 1 + len(draft_position.path)
             else:
-                draws = spot.count if self.plan.children == "iid" else 1
+                draws = draft_position.count if self.plan.children == "iid" else 1
                 streams = [self.stream + (draw << 10) for draw in range(draws)]
-                codes = [noise.purpose_code(Purpose.DRAFT, spot.node_row, s) for s in streams]
+                codes = [
+                    noise.purpose_code(Purpose.DRAFT, draft_position.node_row, s) for s in streams
+                ]
                 position = row.root_position
             keys = [noise.key(row.seed, row.sample_index, position, code) for code in codes]
-        return Place(spot.count, keys, spot.law.temperature)
+        return ChildRequest(draft_position.count, keys, draft_position.sampling.temperature)
 
 
-def chain_law(law: DraftLaw, length: int, sharpness: float, least: float) -> ChainLaw:
+def chain_sampling(
+    sampling: DraftSampling, length: int, sharpness: float, min_probability: float
+) -> ChainSampling:
     """What a runner needs that draws a chain of so many tokens by itself."""
-    return ChainLaw(law.packed, _position(law, 0), _scale(law, sharpness), length, least)
+    return ChainSampling(
+        sampling.packed,
+        _position(sampling, 0),
+        _scale(sampling, sharpness),
+        length,
+        min_probability,
+    )
 
 
-def _wanted(index: int, spot: Spot, most: int, sharpness: float) -> bytes:
-    position, count = _position(spot.law, len(spot.path)), min(spot.count, most)
-    return pack_wanted(index, position, count, _scale(spot.law, sharpness))
+def _wanted(index: int, draft_position: DraftPosition, most: int, sharpness: float) -> bytes:
+    position, count = (
+        _position(draft_position.sampling, len(draft_position.path)),
+        min(draft_position.count, most),
+    )
+    return pack_wanted(index, position, count, _scale(draft_position.sampling, sharpness))
 
 
-def _position(law: DraftLaw, depth: int) -> int:
+def _position(sampling: DraftSampling, depth: int) -> int:
     """Of the token that is drawn after so many drafts."""
-    return law.row.root_position + 1 + depth if law.is_noisy else NO_NOISE
+    return sampling.row.root_position + 1 + depth if sampling.is_noisy else NO_NOISE
 
 
-def _scale(law: DraftLaw, sharpness: float) -> float:
+def _scale(sampling: DraftSampling, sharpness: float) -> float:
     """The factor of scores in the confidence, see `children.draw_children`."""
-    return sharpness * (law.temperature or 1.0) if law.uses_sharpness else 1.0
+    return sharpness * (sampling.temperature or 1.0) if sampling.uses_sharpness else 1.0
 
 
-def _sampling_row(spot: Spot) -> SamplingRow:
-    row = spot.law.row
+def _sampling_row(draft_position: DraftPosition) -> SamplingRow:
+    row = draft_position.sampling.row
     return SamplingRow(
         params=row.params,
         prompt_token_ids=row.prompt_token_ids,
         output_token_ids=row.output_token_ids,
-        draft_token_ids=spot.path,
+        draft_token_ids=draft_position.path,
         is_draft=True,
     )

@@ -9,7 +9,7 @@
                                  `- b
 
 A shape is a `TokenTree` whose token ids are ranks: 0 is a node's first child. Since a shape looks
-at no token, any rule may judge what grows in it.
+at no token, any rule may verify what grows in it.
 """
 
 from __future__ import annotations

@@ -26,12 +26,12 @@ from tqdm import tqdm
 from folospec.attention.metadata import IntArray, pack_tables
 from folospec.kernels.gpu.sampling_arrays import (
     DRAW,
-    LAW,
+    PARAMS,
     child_arrays,
     read_children,
 )
 from folospec.kernels.native_children import pack_wanted
-from folospec.spec.draft_runner import ChainLaw, DrawnChains
+from folospec.spec.draft_runner import ChainSampling, DrawnChains
 from folospec.worker.cuda.buckets import NUM_SEQS, Bucket, buckets
 from folospec.worker.cuda.graphs import NO_SLOT, PADDING, StepGraphs
 from folospec.worker.cuda.step_buffers import Fields, Result, StepBuffers
@@ -40,7 +40,7 @@ from folospec.worker.input_batch import check_room
 _COLUMNS = 3
 """Of a draw: token, whether there is one, and the confidence in it."""
 POSITION = 2
-"""The column of a draw, see `kernels.gpu.law`."""
+"""The column of a draw, see `kernels.gpu.params`."""
 MAX_LENGTH = 32
 """Longer chains are drawn token by token."""
 
@@ -60,7 +60,7 @@ class ChainKey(NamedTuple):
 def step_arrays(
     starts: IntArray,
     block_table: NDArray[np.int32],
-    laws: Sequence[ChainLaw],
+    chains: Sequence[ChainSampling],
     key: ChainKey,
     block_size: int,
 ) -> dict[str, NDArray[Any]]:
@@ -70,8 +70,8 @@ def step_arrays(
         starts: [num_chains] slot index of the first token, and its position.
         block_table: [num_chains, width].
     """
-    num_chains = len(laws)
-    lengths = np.array([law.length for law in laws])
+    num_chains = len(chains)
+    lengths = np.array([chain.length for chain in chains])
     passes = np.arange(key.length - 1)[:, None]
     is_run = passes < lengths - 1
     positions = starts + np.minimum(passes, np.maximum(lengths - 2, 0))
@@ -80,9 +80,9 @@ def step_arrays(
     slots += positions % block_size
     seqs = np.arange(num_chains, dtype=np.int32)
     every = np.arange(num_chains + 1, dtype=np.int32)
-    wanted = [pack_wanted(i, law.position, 1, law.scale) for i, law in enumerate(laws)]
+    wanted = [pack_wanted(i, chain.position, 1, chain.scale) for i, chain in enumerate(chains)]
     return {
-        **child_arrays([law.packed for law in laws], wanted),
+        **child_arrays([chain.packed for chain in chains], wanted),
         "positions": positions,
         "slot_mapping": np.where(is_run, slots, NO_SLOT),
         "context_lens": positions.astype(np.int32),
@@ -111,7 +111,7 @@ def chain_fields(key: ChainKey, table_width: int) -> Fields:
     starts = dict.fromkeys(("query_start_loc", "suffix_start_loc"), (torch.int32, (seqs + 1,)))
     single = ("table_row", "mask_start", "tile_seq", "tile_row")
     return {
-        "laws": (torch.int64, (LAW * seqs,)),
+        "all_params": (torch.int64, (PARAMS * seqs,)),
         "draws": (torch.int64, (DRAW * seqs,)),
         **wide,
         **narrow,
@@ -159,7 +159,7 @@ class ChainGraph:
             self._sampling.draw_next(logits, tensors, place, advance=draw)
             return
         draws = tensors["draws"].view(-1, DRAW) + self._advance[draw]
-        tokens, _ = self._sampling.draw_tokens(logits, tensors["laws"], draws)
+        tokens, _ = self._sampling.draw_tokens(logits, tensors["all_params"], draws)
         place[0].copy_(tokens.clamp(min=0))
         place[1].copy_(tokens >= 0)
 
@@ -168,22 +168,22 @@ class ChainGraph:
         logits: Tensor,
         starts: IntArray,
         block_table: NDArray[np.int32],
-        laws: Sequence[ChainLaw],
+        chains: Sequence[ChainSampling],
     ) -> DrawnChains:
         """Run the step, and wait for its tokens."""
         key, block_size = self.key, self.graphs.shapes.block_size
-        arrays = step_arrays(starts, block_table, laws, key, block_size)
+        arrays = step_arrays(starts, block_table, chains, key, block_size)
         has_room = self.buffers.fill(arrays)
         assert has_room, "block tables are no longer than max_model_len"
-        self.logits[: len(laws)].copy_(logits[:, : key.vocab_size])
+        self.logits[: len(chains)].copy_(logits[:, : key.vocab_size])
         self._replay()
         self.result.send()
         drawn = DrawnChains([], [])
         passes = self.result.read().view(key.length, _COLUMNS, key.num_seqs)
-        by_draw = [read_children(one[:, : len(laws)]) for one in passes]
-        for seq, law in enumerate(laws):
+        by_draw = [read_children(one[:, : len(chains)]) for one in passes]
+        for seq, chain in enumerate(chains):
             # After a draw in which nothing was possible there is nothing to be looked at.
-            draws = list(takewhile(lambda d: d[0], (d[seq] for d in by_draw[: law.length])))
+            draws = list(takewhile(lambda d: d[0], (d[seq] for d in by_draw[: chain.length])))
             drawn.token_ids.append([token_ids[0] for token_ids, _ in draws])
             drawn.confidence.append([chances[0] for _, chances in draws])
         return drawn
@@ -214,12 +214,12 @@ class ChainGraphs:
         logits: Tensor,
         starts: Sequence[int],
         block_tables: Sequence[Sequence[int]],
-        laws: Sequence[ChainLaw],
+        chains: Sequence[ChainSampling],
         is_target: bool = False,
     ) -> DrawnChains | None:
         """See `DraftRunner.draw_chains`, and `ChainKey.is_target`."""
-        num_seqs = next((size for size in NUM_SEQS if size >= len(laws)), None)
-        longest = max(law.length for law in laws)
+        num_seqs = next((size for size in NUM_SEQS if size >= len(chains)), None)
+        longest = max(chain.length for chain in chains)
         if num_seqs is None or longest > MAX_LENGTH:
             return None
         length = next((length for length in self._lengths if length >= longest), longest)
@@ -227,9 +227,9 @@ class ChainGraphs:
         graph = self._graph(ChainKey(num_seqs, length, width, is_target))
         if graph is None:
             return None
-        ends = np.array(starts) + [law.length - 1 for law in laws]
+        ends = np.array(starts) + [chain.length - 1 for chain in chains]
         check_room(ends, block_tables, self._step_graphs.shapes.block_size)
-        return graph.replay(logits, np.array(starts), pack_tables(block_tables), laws)
+        return graph.replay(logits, np.array(starts), pack_tables(block_tables), chains)
 
     def _graph(self, key: ChainKey) -> ChainGraph | None:
         graph = self._graphs.get(key)

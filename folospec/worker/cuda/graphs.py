@@ -1,7 +1,7 @@
 """Runs the passes of a model runner as CUDA graphs: model, logits, draws and verification.
 
-    host    pack rows and laws | one copy | replay |                            wait | tokens, paths
-    device                     '-> buffers -> model -> logits -> draws -> walks -> one copy back
+    host    pack rows and trees | one copy | replay |                       wait | tokens, paths
+    device                      '-> buffers -> model -> logits -> draws -> verify -> one copy back
 
 A graph has fixed shapes: that of its bucket. A step fills the first places of its buffers, and the
 rest is padding: rows that write nowhere, see nothing, and are read by nobody.
@@ -25,7 +25,7 @@ from folospec.attention.metadata import AttentionMetadata
 from folospec.attention.paged import PagedBackend
 from folospec.attention.paged_rows import PagedRows
 from folospec.kernels.gpu import sampling_arrays
-from folospec.kernels.sampling_records import Walk, Walks
+from folospec.kernels.sampling_records import PackedTrees, VerifiedPath
 from folospec.models.decoder import Decoder
 from folospec.models.forward import ForwardResult, Rows
 from folospec.worker.cuda.buckets import MAX_ROWS, Bucket, bucket_of, buckets, max_rows_each
@@ -55,7 +55,7 @@ class GraphKey(NamedTuple):
     """What a graph was recorded for."""
 
     bucket: Bucket
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
 
 
 class GraphShapes:
@@ -124,7 +124,14 @@ class GraphShapes:
 
 
 _ROW_FIELDS = ("input_ids", "positions", "slot_mapping")
-PADDING = {"tile_seq": -1, "slot_mapping": NO_SLOT, "draws": -1, "laws": 0, "trees": 0, "nodes": 0}
+PADDING = {
+    "tile_seq": -1,
+    "slot_mapping": NO_SLOT,
+    "draws": -1,
+    "all_params": 0,
+    "trees": 0,
+    "nodes": 0,
+}
 """Nothing else of what is left free is read."""
 
 
@@ -138,49 +145,49 @@ class PassGraph:
         self.result: Result | None = None
         if graphs.verifies:
             sizes = sampling_arrays.sizes(bucket.num_seqs, bucket.num_rows)
-            walk_fields = {name: (dtype, (size,)) for name, (dtype, size) in sizes.items()}
-            fields = walk_fields | fields  # the block table stays the last
+            tree_fields = {name: (dtype, (size,)) for name, (dtype, size) in sizes.items()}
+            fields = tree_fields | fields  # the block table stays the last
             size = sampling_arrays.result_size(bucket.num_seqs, bucket.num_rows)
             self.result = Result(size, device)
         self.buffers = StepBuffers(fields, device, PADDING)
-        self.taps: dict[int, Tensor] = {}
+        self.aux_hidden_states: dict[int, Tensor] = {}
         self._replay = graphs.recorder.record(self._run)
 
     def _run(self) -> None:
         graphs, tensors = self.graphs, self.buffers.device
         metadata = graphs.shapes.metadata(self.key.bucket, tensors)
-        hidden, tapped = graphs.model.forward(
-            tensors["input_ids"], metadata, graphs.kv.layers, self.key.taps
+        hidden, aux_hidden_states = graphs.model.forward(
+            tensors["input_ids"], metadata, graphs.kv.layers, self.key.aux_layers
         )
         logits = graphs.logits[: self.key.bucket.num_rows]
         logits.copy_(graphs.model.logits(hidden))
-        self.taps = tapped
+        self.aux_hidden_states = aux_hidden_states
         if self.result is not None:
             most = max_rows_each(self.key.bucket) - 1
-            graphs.sampling.run_walks(logits, tensors, self.result.device, max_nodes=most)
+            graphs.sampling.run_verify(logits, tensors, self.result.device, max_nodes=most)
 
-    def replay(self, inputs: InputBatch, walks: Walks | None) -> ForwardResult | None:
+    def replay(self, inputs: InputBatch, packed_trees: PackedTrees | None) -> ForwardResult | None:
         """Run the step; None if its trees are too large, and nothing was run."""
         graphs, num_rows = self.graphs, inputs.metadata.num_tokens
         arrays = graphs.shapes.arrays(self.key.bucket, inputs)
         if graphs.verifies:
-            arrays |= sampling_arrays.arrays_of(walks or Walks())
+            arrays |= sampling_arrays.arrays_of(packed_trees or PackedTrees())
         if not self.buffers.fill(arrays):
             return None
         self._replay()
         logits = graphs.logits[:num_rows]
         if inputs.logits_indices is not None:
             logits = logits[inputs.logits_indices.to(graphs.device, non_blocking=True)]
-        taps = {tap: stream[:num_rows] for tap, stream in self.taps.items()}
-        if walks is None or self.result is None:
-            return ForwardResult(logits, taps)
+        aux_layers = {layer: stream[:num_rows] for layer, stream in self.aux_hidden_states.items()}
+        if packed_trees is None or self.result is None:
+            return ForwardResult(logits, aux_layers)
         self.result.send()
-        return ForwardResult(logits, taps, partial(self._walked, walks))
+        return ForwardResult(logits, aux_layers, partial(self._verified, packed_trees))
 
-    def _walked(self, walks: Walks) -> list[Walk]:
+    def _verified(self, packed_trees: PackedTrees) -> list[VerifiedPath]:
         assert self.result is not None
-        num_walks = self.key.bucket.num_seqs
-        return sampling_arrays.read_walks(self.result.read(), walks, num_walks)
+        num_trees = self.key.bucket.num_seqs
+        return sampling_arrays.read_paths(self.result.read(), packed_trees, num_trees)
 
 
 class StepGraphs:
@@ -217,30 +224,30 @@ class StepGraphs:
         self._graphs: dict[GraphKey, PassGraph] = {}
 
     def run(
-        self, batch: Sequence[Rows], taps: tuple[int, ...], walks: Walks | None
+        self, batch: Sequence[Rows], aux_layers: tuple[int, ...], packed_trees: PackedTrees | None
     ) -> ForwardResult | None:
         """Run a step; None if there is no graph for it, and nothing was run. The result holds until
         the next pass.
 
         Args:
-            walks: what is to be drawn and verified, one for each sequence.
+            packed_trees: what is to be drawn and verified, one for each sequence.
         """
         bucket = bucket_of(len(batch), sum(rows.num_run for rows in batch))
         if bucket is None or max(len(r.token_ids) for r in batch) > max_rows_each(bucket):
             return None
         if self.verifies and any(rows.num_logits < rows.num_run for rows in batch):
             return None  # of a prompt few rows want logits, and a graph computes all
-        graph = self._graph(GraphKey(bucket, taps))
+        graph = self._graph(GraphKey(bucket, aux_layers))
         if graph is None:
             return None
         inputs = make_batch(batch, self.kv.block_size, _CPU)
-        return graph.replay(inputs, walks if self.verifies else None)
+        return graph.replay(inputs, packed_trees if self.verifies else None)
 
-    def warm_up(self, max_num_seqs: int, rows_each: int, taps: tuple[int, ...]) -> None:
+    def warm_up(self, max_num_seqs: int, rows_each: int, aux_layers: tuple[int, ...]) -> None:
         """Record what steps with up to so many sequences will want, with a progress bar."""
         wanted = list(buckets(max_num_seqs, rows_each))
         for bucket in tqdm(wanted, desc="recording CUDA graphs", leave=False):
-            self._graph(GraphKey(bucket, taps))
+            self._graph(GraphKey(bucket, aux_layers))
 
     def _graph(self, key: GraphKey) -> PassGraph | None:
         graph = self._graphs.get(key)

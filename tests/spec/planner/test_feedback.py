@@ -87,7 +87,7 @@ class Known(DraftCost):
         pass
 
 
-def believed(rows, sequences):
+def estimated(rows, sequences):
     return 0.010 + 0.00015 * (rows - 1) + 0.0001 * sequences
 
 
@@ -95,18 +95,18 @@ def world_of(bias, **options):
     """Steps with drafts cost so much more than the planner believes."""
 
     def step(rows, sequences):
-        return believed(rows, sequences) * (1.0 + bias * (rows > sequences))
+        return estimated(rows, sequences) * (1.0 + bias * (rows > sequences))
 
     return World(step, in_passes=False, call=CALL, **options)
 
 
 def ratio_to_plain(world, chance, feedback, *, count=4, seed=0):
     jobs = make_jobs(count, 2000, lambda job, place: chance, spread=0.1, seed=seed)
-    curve = CostCurve({rows: believed(rows, 0) for rows in range(1, 65)})
+    curve = CostCurve({rows: estimated(rows, 0) for rows in range(1, 65)})
     guess = (CALL, 0.0, 0.0, 0.0, 0.0)
     planner = Planner([Source("draft", 8, False, guess)], curve, feedback)
-    planner.beliefs.cost = Unlearning(curve)
-    planner.beliefs.draft_costs["draft"] = Known(curve.at(1), in_passes=False, guess=guess)
+    planner.estimates.cost = Unlearning(curve)
+    planner.estimates.draft_costs["draft"] = Known(curve.at(1), in_passes=False, guess=guess)
     plain = simulate(world, jobs, Fixed(0)).seconds
     return simulate(world, jobs, Planned(world, curve, planner)).seconds / plain
 

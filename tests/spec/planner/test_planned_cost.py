@@ -114,12 +114,16 @@ def test_what_drafting_costs_is_learned_by_rows_passes_and_tokens_behind():
     rng = random.Random(0)
     cost = DraftCost(0.010, in_passes=True)
     for _ in range(200):
-        rows, passes, lag = rng.choice([1, 4, 8]), rng.choice([1, 2, 4]), rng.choice([0, 0, 200])
-        seconds = 0.002 * passes + 0.0001 * rows * passes + 0.00002 * lag
-        call = DraftCall(rows, passes, rows * passes, lag)
+        rows, passes, num_uncomputed = (
+            rng.choice([1, 4, 8]),
+            rng.choice([1, 2, 4]),
+            rng.choice([0, 0, 200]),
+        )
+        seconds = 0.002 * passes + 0.0001 * rows * passes + 0.00002 * num_uncomputed
+        call = DraftCall(rows, passes, rows * passes, num_uncomputed)
         cost.observe(call, seconds * rng.lognormvariate(0, 0.05), 1.0)
-    call, row, one_pass, level, behind = cost.parts(1.0)
+    call, row, one_pass, level, num_unread = cost.parts(1.0)
     assert call + row < 0.0015
     assert one_pass == pytest.approx(0.002, rel=0.25)
     assert level == pytest.approx(0.0001, rel=0.5)
-    assert behind == pytest.approx(0.00002, rel=0.3)
+    assert num_unread == pytest.approx(0.00002, rel=0.3)

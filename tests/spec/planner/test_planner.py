@@ -8,9 +8,9 @@ import pytest
 from simulator import Credulous, Fixed, Job, Planned, World, best_fixed, make_jobs, simulate
 
 from folospec.spec.planner.acceptance_record import AcceptanceRecord
-from folospec.spec.planner.beliefs import Beliefs
+from folospec.spec.planner.estimates import Estimates
 from folospec.spec.planner.feedback import Feedback
-from folospec.spec.planner.plan_terms import REASONS, PlanRow, Source
+from folospec.spec.planner.plan_terms import REASONS, PlannedSequence, Source
 from folospec.spec.planner.planner import Planner
 from folospec.spec.planner.probing import Probing
 from folospec.spec.planner.step_cost import CostCurve, DraftCost, StepCost, StepShape
@@ -52,10 +52,10 @@ def busy_at(begin):
     return lambda now: 2.0 if int(now + begin) % 5 == 3 else 1.0
 
 
-def never(count, length, stated=0.0):
+def never(count, length, confidence=0.0):
     """Drafts that are never accepted, whatever the drafter says of them."""
     jobs = make_jobs(count, length, lambda job, place: 0.0, spread=0.0)
-    return [replace(job, chances=[stated] * length) for job in jobs]
+    return [replace(job, chances=[confidence] * length) for job in jobs]
 
 
 def half_good(job, place):
@@ -121,7 +121,7 @@ SCENARIOS = {
         1,
     ),
     "catching up costs more than drafts bring": (
-        replace(WORLD, lag=0.0001),
+        replace(WORLD, num_uncomputed=0.0001),
         FLAT,
         [replace(job, context=4000) for job in make_jobs(20, 60, lambda j, p: 0.7, every=0.3)],
         64,
@@ -131,8 +131,8 @@ NOTHING_ACCEPTED = {
     "alone": (WORLD, FLAT, never(1, 1500), 64),
     "in a batch": (WORLD, FLAT, never(8, 700), 64),
     "many short requests": (WORLD, FLAT, never(60, 100), 8),
-    "by a boastful drafter": (WORLD, FLAT, never(4, 700, stated=0.7), 64),
-    "by a boastful lookup": (LOOKUP, FLAT, never(8, 700, stated=0.7), 64),
+    "by a boastful drafter": (WORLD, FLAT, never(4, 700, confidence=0.7), 64),
+    "by a boastful lookup": (LOOKUP, FLAT, never(8, 700, confidence=0.7), 64),
     "by a lookup that is dear and finds nothing": (
         replace(LOOKUP, call=0.0008, cold=3.0, silent=0.05),
         FLAT,
@@ -216,14 +216,14 @@ def planner_for(scenario, feedback=None):
 def test_control_a_planner_that_ignores_acceptance_is_slower_than_plain():
     scenario = NOTHING_ACCEPTED["by a boastful drafter"]
     planner = planner_for(scenario, Credulous())
-    planner.beliefs.records["draft"] = Believing()
+    planner.estimates.records["draft"] = Believing()
     assert regret_to_plain(scenario, planner) > 0.1
 
 
 def test_feedback_makes_up_for_acceptance_that_is_ignored():
     scenario = NOTHING_ACCEPTED["by a boastful drafter"]
     planner = planner_for(scenario)
-    planner.beliefs.records["draft"] = Believing()
+    planner.estimates.records["draft"] = Believing()
     assert regret_to_plain(scenario, planner) < 0.07
 
 
@@ -233,8 +233,8 @@ def test_feedback_makes_up_for_acceptance_that_is_ignored():
 def test_control_a_planner_that_ignores_cost_regrets_it(name):
     scenario = SCENARIOS[name]
     planner = planner_for(scenario, Credulous())
-    planner.beliefs.cost = Free(curve_of(scenario[1]))
-    planner.beliefs.draft_costs["draft"] = FreeDraft(0.01, in_passes=True)
+    planner.estimates.cost = Free(curve_of(scenario[1]))
+    planner.estimates.draft_costs["draft"] = FreeDraft(0.01, in_passes=True)
     assert regret(scenario, planner) > REGRET
 
 
@@ -252,8 +252,8 @@ def test_a_full_batch_drafts_little_and_its_tail_much():
     assert sum(tail) / len(tail) > 0.9
 
 
-def rows_of(count, lags, room=100, wanted=None):
-    return [PlanRow(f"s{i}", room, wanted, dict(lags)) for i in range(count)]
+def rows_of(count, uncomputed, room=100, wanted=None):
+    return [PlannedSequence(f"s{i}", room, wanted, dict(uncomputed)) for i in range(count)]
 
 
 def settled(planner, steps=6):
@@ -284,19 +284,19 @@ def asks_learned_from(gain, count, name="lookup", *, in_passes=False):
         planner.begin_step()
         if not planner.resting(seq_ids):
             planner.plan(seq_ids, rows_of(count, {name: 1}), shape)
-        offers = [
-            planner.offer(name, seq_id, (-1, 0), (1, 2), (0.9, 0.9)) for seq_id in planner.last_plan
+        proposals = [
+            planner.score(name, seq_id, (-1, 0), (1, 2), (0.9, 0.9)) for seq_id in planner.last_plan
         ]
-        num_asked += len(offers)
-        if offers:
+        num_asked += len(proposals)
+        if proposals:
             planner.record_draft(name, dict.fromkeys(seq_ids, 60), [2] * count, 0, 0.0001)
-            planner.prune(offers, shape, 0.0001)
-        for offer in offers:
-            planner.observe(offer, [0, 1])
+            planner.prune(proposals, shape, 0.0001)
+        for scored in proposals:
+            planner.observe(scored, [0, 1])
         if not planner.skip_step():
-            planner.record_step(shape, 2 * len(offers), 0.0105)
+            planner.record_step(shape, 2 * len(proposals), 0.0105)
     assert num_asked > 300 * count
-    return planner.beliefs.records[name].num_asks / num_asked
+    return planner.estimates.records[name].num_asks / num_asked
 
 
 def test_of_a_lookup_that_gains_beyond_doubt_every_fourth_step_is_learned_from():
@@ -331,11 +331,11 @@ def test_a_batch_that_stays_the_same_is_not_planned_again_at_once():
 def hopeless(planner):
     """A planner whose drafter is never right."""
     for _ in range(200):
-        planner.beliefs.records["draft"].add_level("other", 1, 0.0)
+        planner.estimates.records["draft"].add_level("other", 1, 0.0)
     return planner
 
 
-def rests(planner, count):
+def is_resting(planner, count):
     """How long each of `count` plans in a row holds for one sequence that nobody drafts for, and
     whether it had a probe."""
     held = []
@@ -352,11 +352,11 @@ def rests(planner, count):
 
 def test_a_plan_without_drafts_holds_longer_and_longer_and_a_probe_does_not_end_that():
     planner = hopeless(settled(Planner([Source("draft", 8, True)], curve_of(STEEP))))
-    held = rests(planner, 12)
-    calm = [steps for steps, has_probe in held if not has_probe]
-    assert calm == sorted(calm)
-    assert calm[0] == 31
-    assert calm[-1] == 63
+    held = is_resting(planner, 12)
+    backoff = [steps for steps, has_probe in held if not has_probe]
+    assert backoff == sorted(backoff)
+    assert backoff[0] == 31
+    assert backoff[-1] == 63
     assert {steps for steps, has_probe in held if has_probe} == {0}
 
 
@@ -373,7 +373,7 @@ class Noting(StepCost):
 
 def test_the_steps_of_reference_are_learned_from_however_long_it_goes_on():
     planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)), 600)
-    cost = planner.beliefs.cost = Noting(curve_of(FLAT))
+    cost = planner.estimates.cost = Noting(curve_of(FLAT))
     num_references = 0
     for _ in range(2000):
         if not planner.resting(["s0"]):
@@ -392,10 +392,10 @@ def test_the_steps_of_reference_are_learned_from_however_long_it_goes_on():
 
 
 def test_the_first_to_be_asked_bears_what_asking_costs():
-    beliefs = Planner([Source("draft", 8, True)], curve_of(FLAT)).beliefs
-    first, other = beliefs.prices("draft", is_first=True), beliefs.prices("draft")
-    assert beliefs.cost.asking > 0
-    assert first.call == pytest.approx(other.call + beliefs.cost.asking)
+    estimates = Planner([Source("draft", 8, True)], curve_of(FLAT)).estimates
+    first, other = estimates.prices("draft", is_first=True), estimates.prices("draft")
+    assert estimates.cost.asking > 0
+    assert first.call == pytest.approx(other.call + estimates.cost.asking)
 
 
 @pytest.mark.parametrize(("count", "reason"), [(1, "rejected"), (48, "batch_full")])
@@ -403,8 +403,8 @@ def test_who_is_not_drafted_for_is_told_why(count, reason):
     step = linear(0.0018)
     planner = settled(Planner([Source("draft", 8, True)], curve_of(step)))
     for _ in range(200):
-        planner.beliefs.records["draft"].add_level("other", 1, 0.0 if count == 1 else 0.6)
-    planner.probing.pay(1e9)
+        planner.estimates.records["draft"].add_level("other", 1, 0.0 if count == 1 else 0.6)
+    planner.probing.spend(1e9)
     plan = planner.plan([], rows_of(count, {"draft": 1}), StepShape(count, count))
     assert plan == {}
     assert set(planner.reasons.values()) == {reason}
@@ -461,7 +461,7 @@ def test_what_was_drafted_in_a_step_that_failed_teaches_nothing():
 
     for begins, num_observed in ((False, 2), (True, 1)):
         planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)))
-        cost = planner.beliefs.draft_costs["draft"] = Counting(0.01, in_passes=True)
+        cost = planner.estimates.draft_costs["draft"] = Counting(0.01, in_passes=True)
         for _ in range(2):  # only the second step is recorded
             if begins:
                 planner.begin_step()
@@ -472,10 +472,10 @@ def test_what_was_drafted_in_a_step_that_failed_teaches_nothing():
 
 
 def closed_weights(step, rooms):
-    beliefs = Beliefs([Source("draft", 8, False)], curve_of(step))
-    rows = [PlanRow(f"s{i}", room, None, {"draft": 1}) for i, room in enumerate(rooms)]
+    estimates = Estimates([Source("draft", 8, False)], curve_of(step))
+    rows = [PlannedSequence(f"s{i}", room, None, {"draft": 1}) for i, room in enumerate(rooms)]
     shape = StepShape(len(rooms), len(rooms))
-    plan = StepPlan(beliefs, Probing(), Feedback(), rows, shape, ends_together=True)
+    plan = StepPlan(estimates, Probing(), Feedback(), rows, shape, ends_together=True)
     return list(plan.weights.values())
 
 
@@ -494,7 +494,10 @@ def test_where_rows_are_all_that_a_step_costs_every_token_counts_alike():
 
 def test_while_sequences_come_all_tokens_count_alike():
     planner = settled(Planner([Source("draft", 8, True)], curve_of(FLAT)))
-    rows = [PlanRow("a", 90, None, {"draft": 1}), PlanRow("b", 10, None, {"draft": 1})]
+    rows = [
+        PlannedSequence("a", 90, None, {"draft": 1}),
+        PlannedSequence("b", 10, None, {"draft": 1}),
+    ]
     seen = []
     for _ in range(30):
         if not planner.resting(["a", "b"]):

@@ -7,7 +7,7 @@ from statistics import mean
 import pytest
 
 from folospec.spec.planner.feedback import Feedback
-from folospec.spec.planner.plan_terms import PlanRow, Source
+from folospec.spec.planner.plan_terms import PlannedSequence, Source
 from folospec.spec.planner.planner import Planner
 from folospec.spec.planner.step_cost import CostCurve, StepShape
 
@@ -41,17 +41,17 @@ def run(num_steps: int) -> tuple[Planner, list[float]]:
     for step in range(num_steps):
         planner.begin_step()
         if not planner.resting(["s"]):
-            planner.plan(["s"], [PlanRow("s", 10_000, None, {NAME: 1})], ALONE)
+            planner.plan(["s"], [PlannedSequence("s", 10_000, None, {NAME: 1})], ALONE)
         if not planner.last_plan:
             planner.record_step(ALONE, 0, 0.010)
             continue
         # What was accepted in the last step is what the drafter has to read now.
         planner.record_draft(NAME, {"s": step}, [LONG], accepted_at(step - 1), 0.0001)
         nodes = range(LONG)
-        offer = planner.offer(NAME, "s", [n - 1 for n in nodes], [n + 1 for n in nodes], None)
-        planner.prune([offer], ALONE, 0.0001)
-        offer.kept = list(nodes)
-        planner.observe(offer, list(range(accepted_at(step))))
+        scored = planner.score(NAME, "s", [n - 1 for n in nodes], [n + 1 for n in nodes], None)
+        planner.prune([scored], ALONE, 0.0001)
+        scored.kept = list(nodes)
+        planner.observe(scored, list(range(accepted_at(step))))
         got.append(1.0 + accepted_at(step))
         planner.record_step(ALONE, LONG, 0.0101)
     return planner, got
@@ -72,4 +72,4 @@ def test_control_where_drafters_have_much_to_read_more_was_accepted_than_on_aver
 def test_steps_with_much_to_read_are_learned_from_even_where_they_are_not_compared():
     planner, got = run(6000)
     num_noted = len(planner.feedback.got)  # type: ignore[attr-defined]
-    assert planner.beliefs.draft_costs[NAME]._fit.num_seen > num_noted + len(got) // EVERY
+    assert planner.estimates.draft_costs[NAME]._fit.num_seen > num_noted + len(got) // EVERY

@@ -108,7 +108,7 @@ def test_nodes_are_named_as_the_drafter_knows_them():
     assert dict(tried_nodes(outcome([0], own_nodes={}))) == {}
 
 
-def test_nothing_was_tried_where_nothing_was_judged():
+def test_nothing_was_tried_where_nothing_was_verified():
     assert list(tried_nodes(StepResult("s", None, None, [1], own_nodes={0: 0}))) == []
     assert list(tried_nodes(StepResult("s", Proposal(TREE), None, [1], own_nodes={0: 0}))) == []
 

@@ -310,7 +310,7 @@ class TestCost:
         ({"min_token_prob": -0.1}, r"min_token_prob must be in \[0, 1\], got -0.1"),
         ({"min_token_prob": math.nan}, r"min_token_prob must be in \[0, 1\]"),
         ({"tree": 1}, "tree must be None, True or False, got 1"),
-        ({"tree": True, "acceptance": "block"}, "acceptance='block' judges chains"),
+        ({"tree": True, "acceptance": "block"}, "acceptance='block' verifies chains"),
         ({"model": "draft"}, "the prediction drafter has no model"),
         ({"depth": 3}, "unknown option"),
     ],

@@ -81,9 +81,13 @@ def test_children_are_drawn_in_the_best_way_that_the_rule_allows(
         ("coupled", {"tree": [2, 0]}, "got \\[2, 0\\]"),
         ("coupled", {"tree": [2, True]}, "got \\[2, True\\]"),
         ("coupled", {"tree": 3}, "got 3"),
-        ("coupled", {"children": "twins"}, "top_k, without_replacement, iid, got 'twins'"),
-        ("block", {"tree": [2]}, "acceptance='block' judges chains, got tree=\\[2\\]"),
-        ("block", {"tree": "dynamic"}, "judges chains"),
+        (
+            "coupled",
+            {"children": "duplicates"},
+            "top_k, without_replacement, iid, got 'duplicates'",
+        ),
+        ("block", {"tree": [2]}, "acceptance='block' verifies chains, got tree=\\[2\\]"),
+        ("block", {"tree": "dynamic"}, "verifies chains"),
         ("rejection", {"children": "coupled"}, "acceptance='rejection' forbids"),
         ("block", {"children": "coupled"}, "acceptance='block' forbids"),
         ("rejection", {"tree": "dynamic"}, "biases the output under acceptance='rejection'"),
@@ -182,12 +186,12 @@ def test_sharpness_follows_the_surprise_and_stays_in_range():
     assert sharpness.value == pytest.approx(Sharpness.START, rel=0.02)
 
 
-# Laws and noise of sampled drafts
+# Distributions and noise of sampled drafts
 
 
 @pytest.mark.parametrize("how", ["iid", "without_replacement"])
 @pytest.mark.parametrize("kind", TREES)
-def test_sampled_drafts_tell_the_law_they_were_drawn_from(kind, how):
+def test_sampled_drafts_tell_the_distribution_they_were_drawn_from(kind, how):
     drafter = make_drafter("rejection", children=how, **TREES[kind])
     rows = mixed_rows()
     for row, proposal in zip(rows, drafter.propose(rows), strict=True):

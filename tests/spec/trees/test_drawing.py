@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_model import make_drafter, make_row
 
-from folospec.spec.trees.drawing import DraftLaw, Spot
+from folospec.spec.trees.drawing import DraftPosition, DraftSampling
 
 VOCAB_SIZE = 300
 
@@ -29,9 +29,13 @@ def constrained_rows():
     return [replace(row, output_token_ids=[1, 2, 3]) for row in rows]
 
 
-def spots_of(drafter, rows):
-    laws = [DraftLaw(row, drafter.plan) for row in rows]
-    return [Spot(law, [7, 8][:depth], depth, 1 + depth) for law in laws for depth in (0, 2)]
+def draft_positions_of(drafter, rows):
+    samplings = [DraftSampling(row, drafter.plan) for row in rows]
+    return [
+        DraftPosition(sampling, [7, 8][:depth], depth, 1 + depth)
+        for sampling in samplings
+        for depth in (0, 2)
+    ]
 
 
 @pytest.mark.parametrize("how", ["coupled", "top_k"])
@@ -39,12 +43,14 @@ def test_native_and_torch_draw_the_same_children(how):
     drafter = make_drafter(children=how)
     if drafter.drawer.native is None:
         pytest.skip("the native kernels do not run here")
-    spots = spots_of(drafter, constrained_rows())
-    logits = 3 * torch.randn(len(spots), VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    draft_positions = draft_positions_of(drafter, constrained_rows())
+    logits = 3 * torch.randn(
+        len(draft_positions), VOCAB_SIZE, generator=torch.Generator().manual_seed(0)
+    )
     before = logits.clone()
-    native = drafter.drawer.draw(logits, spots, 1.5)
+    native = drafter.drawer.draw(logits, draft_positions, 1.5)
     drafter.drawer.native = None
-    for ours, theirs in zip(native, drafter.drawer.draw(logits, spots, 1.5), strict=True):
+    for ours, theirs in zip(native, drafter.drawer.draw(logits, draft_positions, 1.5), strict=True):
         assert ours.token_ids == theirs.token_ids
         assert ours.confidence == pytest.approx(theirs.confidence, rel=1e-3, abs=1e-6)
     assert torch.equal(logits, before)
@@ -55,21 +61,27 @@ def test_constraints_do_change_what_is_drawn():
     drafter = make_drafter()
     if drafter.drawer.native is None:
         pytest.skip("the native kernels do not run here")
-    spots = spots_of(drafter, constrained_rows())
-    assert [spot.law.is_constrained for spot in spots[::2]] == [False, False, *[True] * 4]
-    logits = 3 * torch.randn(len(spots), VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    drawn = drafter.drawer.draw(logits, spots, 1.5)
-    for spot in spots:
-        spot.law.is_constrained = False
-    free = drafter.drawer.draw(logits, spots, 1.5)
+    draft_positions = draft_positions_of(drafter, constrained_rows())
+    assert [draft_position.sampling.is_constrained for draft_position in draft_positions[::2]] == [
+        False,
+        False,
+        *[True] * 4,
+    ]
+    logits = 3 * torch.randn(
+        len(draft_positions), VOCAB_SIZE, generator=torch.Generator().manual_seed(0)
+    )
+    drawn = drafter.drawer.draw(logits, draft_positions, 1.5)
+    for draft_position in draft_positions:
+        draft_position.sampling.is_constrained = False
+    free = drafter.drawer.draw(logits, draft_positions, 1.5)
     assert [a.token_ids == b.token_ids for a, b in zip(drawn, free, strict=True)].count(False)
 
 
-def test_sampled_drafts_with_noise_of_their_own_keep_their_laws():
+def test_sampled_drafts_with_noise_of_their_own_keep_their_distributions():
     drafter = make_drafter("rejection")
-    spots = spots_of(drafter, [make_row(1, temperature=0.9), make_row(2)])
-    drawn = drafter.drawer.draw(torch.randn(len(spots), VOCAB_SIZE), spots, 1.0)
-    assert [children.laws is not None for children in drawn] == [True, True, False, False]
+    draft_positions = draft_positions_of(drafter, [make_row(1, temperature=0.9), make_row(2)])
+    drawn = drafter.drawer.draw(torch.randn(len(draft_positions), VOCAB_SIZE), draft_positions, 1.0)
+    assert [children.draft_probs is not None for children in drawn] == [True, True, False, False]
 
 
 def paths_end_where_they_become_unlikely(proposal, least):

@@ -17,10 +17,10 @@ from folospec.attention.triton_paged import TritonAttention
 from folospec.kernels.gpu import launch
 from folospec.kernels.gpu.sampling import DeviceSampling
 from folospec.kernels.native_children import NO_NOISE, pack_wanted
-from folospec.kernels.sampling_records import pack_filters, pack_law
+from folospec.kernels.sampling_records import pack_filters, pack_sampling
 from folospec.models.forward import Rows
 from folospec.models.loader import load_model
-from folospec.spec.draft_runner import ChainLaw
+from folospec.spec.draft_runner import ChainSampling
 from folospec.worker.cuda import chain_graphs
 from folospec.worker.model_runner import ModelRunner
 
@@ -53,27 +53,27 @@ def make_runner(checkpoint, records=True):
     return runner, logits
 
 
-def law_of(filters, start, length, seed=3):
+def params_of(filters, start, length, seed=3):
     position = start if filters[0] > 0 else NO_NOISE
-    return ChainLaw(pack_law(seed, 0, pack_filters(*filters)), position, 1.3, length)
+    return ChainSampling(pack_sampling(seed, 0, pack_filters(*filters)), position, 1.3, length)
 
 
-def drawn_one_by_one(runner, logits, laws):
+def drawn_one_by_one(runner, logits, chains):
     """The same chains, each drawn and run alone."""
     sampling = DeviceSampling(part=32)
     tokens, chances = [], []
-    for seq, law in enumerate(laws):
+    for seq, chain in enumerate(chains):
         row, token_ids, confidence = logits[seq : seq + 1], [], []
-        for depth in range(law.length):
-            position = law.position if law.position < 0 else law.position + depth
+        for depth in range(chain.length):
+            position = chain.position if chain.position < 0 else chain.position + depth
             ((found, chance),) = sampling.draw(
-                row, [law.packed], [pack_wanted(0, position, 1, law.scale)], 1
+                row, [chain.packed], [pack_wanted(0, position, 1, chain.scale)], 1
             )
             if not found:
                 break
             token_ids += found
             confidence += chance
-            if depth < law.length - 1:
+            if depth < chain.length - 1:
                 row = runner.forward([Rows(found, STARTS[seq] + depth, TABLES[seq])]).logits
         tokens.append(token_ids)
         chances.append(confidence)
@@ -89,12 +89,12 @@ def drawn_one_by_one(runner, logits, laws):
     ],
 )
 def test_tokens_confidence_and_kv_are_the_same(checkpoint, filters, lengths):
-    laws = [law_of(*parts) for parts in zip(filters, STARTS, lengths, strict=True)]
+    chains = [params_of(*parts) for parts in zip(filters, STARTS, lengths, strict=True)]
     runner, logits = make_runner(checkpoint)
     slow, _ = make_runner(checkpoint, records=False)
     for _ in range(2):  # the second time is a replay alone
-        drawn = runner.draw_chains(logits, STARTS, TABLES, laws)
-        tokens, chances = drawn_one_by_one(slow, logits, laws)
+        drawn = runner.draw_chains(logits, STARTS, TABLES, chains)
+        tokens, chances = drawn_one_by_one(slow, logits, chains)
         assert drawn.token_ids == tokens
         for mine, theirs in zip(drawn.confidence, chances, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-3)
@@ -104,7 +104,7 @@ def test_tokens_confidence_and_kv_are_the_same(checkpoint, filters, lengths):
 
 def test_noise_is_that_of_each_position(checkpoint, monkeypatch):
     """Without `advance` all tokens of a chain would be drawn with the noise of the first."""
-    laws = [law_of(WARM, start, 4) for start in STARTS]
+    chains = [params_of(WARM, start, 4) for start in STARTS]
     real = DeviceSampling.draw_next
 
     def stuck(self, *args, advance, **options):
@@ -112,32 +112,32 @@ def test_noise_is_that_of_each_position(checkpoint, monkeypatch):
 
     monkeypatch.setattr(DeviceSampling, "draw_next", stuck)
     runner, logits = make_runner(checkpoint)
-    drawn = runner.draw_chains(logits, STARTS, TABLES, laws)
+    drawn = runner.draw_chains(logits, STARTS, TABLES, chains)
     monkeypatch.undo()
     slow, _ = make_runner(checkpoint, records=False)
-    tokens, _ = drawn_one_by_one(slow, logits, laws)
+    tokens, _ = drawn_one_by_one(slow, logits, chains)
     assert drawn.token_ids != tokens
 
 
 def test_a_chain_ends_where_nothing_is_possible(checkpoint):
     runner, logits = make_runner(checkpoint)
     logits[1] = -torch.inf
-    laws = [law_of(GREEDY, start, 3) for start in STARTS]
-    drawn = runner.draw_chains(logits, STARTS, TABLES, laws)
+    chains = [params_of(GREEDY, start, 3) for start in STARTS]
+    drawn = runner.draw_chains(logits, STARTS, TABLES, chains)
     assert [len(ids) for ids in drawn.token_ids] == [3, 0, 3]
 
 
 def test_a_chain_without_slots_is_refused(checkpoint):
     runner, logits = make_runner(checkpoint)
-    laws = [law_of(GREEDY, start, 8) for start in STARTS]  # the third one has room for 5 more
+    chains = [params_of(GREEDY, start, 8) for start in STARTS]  # the third one has room for 5 more
     with pytest.raises(ValueError, match="rows must be within the 12 slots, got a row 13"):
-        runner.draw_chains(logits, STARTS, TABLES, laws)
+        runner.draw_chains(logits, STARTS, TABLES, chains)
 
 
 def test_what_no_graph_is_made_for_is_left_to_the_caller(checkpoint):
     runner, logits = make_runner(checkpoint, records=False)
-    laws = [law_of(GREEDY, start, 2) for start in STARTS]
-    assert runner.draw_chains(logits, STARTS, TABLES, laws) is None
+    chains = [params_of(GREEDY, start, 2) for start in STARTS]
+    assert runner.draw_chains(logits, STARTS, TABLES, chains) is None
     runner.use_graphs(StandIn(), DeviceSampling(part=32), verifies=False)
-    long = [law_of(GREEDY, start, chain_graphs.MAX_LENGTH + 1) for start in STARTS]
+    long = [params_of(GREEDY, start, chain_graphs.MAX_LENGTH + 1) for start in STARTS]
     assert runner.draw_chains(logits, STARTS, TABLES, long) is None

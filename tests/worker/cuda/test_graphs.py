@@ -1,5 +1,5 @@
 """A pass that is replayed computes what the same pass computes when it is launched: logits, KV,
-taps and walks, whatever ran in the bucket before."""
+auxiliary hidden states and paths, whatever ran in the bucket before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graph_stand_in import StandIn
 from folospec.attention.triton_paged import TritonAttention
 from folospec.kernels.gpu import launch
 from folospec.kernels.gpu.sampling import DeviceSampling
-from folospec.kernels.sampling_records import Walks, pack_filters, pack_law
+from folospec.kernels.sampling_records import PackedTrees, pack_filters, pack_sampling
 from folospec.models.forward import Rows
 from folospec.models.loader import load_model
 from folospec.worker.cuda import buckets, graphs
@@ -68,9 +68,9 @@ def some_steps(seed=1):
 
 def check_same(left, right):
     torch.testing.assert_close(left.logits, right.logits, rtol=1e-5, atol=1e-5)
-    for tap, stream in right.taps.items():
-        torch.testing.assert_close(left.taps[tap], stream, rtol=1e-5, atol=1e-5)
-    assert left.taps.keys() == right.taps.keys()
+    for layer, stream in right.aux_hidden_states.items():
+        torch.testing.assert_close(left.aux_hidden_states[layer], stream, rtol=1e-5, atol=1e-5)
+    assert left.aux_hidden_states.keys() == right.aux_hidden_states.keys()
 
 
 def check_same_kv(left, right):
@@ -79,9 +79,9 @@ def check_same_kv(left, right):
         torch.testing.assert_close(mine.value, theirs.value, rtol=1e-5, atol=1e-5)
 
 
-def check_steps(replaying, launching, taps=()):
+def check_steps(replaying, launching, aux_layers=()):
     for step in some_steps():
-        check_same(replaying.forward(step, taps), launching.forward(step, taps))
+        check_same(replaying.forward(step, aux_layers), launching.forward(step, aux_layers))
     check_same_kv(replaying, launching)
 
 
@@ -136,16 +136,17 @@ def test_what_is_too_large_for_a_bucket_is_launched(checkpoint, monkeypatch):
     assert replaying.graphs.recorder.num_replayed == 0
 
 
-def walks_of(step, laws):
-    """Walks of steps in which every row has logits; tokens are those of the rows below the root."""
-    walks, row = Walks(), 0
-    for rows, law in zip(step, laws, strict=True):
+def trees_of(step, chains):
+    """PackedTrees of steps in which every row has logits; tokens are those of the rows below the
+    root."""
+    packed_trees, row = PackedTrees(), 0
+    for rows, chain in zip(step, chains, strict=True):
         count = len(rows.token_ids)
         parents = rows.parents or list(range(-1, count - 1))
         above = [parent - 1 for parent in parents[1:]]
-        walks.add(law, row, rows.start + 1, rows.token_ids[1:], above)
+        packed_trees.add(chain, row, rows.start + 1, rows.token_ids[1:], above)
         row += count
-    return walks
+    return packed_trees
 
 
 def believe(step, tokens):
@@ -161,7 +162,7 @@ def test_a_replayed_pass_draws_and_verifies(checkpoint, filters):
     replaying = make_runner(checkpoint, verifies=True)
     launching = make_runner(checkpoint, records=False)
     rng = random.Random(5)
-    laws = [pack_law(seed, 0, pack_filters(*filters)) for seed in (7, 8)]
+    chains = [pack_sampling(seed, 0, pack_filters(*filters)) for seed in (7, 8)]
     prompts = [rows_of(rng, 0, 0, 5), rows_of(rng, 1, 0, 3)]
     for runner in (replaying, launching):
         runner.forward(prompts)
@@ -170,17 +171,17 @@ def test_a_replayed_pass_draws_and_verifies(checkpoint, filters):
     for _ in range(3):
         step = believe([rows_of(rng, 0, 5, 1), rows_of(rng, 1, 3, 1)], told)
         step = [Rows([9, *r.token_ids[1:]], r.start, r.block_table, len(r.token_ids)) for r in step]
-        walks = walks_of(step, laws)
-        result = replaying.forward(step, (), walks)
-        found = result.walked()
-        launched = sampling.walk(launching.forward(step).logits.float(), walks)
-        assert [walk[:2] for walk in found] == [walk[:2] for walk in launched]
+        packed_trees = trees_of(step, chains)
+        result = replaying.forward(step, (), packed_trees)
+        found = result.verified()
+        launched = sampling.draw_and_verify(launching.forward(step).logits.float(), packed_trees)
+        assert [one[:2] for one in found] == [one[:2] for one in launched]
         # A graph's rows are padded, and a product may round a row differently beside other rows.
-        peaks = [walk.peak for walk in launched]
-        assert [walk.peak for walk in found] == pytest.approx(peaks, abs=1e-4)
-        for index, walk in enumerate(found):
-            accepted += len(walk.path)
-            told[index] = [*told[index][: len(walk.path)], walk.token_id]
+        peaks = [one.peak for one in launched]
+        assert [one.peak for one in found] == pytest.approx(peaks, abs=1e-4)
+        for index, one in enumerate(found):
+            accepted += len(one.path)
+            told[index] = [*told[index][: len(one.path)], one.token_id]
         told[0] = [*told[0], 1]  # very likely wrong
     assert accepted > 0
     assert replaying.graphs.recorder.num_replayed == 4
@@ -189,32 +190,32 @@ def test_a_replayed_pass_draws_and_verifies(checkpoint, filters):
 def test_of_a_prompt_not_all_logits_are_computed(checkpoint):
     """A graph would compute all: so a target launches it, and leaves the walk to the caller."""
     step = [rows_of(random.Random(6), 0, 0, 4, None, 1)]
-    law = pack_law(1, 0, pack_filters(0.0, 0, 1.0, 0.0))
-    walks = Walks()
-    walks.add(law, 0, 4)
+    chain = pack_sampling(1, 0, pack_filters(0.0, 0, 1.0, 0.0))
+    packed_trees = PackedTrees()
+    packed_trees.add(chain, 0, 4)
     runner, draft = make_runner(checkpoint, verifies=True), make_runner(checkpoint)
-    result = runner.forward(step, (), walks)
-    assert result.walked is None
+    result = runner.forward(step, (), packed_trees)
+    assert result.verified is None
     assert runner.graphs.num_graphs == 0
     check_same(draft.forward(step), result)
     assert draft.graphs.num_graphs == 1, "a draft model catches up by a row or two"
 
 
-def test_steps_without_walks_and_with_them_share_a_graph(checkpoint):
+def test_steps_without_verifies_and_with_them_share_a_graph(checkpoint):
     runner, rng = make_runner(checkpoint, verifies=True), random.Random(8)
-    law = pack_law(1, 0, pack_filters(0.0, 0, 1.0, 0.0))
+    chain = pack_sampling(1, 0, pack_filters(0.0, 0, 1.0, 0.0))
     first, second = [rows_of(rng, 0, 0, 1)], [rows_of(rng, 0, 1, 1)]
-    walks = walks_of(first, [law])
-    found = runner.forward(first, (), walks).walked()
+    packed_trees = trees_of(first, [chain])
+    found = runner.forward(first, (), packed_trees).verified()
     assert found[0].token_id >= 0
-    assert runner.forward(second).walked is None
+    assert runner.forward(second).verified is None
     assert runner.graphs.num_graphs == 1
 
 
 def test_nothing_is_recorded_once_the_graphs_are_closed(checkpoint):
     runner, rng = make_runner(checkpoint), random.Random(9)
     runner.forward([rows_of(rng, 0, 0, 1)])
-    runner.close_graphs()
+    runner.freeze_graphs()
     runner.forward([rows_of(rng, 0, 1, 1)])
     runner.forward([rows_of(rng, 0, 2, 3)])
     assert (runner.graphs.num_graphs, runner.graphs.recorder.num_replayed) == (1, 2)

@@ -1,4 +1,5 @@
-"""The law of the output with the real keyed noise, over many steps, as the engine uses them.
+"""The distribution of the output with the real keyed noise, over many steps, as the engine uses
+them.
 
 The enumeration proves the rules for perfect coins. What is left to show is that the noise of one
 step is independent of the next one's, and of the drafts where it must be. So one long sequence is
@@ -22,7 +23,8 @@ from folospec.spec.verify import KeyedCoins, verify_block, verify_coupled, verif
 
 
 class Toy(NamedTuple):
-    """Laws of target and drafter given the last token: float32 [vocab_size, vocab_size]."""
+    """Distributions of target and drafter given the last token: float32 [vocab_size,
+    vocab_size]."""
 
     target: torch.Tensor
     draft: torch.Tensor
@@ -118,16 +120,20 @@ def draft_noise(sources, parents):
 def draft(toy, root, parents, gumbels):
     """Fill a tree: siblings are a Gumbel top-k in its order, that is, without replacement.
 
-    Returns the tree, the token of each row, and the law of each node.
+    Returns the tree, the token of each row, and the distribution of each node.
     """
-    rows, laws, tables = [root], [], toy.draft.tolist()
+    rows, distributions, tables = [root], [], toy.draft.tolist()
     for node, parent in enumerate(parents):
         earlier = [rows[i + 1] for i in range(node) if parents[i] == parent]
-        law = [0.0 if t in earlier else prob for t, prob in enumerate(tables[rows[parent + 1]])]
-        scores = {t: math.log(p) + gumbels[parent + 1][t] for t, p in enumerate(law) if p > 0.0}
+        distribution = [
+            0.0 if t in earlier else prob for t, prob in enumerate(tables[rows[parent + 1]])
+        ]
+        scores = {
+            t: math.log(p) + gumbels[parent + 1][t] for t, p in enumerate(distribution) if p > 0.0
+        }
         rows.append(max(scores, key=scores.get))
-        laws.append([prob / sum(law) for prob in law])
-    return TokenTree(rows[1:], parents), rows, torch.tensor(laws)
+        distributions.append([prob / sum(distribution) for prob in distribution])
+    return TokenTree(rows[1:], parents), rows, torch.tensor(distributions)
 
 
 def plain(toy, num_tokens):
@@ -142,7 +148,7 @@ def plain(toy, num_tokens):
 
 
 def chance_of(tokens, toy):
-    """The probability with which plain sampling strays at least this far from its law.
+    """The probability with which plain sampling strays at least this far from its distribution.
 
     Pairs that do not overlap, given the token before: `VOCAB_SIZE` rows of `VOCAB_SIZE ** 2` cells.
     """
@@ -151,8 +157,8 @@ def chance_of(tokens, toy):
         zip(tokens[0:-2:2], tokens[1:-1:2], tokens[2::2], strict=True)
     ).items():
         counts[before, first, second] = count
-    law = (toy.target[:, :, None] * toy.target[None]).double()
-    expected = counts.sum((1, 2), keepdim=True) * law
+    distribution = (toy.target[:, :, None] * toy.target[None]).double()
+    expected = counts.sum((1, 2), keepdim=True) * distribution
     assert float(expected.min()) >= 5
     statistic = ((counts - expected) ** 2 / expected).sum()
     freedom = torch.tensor(VOCAB_SIZE * (VOCAB_SIZE**2 - 1), dtype=torch.float64)
@@ -163,11 +169,11 @@ each_toy = pytest.mark.parametrize("toy", [OPPOSED, MIXED], ids=["opposed", "mix
 each_shape = pytest.mark.parametrize("parents", [CHAIN, TREE], ids=["chain", "tree"])
 
 
-def test_plain_sampling_has_the_targets_law():
+def test_plain_sampling_has_the_targets_distribution():
     assert chance_of(plain(MIXED, 4000), MIXED) > FALSE_ALARM
 
 
-def test_plain_sampling_from_another_law_is_seen():
+def test_plain_sampling_from_another_distribution_is_seen():
     other = Toy(MIXED.draft, MIXED.draft)
     assert chance_of(plain(other, 4000), MIXED) < VISIBLE
 
@@ -185,13 +191,13 @@ def test_coupled_emits_the_tokens_of_plain_sampling_from_a_drafter_that_ignores_
 
 @each_toy
 @each_shape
-def test_rejection_has_the_targets_law_over_many_steps(toy, parents):
+def test_rejection_has_the_targets_distribution_over_many_steps(toy, parents):
     tokens = generate(toy, verify_rejection, 4000, parents=parents)
     assert chance_of(tokens, toy) > FALSE_ALARM
 
 
 @each_toy
-def test_block_has_the_targets_law_over_many_steps(toy):
+def test_block_has_the_targets_distribution_over_many_steps(toy):
     assert chance_of(generate(toy, verify_block, 4000), toy) > FALSE_ALARM
 
 

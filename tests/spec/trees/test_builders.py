@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from folospec.core.token_tree import ROOT, TokenTree
 from folospec.sampling import noise
-from folospec.spec.trees.growth import Growth
+from folospec.spec.trees.builders import TreeBuilder
 from folospec.spec.trees.tree_shapes import expansion, sequoia
 
 RANK_ACCEPTANCE = (0.55, 0.3, 0.1)
@@ -182,8 +182,8 @@ class TestControls:
             rows.parents = rows.parents and [min(r - 1, 1) for r in range(len(rows.parents))]
             return rows
 
-        real = Growth.next_rows
-        monkeypatch.setattr(Growth, "next_rows", as_a_comb)
+        real = TreeBuilder.next_rows
+        monkeypatch.setattr(TreeBuilder, "next_rows", as_a_comb)
         assert all(self.trees_differ())
 
     def test_rows_one_slot_late_are_noticed(self, monkeypatch):
@@ -192,8 +192,8 @@ class TestControls:
             rows.start += rows.parents is not None
             return rows
 
-        real = Growth.next_rows
-        monkeypatch.setattr(Growth, "next_rows", late)
+        real = TreeBuilder.next_rows
+        monkeypatch.setattr(TreeBuilder, "next_rows", late)
         with pytest.raises((AssertionError, KeyError)):
             self.trees_differ()
 

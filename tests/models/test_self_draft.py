@@ -13,7 +13,7 @@ from tiny_checkpoints import SHAPE, load, random_prompts, reference_logits, save
 from folospec.attention.metadata import AttentionMetadata
 from folospec.kernels.torch_ops import Int8Weight
 from folospec.models.decoder import Decoder
-from folospec.models.views import view_of
+from folospec.models.self_draft import self_draft_of
 
 CONFIGS = {
     "llama, tied, biases": lambda: hf.LlamaConfig(
@@ -75,25 +75,25 @@ def test_what_is_left_out_adds_nothing(pair, skip):
     reference, model = pair
     oracle = silenced(reference, reference.config, **SKIPS[skip])
     expected = [reference_logits(oracle, tokens) for tokens in random_prompts()]
-    assert difference(logits_of(view_of(model, **SKIPS[skip])), expected) < 1e-4
+    assert difference(logits_of(self_draft_of(model, **SKIPS[skip])), expected) < 1e-4
     assert difference(logits_of(model), expected) > 0.1, "leaving it out must make a difference"
 
 
 def test_a_view_that_leaves_nothing_out_has_the_bits_of_the_target(pair):
     _, model = pair
-    assert difference(logits_of(view_of(model)), logits_of(model)) == 0
+    assert difference(logits_of(self_draft_of(model)), logits_of(model)) == 0
 
 
 def test_a_view_leaves_the_target_as_it_was(pair):
     _, model = pair
     before = logits_of(model)
-    view_of(model, quantized=True, skip_attention=frozenset({0}), skip_mlp=frozenset({1}))
+    self_draft_of(model, quantized=True, skip_attention=frozenset({0}), skip_mlp=frozenset({1}))
     assert difference(logits_of(model), before) == 0
 
 
 @pytest.mark.parametrize("skip", SKIPS)
 def test_an_attention_that_is_left_out_writes_no_kv(pair, skip):
-    runner = PagedRunner(view_of(pair[1], **SKIPS[skip]))
+    runner = PagedRunner(self_draft_of(pair[1], **SKIPS[skip]))
     runner.step({0: random_prompts()[0]})
     skipped = SKIPS[skip].get("skip_attention", frozenset())
     assert [bool(kv.key.isnan().all()) for kv in runner.kv] == [i in skipped for i in range(3)]
@@ -101,21 +101,23 @@ def test_an_attention_that_is_left_out_writes_no_kv(pair, skip):
 
 
 def test_nothing_behind_an_exit_is_looked_at(pair):
-    view = view_of(pair[1], **SKIPS["exit after 1"])
+    view = self_draft_of(pair[1], **SKIPS["exit after 1"])
     expected = logits_of(view)
     view.layers = view.layers[:1]
     assert difference(logits_of(view), expected) == 0
     runner = PagedRunner(view)
     metadata = AttentionMetadata.from_rows([runner.rows(0, 3)], runner.block_size)
-    _, taps = view.forward(torch.tensor([4, 5, 6]), metadata, runner.kv, taps=(0, 1, 2, 3))
-    assert torch.equal(taps[1], taps[2])
-    assert torch.equal(taps[1], taps[3])
-    assert not torch.equal(taps[0], taps[1])
+    _, aux_layers = view.forward(
+        torch.tensor([4, 5, 6]), metadata, runner.kv, aux_layers=(0, 1, 2, 3)
+    )
+    assert torch.equal(aux_layers[1], aux_layers[2])
+    assert torch.equal(aux_layers[1], aux_layers[3])
+    assert not torch.equal(aux_layers[0], aux_layers[1])
 
 
 def test_a_quantized_view_is_the_model_with_its_weights_on_the_grid(pair):
     reference, model = pair
-    view = view_of(model, quantized=True)
+    view = self_draft_of(model, quantized=True)
     rounded = silenced(reference, reference.config)
     rounded.lm_head.weight = torch.nn.Parameter(on_grid(view.lm_head))  # no longer tied
     shape = [model.num_heads * model.head_size] + [model.num_kv_heads * model.head_size] * 2
@@ -145,24 +147,24 @@ def on_grid(weight: Any) -> torch.Tensor:
 
 def test_a_view_shares_all_but_the_int8_copies(pair):
     _, model = pair
-    view = view_of(model, quantized=True, **SKIPS["exit after 1"])
+    view = self_draft_of(model, quantized=True, **SKIPS["exit after 1"])
     assert view.config is model.config
     assert view.embedding is model.embedding
     assert view.final_norm is model.final_norm
     assert view.layers[0].input_norm is model.layers[0].input_norm
     assert view.layers[1] is model.layers[1], "what an exit leaves out is not copied"
-    assert view_of(model, **SKIPS["an MLP"]).lm_head is model.lm_head
+    assert self_draft_of(model, **SKIPS["an MLP"]).lm_head is model.lm_head
 
 
 @pytest.mark.parametrize("name", ["skip_attention", "skip_mlp"])
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_a_layer_that_does_not_exist_is_refused(pair, name, layer):
     with pytest.raises(ValueError, match=rf"{name} must have layers in 0\.\.2, got {layer}"):
-        view_of(pair[1], **{name: frozenset({1, layer})})
+        self_draft_of(pair[1], **{name: frozenset({1, layer})})
 
 
 def test_a_model_that_the_decoder_does_not_serve_is_refused(tmp_path):
     config = hf.GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     save_random(config, tmp_path)
     with pytest.raises(ValueError, match="GPT2LMHeadModel cannot draft for itself"):
-        view_of(load(tmp_path), quantized=True)
+        self_draft_of(load(tmp_path), quantized=True)

@@ -2,13 +2,13 @@
 
     row      0 (root)  1   2   3          tokens of the nodes, -1: not to be accepted
     parent   -         0   0   1
-    drawn    a         b   .   c          node rows 1 and 2 both have the token a: twins
+    drawn    a         b   .   c          node rows 1 and 2 both have the token a: duplicates
 
     {0} --a--> {1, 2} --b--> {3} --c--> nothing has it: the path is 1, 3 and the token c
 
-A level is the set of rows that spell the tokens so far, as `verify_coupled` of `spec.verify` walks
-it. The token is that of its first row, and the path leads to the first row of the last level. First
-is the row whose path comes first: of the child with the lowest number, of its child likewise.
+A level is the set of rows that spell the tokens so far, as in `spec.verify.verify_coupled`. The
+token is that of its first row, and the path leads to the first row of the last level. First is the
+row whose path comes first: of the child with the lowest number, of its child likewise.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ COLUMNS = tl.constexpr(sampling_arrays.COLUMNS)
 
 
 @triton.jit
-def walk_kernel(trees, nodes, tokens, row_peaks, result, num_walks, ROWS: tl.constexpr):
-    """Walk one tree in each program.
+def verify_kernel(trees, nodes, tokens, row_peaks, result, num_trees, ROWS: tl.constexpr):
+    """Verify one tree in each program.
 
     Args:
-        trees: int64 [walks, 4]; (root row of logits, position, begin, size), see `Walks`.
+        trees: int64 [trees, 4]; (root row of logits, position, begin, size), see `PackedTrees`.
         nodes: int64; from `begin` on the tokens of a tree's nodes, then their parents.
         tokens: int64, drawn at the rows of all trees, in their order.
         row_peaks: float32, their largest logits.
-        result: int64 [COLUMNS * walks + nodes]; the paths lie behind the columns, each where the
-            nodes of its tree are.
+        result: int64 [COLUMNS * num_trees + nodes]; the paths lie behind the columns, each
+            where the nodes of its tree are.
         ROWS: a power of two, at least 1 + the nodes of any tree.
     """
-    walk = tl.program_id(0).to(tl.int64)
-    begin, size = tl.load(trees + 4 * walk + 2), tl.load(trees + 4 * walk + 3)
+    tree = tl.program_id(0).to(tl.int64)
+    begin, size = tl.load(trees + 4 * tree + 2), tl.load(trees + 4 * tree + 3)
     first_node = begin // 2  # of all trees
-    first_row = first_node + walk
+    first_row = first_node + tree
     row = tl.arange(0, ROWS)
     is_node = (row > 0) & (row <= size)
     token = tl.load(nodes + begin + row - 1, mask=is_node, other=-1)
@@ -57,12 +57,12 @@ def walk_kernel(trees, nodes, tokens, row_peaks, result, num_walks, ROWS: tl.con
             end = _first_of_level(level, row, parent, length, ROWS)
             length += 1
 
-    out = result + COLUMNS * walk
+    out = result + COLUMNS * tree
     tl.store(out, tl.sum(tl.where(row == end, drawn, 0), 0))
     tl.store(out + 1, length)
     peak = tl.load(row_peaks + first_row + end)
     tl.store(out + 2, peak.to(tl.int32, bitcast=True).to(tl.int64))
-    path = result + COLUMNS * num_walks + first_node
+    path = result + COLUMNS * num_trees + first_node
     place = length
     while place > 0:
         place -= 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from folospec.spec.planner.acceptance_record import AcceptanceRecord
 from folospec.spec.planner.plan_core import DraftPrices
-from folospec.spec.planner.plan_terms import PlanRow, Source
+from folospec.spec.planner.plan_terms import PlannedSequence, Source
 from folospec.spec.planner.step_cost import CostCurve, DraftCost, StepCost, StepShape
 
 _HORIZON = 64
@@ -15,7 +15,7 @@ _HORIZON = 64
 _RELAXING_STEPS = 10_000
 
 
-class Beliefs:
+class Estimates:
     """The estimates that a plan rests on.
 
     Args:
@@ -37,39 +37,39 @@ class Beliefs:
         """What drafting costs at the machine's present speed; the first source to be asked in a
         step bears what it costs that anyone is, and a model what it costs that one is."""
         slowdown = self.cost.slowdown
-        call, row, one_pass, level, lag = self.draft_costs[name].parts(slowdown)
+        call, row, one_pass, level, num_uncomputed = self.draft_costs[name].parts(slowdown)
         if is_first:
             call += self.cost.asking
         if self.sources[name].in_passes:
             call += self.cost.asking_model
-        return DraftPrices(call, row, one_pass, level, lag)
+        return DraftPrices(call, row, one_pass, level, num_uncomputed)
 
-    def depth_limit(self, row: PlanRow, source: Source) -> int:
+    def depth_limit(self, row: PlannedSequence, source: Source) -> int:
         """The deepest draft that the request, the source and the end of the output allow."""
         wanted = source.limit if row.wanted is None else min(row.wanted, source.limit)
         return min(wanted, row.room - 1)
 
-    def reach(self, row: PlanRow, source: Source) -> list[float]:
+    def reach(self, row: PlannedSequence, source: Source) -> list[float]:
         """The chance that a draft is accepted up to each level."""
         return self.records[source.name].reach(row.seq_id, self.depth_limit(row, source))
 
     # Catching up ----------------------------------------------------------------------------------
 
-    def behind(self, name: str, seq_id: str, lag: int) -> int:
-        """Tokens that a source has to catch up with, besides the last; `lag` counts from the last
-        that it has KV for, or from the first."""
-        return max(0, lag - self._seen.get((name, seq_id), 0) - 1)
+    def num_unread(self, name: str, seq_id: str, num_uncomputed: int) -> int:
+        """Tokens that a source has to catch up with, besides the last; `num_uncomputed` counts from
+        the last that it has KV for, or from the first."""
+        return max(0, num_uncomputed - self._seen.get((name, seq_id), 0) - 1)
 
     def note_seen(self, name: str, counts: Mapping[str, int]) -> None:
         """A source has seen so many tokens of these sequences."""
         if not self.sources[name].in_passes:
             self._seen.update({(name, seq_id): count for seq_id, count in counts.items()})
 
-    def catching_up(self, row: PlanRow, name: str, price: float) -> float:
+    def catching_up(self, row: PlannedSequence, name: str, price: float) -> float:
         """Seconds of this step's share in catching up. It is spent before anything is gained, and
         the output ends sooner with drafts, so the steps that share it are counted low."""
-        behind = max(0, self.behind(name, row.seq_id, row.lags[name]) - 1)
-        return price * behind / (0.4 * min(row.room, _HORIZON))
+        num_unread = max(0, self.num_unread(name, row.seq_id, row.uncomputed[name]) - 1)
+        return price * num_unread / (0.4 * min(row.room, _HORIZON))
 
     # Forgetting -----------------------------------------------------------------------------------
 

@@ -1,8 +1,10 @@
-"""Sampled draft trees under `rejection` keep the law of plain sampling, through the whole engine.
+"""Sampled draft trees under `rejection` keep the distribution of plain sampling, through the whole
+engine.
 
 Thousands of sequences draw four tokens after one prompt, from a vocabulary of four: the first
 plainly, the others with trees of one draft model or merged ones of two. The joint frequencies of
-the last three are held against the exact law, which is enumerated from the target's logits.
+the last three are held against the exact distribution, which is enumerated from the target's
+logits.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ NUM_TOKENS, NUM_SEQUENCES = 4, 2000
 FALSE_ALARM, VISIBLE = 1e-9, 1e-10
 
 # They differ so that the mistakes below show; every context varies them a little.
-TARGET_LAW = (0.24, 0.22, 0.09, 0.45)
-DRAFT_LAWS = ((0.13, 0.01, 0.63, 0.23), (0.3, 0.1, 0.5, 0.1))
+TARGET_DISTRIBUTION = (0.24, 0.22, 0.09, 0.45)
+DRAFT_DISTRIBUTIONS = ((0.13, 0.01, 0.63, 0.23), (0.3, 0.1, 0.5, 0.1))
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class Tiny:
     second: str
 
 
-def save_model(folder: Path, law: tuple[float, ...], seed: int) -> str:
+def save_model(folder: Path, distribution: tuple[float, ...], seed: int) -> str:
     """A Llama that says about the same after everything: one direction of the residual stream is
-    the same in every row, and carries the law."""
+    the same in every row, and carries the distribution."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(law),
+        vocab_size=len(distribution),
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=1,
@@ -61,7 +63,9 @@ def save_model(folder: Path, law: tuple[float, ...], seed: int) -> str:
                 parameter.normal_(0.0, 0.3)
         model.model.embed_tokens.weight[:, 0] = 4.0
         model.lm_head.weight.mul_(0.6)
-        model.lm_head.weight[:, 0] = torch.tensor(law).log() / 4.0  # the norm makes it sqrt(16)
+        model.lm_head.weight[:, 0] = (
+            torch.tensor(distribution).log() / 4.0
+        )  # the norm makes it sqrt(16)
     model.save_pretrained(folder)
     return str(folder)
 
@@ -69,12 +73,17 @@ def save_model(folder: Path, law: tuple[float, ...], seed: int) -> str:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny")
-    laws = (TARGET_LAW, *DRAFT_LAWS)
-    return Tiny(*(save_model(folder / str(seed), law, seed) for seed, law in enumerate(laws)))
+    distributions = (TARGET_DISTRIBUTION, *DRAFT_DISTRIBUTIONS)
+    return Tiny(
+        *(
+            save_model(folder / str(seed), distribution, seed)
+            for seed, distribution in enumerate(distributions)
+        )
+    )
 
 
 @pytest.fixture(scope="module")
-def law(tiny: Tiny) -> dict[tuple[int, ...], float]:
+def distribution(tiny: Tiny) -> dict[tuple[int, ...], float]:
     """Probability of every three last tokens at temperature 1, in float64."""
     model = LlamaForCausalLM.from_pretrained(tiny.target, dtype=torch.float64).eval()
     joint: dict[tuple[int, ...], float] = {(): 1.0}
@@ -88,18 +97,18 @@ def law(tiny: Tiny) -> dict[tuple[int, ...], float]:
             for output, row in zip(outputs, probs, strict=True)
             for token, prob in enumerate(row)
         }
-    law: dict[tuple[int, ...], float] = defaultdict(float)
+    distribution: dict[tuple[int, ...], float] = defaultdict(float)
     for output, prob in joint.items():
-        law[output[1:]] += prob
-    return dict(law)
+        distribution[output[1:]] += prob
+    return dict(distribution)
 
 
-def p_value(law: dict[tuple[int, ...], float], outputs: list[tuple[int, ...]]) -> float:
+def p_value(distribution: dict[tuple[int, ...], float], outputs: list[tuple[int, ...]]) -> float:
     """The probability with which plain sampling strays at least this far; cells that expect less
     than 5 are pooled."""
     counts, total = Counter(outputs), len(outputs)
-    large = [output for output, prob in law.items() if prob * total >= 5]
-    cells = [(counts[output], law[output] * total) for output in large]
+    large = [output for output, prob in distribution.items() if prob * total >= 5]
+    cells = [(counts[output], distribution[output] * total) for output in large]
     rest = total - sum(expected for _, expected in cells)
     if rest > 5:
         cells.append((total - sum(seen for seen, _ in cells), rest))
@@ -138,44 +147,50 @@ def three_chains(tiny: Tiny) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["iid", "without_replacement"])
-def test_a_tree_of_a_draft_model_keeps_the_law(tiny: Tiny, law: Any, how: str) -> None:
+def test_a_tree_of_a_draft_model_keeps_the_distribution(
+    tiny: Tiny, distribution: Any, how: str
+) -> None:
     outputs, stats = sample(tiny, one_tree(tiny, children=how))
     assert stats["num_moved_rows"] > 0
-    assert p_value(law, outputs) > FALSE_ALARM
+    assert p_value(distribution, outputs) > FALSE_ALARM
 
 
-def test_a_dynamic_tree_of_deterministic_drafts_keeps_the_law(tiny: Tiny, law: Any) -> None:
+def test_a_dynamic_tree_of_deterministic_drafts_keeps_the_distribution(
+    tiny: Tiny, distribution: Any
+) -> None:
     dynamic = {"tree": "dynamic", "children": "top_k", "branching": 2, "depth": 2}
     outputs, _ = sample(tiny, one_tree(tiny, **dynamic))
-    assert p_value(law, outputs) > FALSE_ALARM
+    assert p_value(distribution, outputs) > FALSE_ALARM
 
 
-def test_merged_trees_of_two_draft_models_keep_the_law(tiny: Tiny, law: Any) -> None:
+def test_merged_trees_of_two_draft_models_keep_the_distribution(
+    tiny: Tiny, distribution: Any
+) -> None:
     outputs, _ = sample(tiny, two_trees(tiny))
-    assert p_value(law, outputs) > FALSE_ALARM
+    assert p_value(distribution, outputs) > FALSE_ALARM
 
 
-def test_merged_chains_of_one_model_keep_the_law(tiny: Tiny, law: Any) -> None:
+def test_merged_chains_of_one_model_keep_the_distribution(tiny: Tiny, distribution: Any) -> None:
     """Duplicates are many; each drafter has noise of its own."""
     outputs, _ = sample(tiny, three_chains(tiny))
-    assert p_value(law, outputs) > FALSE_ALARM
+    assert p_value(distribution, outputs) > FALSE_ALARM
 
 
 class TestControls:
-    """Each breaks one thing that the law rests on; the frequencies must show it."""
+    """Each breaks one thing that the distribution rests on; the frequencies must show it."""
 
-    def test_the_law_of_the_first_child_for_all_siblings_is_seen(
-        self, tiny: Tiny, law: Any, monkeypatch: pytest.MonkeyPatch
+    def test_the_distribution_of_the_first_child_for_all_siblings_is_seen(
+        self, tiny: Tiny, distribution: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def unconditional(drawn: Any, probs: torch.Tensor) -> None:
-            drawn.laws = probs.repeat(len(drawn.token_ids), 1)
+            drawn.draft_probs = probs.repeat(len(drawn.token_ids), 1)
 
-        monkeypatch.setattr(children, "_add_laws", unconditional)
+        monkeypatch.setattr(children, "_add_draft_probs", unconditional)
         outputs, _ = sample(tiny, one_tree(tiny))
-        assert p_value(law, outputs) < VISIBLE
+        assert p_value(distribution, outputs) < VISIBLE
 
     def test_drafters_with_one_noise_are_seen(
-        self, tiny: Tiny, law: Any, monkeypatch: pytest.MonkeyPatch
+        self, tiny: Tiny, distribution: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         real = noise.purpose_code
         monkeypatch.setattr(
@@ -184,14 +199,19 @@ class TestControls:
             lambda kind, row=None, stream=0: real(kind, row, stream >> 10 << 10),
         )
         outputs, _ = sample(tiny, three_chains(tiny))
-        assert p_value(law, outputs) < VISIBLE
+        assert p_value(distribution, outputs) < VISIBLE
 
 
-def test_the_law_is_neither_certain_nor_the_same_after_everything(law: Any) -> None:
-    assert sum(law.values()) == pytest.approx(1.0)
-    assert sum(prob * NUM_SEQUENCES >= 5 for prob in law.values()) > 35
+def test_the_distribution_is_neither_certain_nor_the_same_after_everything(
+    distribution: Any,
+) -> None:
+    assert sum(distribution.values()) == pytest.approx(1.0)
+    assert sum(prob * NUM_SEQUENCES >= 5 for prob in distribution.values()) > 35
     last = [
-        [law[first, 0, token] / sum(law[first, 0, t] for t in range(4)) for token in range(4)]
+        [
+            distribution[first, 0, token] / sum(distribution[first, 0, t] for t in range(4))
+            for token in range(4)
+        ]
         for first in range(4)
     ]
     assert max(abs(a - b) for a, b in zip(last[0], last[1], strict=True)) > 0.02
@@ -224,12 +244,14 @@ def one_seed(number: int, turn: str) -> int:
     return 0 if turn == "fill" else 1000 + number
 
 
-def test_requests_with_one_seed_keep_the_law_though_drafters_remember(tiny: Tiny, law: Any) -> None:
-    assert p_value(law, remembered(tiny, one_seed)) > FALSE_ALARM
+def test_requests_with_one_seed_keep_the_distribution_though_drafters_remember(
+    tiny: Tiny, distribution: Any
+) -> None:
+    assert p_value(distribution, remembered(tiny, one_seed)) > FALSE_ALARM
 
 
 def test_one_noise_for_requests_that_remember_each_other_is_seen(
-    tiny: Tiny, law: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, distribution: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(InputProcessor, "_seed", lambda self, params, ordinal: params.seed)
-    assert p_value(law, remembered(tiny, one_seed)) < VISIBLE
+    assert p_value(distribution, remembered(tiny, one_seed)) < VISIBLE

@@ -1,4 +1,4 @@
-"""The output of every rule has exactly the law of plain sampling: enumeration in float64.
+"""The output of every rule has exactly the distribution of plain sampling: enumeration in float64.
 
 The same measure must see the well-known wrong rules: `test_wrong_rules.py`.
 """
@@ -17,7 +17,7 @@ from enumeration import (
     drafter_of,
     explore,
     most_likely,
-    plain_law,
+    plain_distribution,
     sampled,
     sampled_then_likely,
     steps,
@@ -51,53 +51,53 @@ def depth_of(parents):
 
 @each_drafting
 @each_toy
-def test_rejection_keeps_the_law_on_chains_and_trees(toy, drafting):
+def test_rejection_keeps_the_distribution_on_chains_and_trees(toy, drafting):
     for parents in (CHAIN, CHILDREN, *(random_shape(toy.seed + 50 * i) for i in range(3))):
         drafter = drafter_of(toy, parents, drafting)
         assert distance(toy, drafter, verify_rejection, depth_of(parents) + 1) < EXACT
 
 
 @each_drafting
-def test_rejection_keeps_the_law_on_a_bushy_tree(drafting):
+def test_rejection_keeps_the_distribution_on_a_bushy_tree(drafting):
     for toy in TOYS[:-2:2]:
         assert distance(toy, drafter_of(toy, BUSHY, drafting), verify_rejection, 3) < EXACT
 
 
 @each_drafting
 @each_toy
-def test_block_keeps_the_law_on_chains(toy, drafting):
+def test_block_keeps_the_distribution_on_chains(toy, drafting):
     for parents in (CHAIN, LONG_CHAIN):
         drafter = drafter_of(toy, parents, drafting)
         assert distance(toy, drafter, verify_block, len(parents) + 1) < EXACT
 
 
-@pytest.mark.parametrize("judge", [verify_rejection, verify_block], ids=lambda j: j.__name__)
-def test_no_draft_law_means_one_hot_drafts(judge):
+@pytest.mark.parametrize("rule", [verify_rejection, verify_block], ids=lambda j: j.__name__)
+def test_no_draft_distribution_means_one_hot_drafts(rule):
     for toy in TOYS:
 
-        def drafter(walk, toy=toy):
-            return Proposal(tree=draft(toy, CHAIN, most_likely, walk).tree)
+        def drafter(choices, toy=toy):
+            return Proposal(tree=draft(toy, CHAIN, most_likely, choices).tree)
 
-        assert distance(toy, drafter, judge, 3) < EXACT
+        assert distance(toy, drafter, rule, 3) < EXACT
 
 
-@pytest.mark.parametrize("judge", [verify_rejection, verify_block], ids=lambda j: j.__name__)
-def test_scratch_rows_do_not_change_the_law(judge):
+@pytest.mark.parametrize("rule", [verify_rejection, verify_block], ids=lambda j: j.__name__)
+def test_scratch_rows_do_not_change_the_distribution(rule):
     for toy in TOYS[::3]:
         for candidate in product((True, False), repeat=3):
 
-            def drafter(walk, toy=toy, candidate=candidate):
-                proposal = draft(toy, LONG_CHAIN, sampled, walk)
+            def drafter(choices, toy=toy, candidate=candidate):
+                proposal = draft(toy, LONG_CHAIN, sampled, choices)
                 return Proposal(proposal.tree, proposal.draft_probs, candidate=list(candidate))
 
-            assert distance(toy, drafter, judge, 4) < EXACT
+            assert distance(toy, drafter, rule, 4) < EXACT
 
 
-def test_scratch_siblings_are_not_judged_under_rejection():
+def test_scratch_siblings_are_not_verified_under_rejection():
     for toy in TOYS[::3]:
 
-        def drafter(walk, toy=toy):
-            proposal = draft(toy, CHILDREN, sampled, walk)
+        def drafter(choices, toy=toy):
+            proposal = draft(toy, CHILDREN, sampled, choices)
             return Proposal(proposal.tree, proposal.draft_probs, candidate=[True, False, True])
 
         assert distance(toy, drafter, verify_rejection, 2) < EXACT
@@ -105,11 +105,11 @@ def test_scratch_siblings_are_not_judged_under_rejection():
 
 @pytest.mark.parametrize("drafting", [sampled, without_replacement, sampled_then_likely])
 @each_toy
-def test_pruning_by_ancestors_keeps_the_law(toy, drafting):
+def test_pruning_by_ancestors_keeps_the_distribution(toy, drafting):
     parents = [-1, 0, 0, 1]
 
-    def drafter(walk):
-        proposal = draft(toy, parents, drafting, walk)
+    def drafter(choices):
+        proposal = draft(toy, parents, drafting, choices)
         first, second = proposal.tree.token_ids[:2]
         keep = [0, 1, 2, 3] if second == 0 else [0, 1, 2]
         return proposal.prune(keep if first != 1 else [0])
@@ -117,22 +117,22 @@ def test_pruning_by_ancestors_keeps_the_law(toy, drafting):
     assert distance(toy, drafter, verify_rejection, 4) < EXACT
 
 
-def mean_accepted(toy, parents, drafting, judge):
+def mean_accepted(toy, parents, drafting, rule):
     drafter = drafter_of(toy, parents, drafting)
-    return sum(weight * len(path) for weight, path, _ in steps(toy, drafter, judge))
+    return sum(weight * len(path) for weight, path, _ in steps(toy, drafter, rule))
 
 
 @each_toy
-def test_one_sampled_child_is_accepted_with_the_overlap_of_the_laws(toy):
+def test_one_sampled_child_is_accepted_with_the_overlap_of_the_distributions(toy):
     overlap = sum(map(min, toy.target(()), toy.draft(())))
     assert mean_accepted(toy, [-1], sampled, verify_rejection) == pytest.approx(overlap, abs=EXACT)
 
 
 def test_the_enumeration_sees_accepted_and_rejected_drafts_at_every_depth():
-    for judge in (verify_rejection, verify_block):
+    for rule in (verify_rejection, verify_block):
         for toy in DENSE_TOYS:
             drafter = drafter_of(toy, LONG_CHAIN, sampled)
-            lengths = {len(path) for weight, path, _ in steps(toy, drafter, judge) if weight > 0}
+            lengths = {len(path) for weight, path, _ in steps(toy, drafter, rule) if weight > 0}
             assert lengths == {0, 1, 2, 3}
 
 
@@ -156,13 +156,13 @@ def test_more_children_are_accepted_more_often_and_most_without_replacement():
 
 def test_a_greedy_target_is_emitted_whatever_the_drafter_says():
     toy = next(toy for toy in TOYS if toy.kind == "greedy target")
-    liar = torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]], dtype=torch.float64)
-    for judge, token_ids in product((verify_rejection, verify_block), product(range(3), repeat=2)):
-        proposal = Proposal(TokenTree.chain(list(token_ids)), draft_probs=liar)
-        assert distance(toy, lambda walk, proposal=proposal: proposal, judge, 3) < EXACT
+    wrong_probs = torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    for rule, token_ids in product((verify_rejection, verify_block), product(range(3), repeat=2)):
+        proposal = Proposal(TokenTree.chain(list(token_ids)), draft_probs=wrong_probs)
+        assert distance(toy, lambda choices, proposal=proposal: proposal, rule, 3) < EXACT
 
 
-# Coupled: the tokens are those of plain sampling, so the law needs no separate proof.
+# Coupled: the tokens are those of plain sampling, so the distribution needs no separate proof.
 
 
 def all_trees(num_nodes, vocab_size):
@@ -175,26 +175,26 @@ def prefix_mismatches(tree, vocab_size, candidate=None, rows_of=lambda token_ids
     """For every outcome of the target's draws: is the verdict a prefix of plain sampling, and does
     it reach as deep as the tree allows? Returns the number of outcomes where not."""
     contexts = [(), *(tuple(tree.path_token_ids(node)) for node in range(len(tree)))]
-    judged = reachable(tree, candidate)
+    verified = reachable(tree, candidate)
 
-    def step(walk):
+    def step(choices):
         drawn = {}  # plain sampling: one token for each context, whoever asks
         for context in contexts:
             if context not in drawn:
-                drawn[context] = walk.choose((1.0 / vocab_size,) * vocab_size)
+                drawn[context] = choices.choose((1.0 / vocab_size,) * vocab_size)
         verdict = verify_coupled(tree, rows_of([drawn[c] for c in contexts]), candidate)
         emitted = tuple(verdict.token_ids(tree))
         plain = ()
         while len(plain) < len(emitted) and plain in drawn:
             plain = (*plain, drawn[plain])
         is_path = verdict.path == ([] if not verdict.path else tree.path(verdict.path[-1]))
-        return emitted == plain and is_path and emitted not in judged
+        return emitted == plain and is_path and emitted not in verified
 
     return sum(not fine for _, fine in explore(step))
 
 
 def reachable(tree, candidate):
-    """Token paths that judged nodes spell."""
+    """Token paths that verified nodes spell."""
     paths = (tree.path(node) for node in range(len(tree)))
     return {
         tuple(tree.token_ids[node] for node in path)
@@ -224,18 +224,18 @@ def test_coupled_with_rows_out_of_place_is_seen():
 
 
 @each_toy
-def test_coupled_keeps_the_law_with_a_drafter_that_knows_the_noise(toy):
+def test_coupled_keeps_the_distribution_with_a_drafter_that_knows_the_noise(toy):
     """The drafter sees every draw of the target and proposes by it, right or wrong on purpose."""
-    law = {}
+    distribution = {}
 
-    def step(walk):
-        first = walk.choose(toy.target(()))
-        second = walk.choose(toy.target((first,)))
+    def step(choices):
+        first = choices.choose(toy.target(()))
+        second = choices.choose(toy.target((first,)))
         token_ids = [first, second] if first == 0 else [(first + 1) % 3, second]
         verdict = verify_coupled(TokenTree.chain(token_ids), [first, second, second])
         return tuple(verdict.token_ids(TokenTree.chain(token_ids))), (first, second)
 
     for weight, (emitted, drawn) in explore(step):
         tokens = (*emitted, *drawn[len(emitted) :])[:2]
-        law[tokens] = law.get(tokens, 0.0) + weight
-    assert total_variation(law, plain_law(toy, 2, toy.target)) < EXACT
+        distribution[tokens] = distribution.get(tokens, 0.0) + weight
+    assert total_variation(distribution, plain_distribution(toy, 2, toy.target)) < EXACT

@@ -1,9 +1,10 @@
-"""Holds what sampling kernels share: the distribution of a row, and the odds of its tokens.
+"""Holds what sampling kernels share: the parameters of a row, and the odds of its tokens.
 
-A law is six int64, as `sampling_records.pack_law` packs them: seed, sample_index, then the bits of
-three float64, temperature (0 is greedy), top_p (1: all) and log min_p (-inf: all), then top_k
-(0: all). A draw is four int64: the index of its law (-1: nothing is asked), its row of logits, the
-position of its token (-1: without noise), and the bits of a float64, the scale of a confidence.
+A parameter set is six int64, as `sampling_records.pack_sampling` packs them: seed, sample_index,
+then the bits of three float64, temperature (0 is greedy), top_p (1: all) and log min_p (-inf: all),
+then top_k (0: all). A draw is four int64: the index of its parameter set (-1: nothing is asked),
+its row of logits, the position of its token (-1: without noise), and the bits of a float64, the
+scale of a confidence.
 
 Rows are cut in parts of PART tokens, a program each. What parts say of their row is maxima and sums
 of integers, which have no order, so that the result is the same however it is cut.
@@ -20,26 +21,26 @@ NEG_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def temperature_of(law, SOFTENS: tl.constexpr):
-    """float64; where SOFTENS, 1 for a greedy law."""
-    temperature = tl.load(law + 2).to(tl.float64, bitcast=True)
+def temperature_of(params, SOFTENS: tl.constexpr):
+    """float64; where SOFTENS, 1 for a greedy parameter set."""
+    temperature = tl.load(params + 2).to(tl.float64, bitcast=True)
     return tl.where(SOFTENS & (temperature == 0), 1.0, temperature)
 
 
 @triton.jit
-def filters_of(law):
+def filters_of(params):
     """top_p, log min_p (float64) and top_k (int64)."""
-    top_p = tl.load(law + 3).to(tl.float64, bitcast=True)
-    floor = tl.load(law + 4).to(tl.float64, bitcast=True)
-    return top_p, floor, tl.load(law + 5)
+    top_p = tl.load(params + 3).to(tl.float64, bitcast=True)
+    floor = tl.load(params + 4).to(tl.float64, bitcast=True)
+    return top_p, floor, tl.load(params + 5)
 
 
 @triton.jit
-def has_filters(law, vocab):
-    """Whether the law keeps less than the row. A greedy one has no use for filters."""
-    top_p, floor, top_k = filters_of(law)
+def has_filters(params, vocab):
+    """Whether the parameter set keeps less than the row. A greedy one has no use for filters."""
+    top_p, floor, top_k = filters_of(params)
     some = (top_p < 1) | (floor > NEG_INF) | ((top_k > 0) & (top_k < vocab))
-    return some & (tl.load(law + 2).to(tl.float64, bitcast=True) > 0)
+    return some & (tl.load(params + 2).to(tl.float64, bitcast=True) > 0)
 
 
 @triton.jit

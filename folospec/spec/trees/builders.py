@@ -20,7 +20,7 @@ from folospec.spec.proposal import Proposal
 from folospec.spec.stores.acceptance_table import share_among_siblings
 from folospec.spec.trees.children import Children
 from folospec.spec.trees.drafting import Drafting, RankAcceptance
-from folospec.spec.trees.drawing import DraftLaw, Spot
+from folospec.spec.trees.drawing import DraftPosition, DraftSampling
 
 if TYPE_CHECKING:
     from folospec.spec.drafters.base import DraftRequest
@@ -31,12 +31,12 @@ class Chain:
     """The draft of one sequence while it grows by a token in every pass."""
 
     row: DraftRequest
-    law: DraftLaw
-    least: float
+    sampling: DraftSampling
+    min_probability: float
     """Of a path that is less likely the end is not drafted on."""
     token_ids: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
-    laws: list[Tensor] = field(default_factory=list)
+    draft_probs: list[Tensor] = field(default_factory=list)
     joint: float = 1.0
     is_done: bool = False
 
@@ -55,12 +55,14 @@ class Chain:
             return
         self.token_ids += children.token_ids
         self.confidence += children.confidence
-        if children.laws is not None:
-            self.laws.append(children.laws[0])
+        if children.draft_probs is not None:
+            self.draft_probs.append(children.draft_probs[0])
         self.joint *= self.confidence[-1]
-        self.is_done = len(self.token_ids) == self.length or self.joint < self.least
+        self.is_done = len(self.token_ids) == self.length or self.joint < self.min_probability
 
-    def finish(self, kv_owner: str | None, *, with_laws: bool) -> tuple[Proposal | None, list[int]]:
+    def finish(
+        self, kv_owner: str | None, *, with_draft_probs: bool
+    ) -> tuple[Proposal | None, list[int]]:
         """The proposal, and the rank of each of its nodes among its siblings."""
         count = len(self.token_ids)
         if count == 0:
@@ -68,7 +70,9 @@ class Chain:
         # The last token was drawn, and not run.
         proposal = Proposal(
             TokenTree.chain(self.token_ids),
-            draft_probs=torch.stack(self.laws) if with_laws and self.laws else None,
+            draft_probs=torch.stack(self.draft_probs)
+            if with_draft_probs and self.draft_probs
+            else None,
             confidence=self.confidence,
             draft_slots={} if kv_owner is None else {kv_owner: [*range(1, count), None]},
         )
@@ -76,13 +80,13 @@ class Chain:
 
 
 @dataclass(slots=True)
-class Growth:
+class TreeBuilder:
     """The tree of one sequence while it grows. `frontier` holds the nodes whose children are drawn
     next."""
 
     row: DraftRequest
-    law: DraftLaw
-    least: float
+    sampling: DraftSampling
+    min_probability: float
     """Nodes that are reached with a smaller chance have no children."""
     plan: Drafting
     ranks: RankAcceptance
@@ -96,7 +100,7 @@ class Growth:
     _node_ranks: list[int] = field(default_factory=list)
     _confidence: list[float] = field(default_factory=list)
     _joint: list[float] = field(default_factory=list)
-    _laws: list[Tensor] = field(default_factory=list)
+    _draft_probs: list[Tensor] = field(default_factory=list)
     _run_token_ids: list[int] = field(default_factory=list)
     """Of the root and the nodes that were run, or are to be run in the next pass, by slot."""
     _run_parents: list[int] = field(default_factory=lambda: [-1])
@@ -116,12 +120,14 @@ class Growth:
         if min(row.max_draft_tokens, row.max_depth) < 1:
             self.frontier = []
 
-    def spot(self, node: int) -> Spot:
+    def draft_position(self, node: int) -> DraftPosition:
         """A frontier node, as one whose children are to be drawn."""
         path = () if node == ROOT else self.paths[node]
         if self._shape is None:
-            return Spot(self.law, path, node + 1, self.plan.branching)
-        return Spot(self.law, path, node + 1, len(self._shape.children(self._shape_node(node))))
+            return DraftPosition(self.sampling, path, node + 1, self.plan.branching)
+        return DraftPosition(
+            self.sampling, path, node + 1, len(self._shape.children(self._shape_node(node)))
+        )
 
     def _shape_node(self, node: int) -> int:
         return ROOT if node == ROOT else self._shape_nodes[node]
@@ -138,8 +144,8 @@ class Growth:
         self._node_ranks += range(count)
         self._confidence += children.confidence
         self._joint += [above * chance for chance in children.confidence]
-        if children.laws is not None:
-            self._laws += children.laws
+        if children.draft_probs is not None:
+            self._draft_probs += children.draft_probs
         if self._shape is not None:
             self._shape_nodes += self._shape.children(self._shape_node(parent))[:count]
 
@@ -153,7 +159,7 @@ class Growth:
             self.frontier = [
                 node
                 for node in level
-                if shape.children(self._shape_nodes[node]) and joint[node] >= self.least
+                if shape.children(self._shape_nodes[node]) and joint[node] >= self.min_probability
             ]
         self._num_done = len(self._run_token_ids)
         for node in self.frontier:
@@ -170,8 +176,8 @@ class Growth:
         room = max(0, min(plan.branching, row.num_slots + 1 - len(self._run_token_ids)))
         likely = [node for node in level if joint[node] > plan.threshold]
         best = sorted(likely, key=lambda node: -joint[node])[:room]
-        least = max(self._kept_joint(), self.least)
-        return sorted(node for node in best if joint[node] >= least)
+        min_probability = max(self._kept_joint(), self.min_probability)
+        return sorted(node for node in best if joint[node] >= min_probability)
 
     def _kept_joint(self) -> float:
         """The joint probability below which a node is not proposed whatever follows: its children
@@ -192,13 +198,17 @@ class Growth:
             num_computed=self._num_done,
         )
 
-    def finish(self, kv_owner: str | None, *, with_laws: bool) -> tuple[Proposal | None, list[int]]:
+    def finish(
+        self, kv_owner: str | None, *, with_draft_probs: bool
+    ) -> tuple[Proposal | None, list[int]]:
         """The proposal, and the rank of each of its nodes among its siblings."""
         if not self.token_ids:
             return None, []
         proposal = Proposal(
             TokenTree(self.token_ids, self.parents),
-            draft_probs=torch.stack(self._laws) if with_laws and self._laws else None,
+            draft_probs=torch.stack(self._draft_probs)
+            if with_draft_probs and self._draft_probs
+            else None,
             confidence=share_among_siblings(self.parents, self._confidence),
             draft_slots={} if kv_owner is None else {kv_owner: self.offsets},
         )

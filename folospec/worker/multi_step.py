@@ -1,11 +1,11 @@
 """Decides how many tokens a plain step decodes before the host looks at them.
 
     step by step   pass, draw | host | pass, draw | host | pass, draw | host
-    ahead          pass, draw, pass, draw, pass, draw                 | host
+    multi-step     pass, draw, pass, draw, pass, draw                 | host
 
 The tokens are the same: the same kernels draw them with the same noise. They are committed like a
 run of accepted drafts, so that an output may end within it; and their slots are reserved like those
-of drafts, so that they are given up first when blocks are short. Beside drafters it is done in the
+of drafts, so that they are given up first when blocks are short. With drafters, it is done in the
 steps for which the planner wants no drafts.
 """
 
@@ -21,8 +21,8 @@ from folospec.worker.model_runner import ModelRunner
 DEFAULT = 8
 
 
-class RunAhead:
-    """Decides how far a step goes; the worker goes there.
+class MultiStep:
+    """Decides how many tokens a step decodes; the worker decodes them.
 
     Args:
         needs: what the drafters want of every pass.
@@ -38,7 +38,7 @@ class RunAhead:
         needs: DrafterNeeds,
     ) -> None:
         self.target = target
-        wanted, speculative = config.run_ahead, config.speculative
+        wanted, speculative = config.multi_step, config.speculative
         obstacle = None
         if target.graphs is None:
             obstacle = "where no CUDA graphs run"
@@ -49,7 +49,7 @@ class RunAhead:
         elif config.logprobs_mode == "processed_logprobs":
             obstacle = "with logprobs_mode='processed_logprobs'"
         if obstacle is not None and wanted not in (None, 1):
-            raise ValueError(f"run_ahead must be None or 1 {obstacle}, got {wanted}")
+            raise ValueError(f"multi_step must be None or 1 {obstacle}, got {wanted}")
         self.length = 1 if obstacle is not None else wanted or DEFAULT
         """Most tokens of a step."""
 
@@ -68,7 +68,7 @@ class RunAhead:
     def warm_up(self, max_num_seqs: int) -> None:
         """Record what steps will want."""
         if self.is_on:
-            self.target.warm_up_run_ahead(max_num_seqs, self.lengths)
+            self.target.warm_up_multi_step(max_num_seqs, self.lengths)
 
     def plan(self, candidates: Iterable[Sequence]) -> dict[str, int]:
         """How many slots to reserve behind the last token of each sequence, by seq_id."""

@@ -19,9 +19,11 @@ BLOCK_SIZE = 4
 BLOCK_TABLE = [6, 1, 9, 3, 0, 8, 5, 2]
 
 
-def make_runner(folder: str, *, row_at_a_time: bool) -> ModelRunner:
+def make_runner(folder: str, *, batch_invariant_reference: bool) -> ModelRunner:
     model = load_model(folder, dtype=torch.float32, attention="torch")
-    runner = ModelRunner(model, max_num_batched_tokens=64, row_at_a_time=row_at_a_time)
+    runner = ModelRunner(
+        model, max_num_batched_tokens=64, batch_invariant_reference=batch_invariant_reference
+    )
     runner.make_kv(16, BLOCK_SIZE, torch.device("cpu"))
     return runner
 
@@ -62,11 +64,13 @@ def tree_rows(runner: ModelRunner, seed: int) -> torch.Tensor:
 
 
 def test_decode_chunk_chain_and_tree_give_the_same_bits(models: Any) -> None:
-    expected = plain_decode(make_runner(models.target, row_at_a_time=True))
+    expected = plain_decode(make_runner(models.target, batch_invariant_reference=True))
     for chunk in (1, 3, 5, len(TOKENS)):
-        assert torch.equal(prefill(make_runner(models.target, row_at_a_time=True), chunk), expected)
+        assert torch.equal(
+            prefill(make_runner(models.target, batch_invariant_reference=True), chunk), expected
+        )
     for seed in range(5):
-        logits = tree_rows(make_runner(models.target, row_at_a_time=True), seed)
+        logits = tree_rows(make_runner(models.target, batch_invariant_reference=True), seed)
         assert torch.equal(logits, expected[CONTEXT:])
 
 
@@ -76,17 +80,17 @@ def test_keys_in_another_order_give_other_bits(
     """Control: the equality above is of bits, and keys gathered by slot instead would break it."""
     from folospec.worker import input_batch
 
-    expected = plain_decode(make_runner(models.target, row_at_a_time=True))
+    expected = plain_decode(make_runner(models.target, batch_invariant_reference=True))
     real = input_batch._path
     monkeypatch.setattr(
         input_batch, "_path", lambda p, r: [*reversed(real(p, r)[:-1]), real(p, r)[-1]]
     )
-    logits = tree_rows(make_runner(models.target, row_at_a_time=True), 0)
+    logits = tree_rows(make_runner(models.target, batch_invariant_reference=True), 0)
     assert torch.allclose(logits, expected[CONTEXT:], atol=1e-4)
     assert not torch.equal(logits, expected[CONTEXT:])
 
 
 def test_batched_rows_agree_up_to_rounding(models: Any) -> None:
-    expected = plain_decode(make_runner(models.target, row_at_a_time=True))
-    logits = tree_rows(make_runner(models.target, row_at_a_time=False), 1)
+    expected = plain_decode(make_runner(models.target, batch_invariant_reference=True))
+    logits = tree_rows(make_runner(models.target, batch_invariant_reference=False), 1)
     assert torch.allclose(logits, expected[CONTEXT:], atol=1e-4)

@@ -22,7 +22,7 @@ from folospec.models.decoder import Decoder, DecoderLayer, Weight
 from folospec.models.weight_memory import WeightMemory
 
 
-def view_of(
+def self_draft_of(
     model: Model,
     *,
     quantized: bool = False,

@@ -1,5 +1,5 @@
-"""The ratio rules on the device keep the target's law, and judge as the rules of `spec.verify` do,
-which are proven by enumeration: many seeds in one launch."""
+"""The ratio rules on the device keep the target's distribution, and verify as the rules of
+`spec.verify` do, which are proven by enumeration: many seeds in one launch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from chi_square import FALSE_ALARM, chi_square_p_value  # noqa: E402
 from folospec.core.token_tree import TokenTree  # noqa: E402
 from folospec.kernels.gpu import ratio  # noqa: E402
 from folospec.kernels.gpu.sampling import DeviceSampling  # noqa: E402
-from folospec.kernels.gpu.sampling_arrays import Trials, read_trials  # noqa: E402
+from folospec.kernels.gpu.sampling_arrays import PackedProposals, read_ratio_paths  # noqa: E402
 from folospec.spec.acceptance import ACCEPTANCE
 from folospec.spec.proposal import Proposal  # noqa: E402
 from folospec.spec.verify import KeyedCoins  # noqa: E402
@@ -25,14 +25,19 @@ SIBLINGS, CHAIN = [-1, -1], [-1, 0]
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid|divide):RuntimeWarning")
 
 
-def judged(rule, parents, num_seeds=NUM_SEEDS):
-    """Verdicts of the device and of `spec.verify` for drafts that were drawn from their laws."""
+def verified(rule, parents, num_seeds=NUM_SEEDS):
+    """Verdicts of the device and of `spec.verify` for drafts that were drawn from their
+    distributions."""
     generator = torch.Generator().manual_seed(11)
     drafts = DRAFT[[0, 0]] if parents == SIBLINGS else DRAFT
     tokens = torch.stack(
-        [torch.multinomial(law, num_seeds, True, generator=generator) for law in drafts], 1
+        [
+            torch.multinomial(distribution, num_seeds, True, generator=generator)
+            for distribution in drafts
+        ],
+        1,
     )
-    trials, expected = Trials(), []
+    trials, expected = PackedProposals(), []
     for seed, token_ids in enumerate(tokens.tolist()):
         stream = (seed, 0, 100)
         trials.add(stream, 0, token_ids, parents, drafts)
@@ -40,7 +45,7 @@ def judged(rule, parents, num_seeds=NUM_SEEDS):
         verdict = ACCEPTANCE[rule].verify(proposal, TARGET, KeyedCoins(*stream))
         expected.append((verdict.path, verdict.next_token_id))
     result = DeviceSampling().start_ratio(rule, TARGET.to(DEVICE), trials)
-    found = read_trials(result.cpu(), trials)
+    found = read_ratio_paths(result.cpu(), trials)
     return tokens.tolist(), [(j.path, j.token_id) for j in found], expected
 
 
@@ -57,8 +62,8 @@ RULES = [("rejection", SIBLINGS), ("rejection", CHAIN), ("block", CHAIN)]
 
 
 @pytest.mark.parametrize(("rule", "parents"), RULES)
-def test_verdicts_are_those_of_the_proven_rule_and_have_the_targets_law(rule, parents):
-    tokens, found, expected = judged(rule, parents)
+def test_verdicts_are_those_of_the_proven_rule_and_have_the_targets_distribution(rule, parents):
+    tokens, found, expected = verified(rule, parents)
     assert found == expected
     assert {len(path) for path, _ in found} == ({0, 1} if parents == SIBLINGS else {0, 1, 2})
     observed = first_tokens(tokens, found)
@@ -66,14 +71,14 @@ def test_verdicts_are_those_of_the_proven_rule_and_have_the_targets_law(rule, pa
 
 
 def test_a_rule_that_draws_again_from_the_target_is_seen(tmp_path, monkeypatch):
-    """After a rejection the whole law, instead of what the draft has left of it."""
+    """After a rejection the whole distribution, instead of what the draft has left of it."""
     from folospec.kernels.gpu import sampling
 
     gpu_mutants = pytest.importorskip("gpu_mutants")
     old, new = "mass <= EPS", "mass <= 2.0"
     wrong = gpu_mutants.mutant(ratio, old, new, tmp_path)
     monkeypatch.setattr(sampling, "rejection_kernel", wrong.rejection_kernel)
-    tokens, found, expected = judged("rejection", CHAIN, 3 * NUM_SEEDS)
+    tokens, found, expected = verified("rejection", CHAIN, 3 * NUM_SEEDS)
     assert found != expected
     observed = first_tokens(tokens, found)
     assert chi_square_p_value(observed, TARGET[0] * 3 * NUM_SEEDS) < FALSE_ALARM

@@ -1,7 +1,9 @@
-"""Merged proposals keep the law: enumeration in float64, and the mistakes that it must see.
+"""Merged proposals keep the distribution: enumeration in float64, and the mistakes that it must
+see.
 
-Under `rejection` the drafts of several drafters stand side by side, each with its own law. That is
-exact as long as they are independent of each other and nobody chose among them by their tokens.
+Under `rejection` the drafts of several drafters stand side by side, each with its own distribution.
+That is exact as long as they are independent of each other and nobody chose among them by their
+tokens.
 """
 
 import random
@@ -20,7 +22,7 @@ from enumeration import (
     sampled_then_likely,
     without_replacement,
 )
-from test_law import all_trees, prefix_mismatches
+from test_distribution import all_trees, prefix_mismatches
 
 from folospec.core.token_tree import TokenTree
 from folospec.spec.merge import merge_proposals
@@ -34,13 +36,13 @@ each_toy = pytest.mark.parametrize("toy", TOYS, ids=lambda toy: f"{toy.kind}-{to
 
 
 def other(toy, number=1):
-    """The same target's second drafter: its laws are others."""
+    """The same target's second drafter: its distributions are others."""
     return replace(toy, seed=toy.seed + 1000 * number)
 
 
-def without_laws(toy, parents, walk):
-    """Deterministic drafts that leave it open that their laws are one-hot."""
-    return Proposal(draft(toy, parents, most_likely, walk).tree)
+def without_draft_probs(toy, parents, choices):
+    """Deterministic drafts that leave it open that their distributions are one-hot."""
+    return Proposal(draft(toy, parents, most_likely, choices).tree)
 
 
 def merged(toy, *proposals, max_nodes=99, max_draft_tokens=99, max_depth=99):
@@ -54,46 +56,52 @@ def merged(toy, *proposals, max_nodes=99, max_draft_tokens=99, max_depth=99):
     )[0]
 
 
-def two_chains(toy, walk):
-    parts = [draft(toy, CHAIN, sampled, walk), draft(other(toy), CHAIN, sampled, walk)]
+def two_chains(toy, choices):
+    parts = [draft(toy, CHAIN, sampled, choices), draft(other(toy), CHAIN, sampled, choices)]
     return merged(toy, *parts)
 
 
-def two_trees(toy, walk):
-    first = draft(toy, TWIG, without_replacement, walk)
-    return merged(toy, first, draft(other(toy), FORK, without_replacement, walk))
+def two_trees(toy, choices):
+    first = draft(toy, TWIG, without_replacement, choices)
+    return merged(toy, first, draft(other(toy), FORK, without_replacement, choices))
 
 
-def one_hot_before_sampled(toy, walk):
-    return merged(toy, without_laws(toy, TWIG, walk), draft(other(toy), CHAIN, sampled, walk))
+def one_hot_before_sampled(toy, choices):
+    return merged(
+        toy, without_draft_probs(toy, TWIG, choices), draft(other(toy), CHAIN, sampled, choices)
+    )
 
 
-def one_hot_after_sampled(toy, walk):
-    return merged(toy, draft(other(toy), CHAIN, sampled, walk), without_laws(toy, TWIG, walk))
+def one_hot_after_sampled(toy, choices):
+    return merged(
+        toy, draft(other(toy), CHAIN, sampled, choices), without_draft_probs(toy, TWIG, choices)
+    )
 
 
-def one_hot_after_its_own_law(toy, walk):
+def one_hot_after_its_own_distribution(toy, choices):
     """The drafter's likeliest tokens beside its samples: duplicates are the rule."""
-    return merged(toy, draft(toy, FORK, sampled, walk), without_laws(toy, CHAIN, walk))
+    return merged(toy, draft(toy, FORK, sampled, choices), without_draft_probs(toy, CHAIN, choices))
 
 
-def one_hot_twice(toy, walk):
-    return merged(toy, without_laws(toy, TWIG, walk), without_laws(toy, TWIG, walk))
+def one_hot_twice(toy, choices):
+    return merged(
+        toy, without_draft_probs(toy, TWIG, choices), without_draft_probs(toy, TWIG, choices)
+    )
 
 
-def the_same_law_twice(toy, walk):
+def the_same_distribution_twice(toy, choices):
     """Two drafters with one model and noise of their own."""
-    return merged(toy, *(draft(toy, CHAIN, sampled, walk) for _ in range(2)))
+    return merged(toy, *(draft(toy, CHAIN, sampled, choices) for _ in range(2)))
 
 
-def three_drafters(toy, walk):
-    parts = [draft(other(toy, number), ONE, sampled, walk) for number in range(3)]
+def three_drafters(toy, choices):
+    parts = [draft(other(toy, number), ONE, sampled, choices) for number in range(3)]
     return merged(toy, *parts)
 
 
-def mixed_laws_of_one_drafter(toy, walk):
-    first = draft(toy, FORK, sampled_then_likely, walk)
-    return merged(toy, first, draft(other(toy), ONE, sampled, walk))
+def mixed_distributions_of_one_drafter(toy, choices):
+    first = draft(toy, FORK, sampled_then_likely, choices)
+    return merged(toy, first, draft(other(toy), ONE, sampled, choices))
 
 
 MERGES = (
@@ -101,18 +109,18 @@ MERGES = (
     two_trees,
     one_hot_before_sampled,
     one_hot_after_sampled,
-    one_hot_after_its_own_law,
+    one_hot_after_its_own_distribution,
     one_hot_twice,
-    the_same_law_twice,
+    the_same_distribution_twice,
     three_drafters,
-    mixed_laws_of_one_drafter,
+    mixed_distributions_of_one_drafter,
 )
 
 
 @pytest.mark.parametrize("merge", MERGES, ids=lambda merge: merge.__name__)
 @each_toy
-def test_a_merged_proposal_keeps_the_law_under_rejection(toy, merge):
-    assert distance(toy, lambda walk: merge(toy, walk), verify_rejection, 3) < EXACT
+def test_a_merged_proposal_keeps_the_distribution_under_rejection(toy, merge):
+    assert distance(toy, lambda choices: merge(toy, choices), verify_rejection, 3) < EXACT
 
 
 @pytest.mark.parametrize(
@@ -120,26 +128,27 @@ def test_a_merged_proposal_keeps_the_law_under_rejection(toy, merge):
     [{"max_nodes": 3}, {"max_nodes": 2}, {"max_depth": 1}, {"max_draft_tokens": 4}],
     ids=str,
 )
-def test_leaving_out_what_does_not_fit_keeps_the_law(limits):
+def test_leaving_out_what_does_not_fit_keeps_the_distribution(limits):
     for toy in TOYS[::2]:
 
-        def drafter(walk, toy=toy):
-            first = draft(toy, TWIG, without_replacement, walk)
-            second = draft(other(toy), CHAIN, sampled, walk)
+        def drafter(choices, toy=toy):
+            first = draft(toy, TWIG, without_replacement, choices)
+            second = draft(other(toy), CHAIN, sampled, choices)
             return merged(toy, first, second, **limits)
 
         assert distance(toy, drafter, verify_rejection, 3) < EXACT
 
 
-def test_a_cut_that_depends_on_how_much_the_first_had_to_say_keeps_the_law():
-    """Where its law runs out of tokens, the first drafter leaves more room to the second."""
+def test_a_cut_that_depends_on_how_much_the_first_had_to_say_keeps_the_distribution():
+    """Where its distribution runs out of tokens, the first drafter leaves more room to the
+    second."""
     lengths = set()
     for toy in TOYS:
 
-        def drafter(walk, toy=toy):
-            first = draft(toy, FORK, without_replacement, walk)
+        def drafter(choices, toy=toy):
+            first = draft(toy, FORK, without_replacement, choices)
             possible = [n for n in (0, 1) if toy.draft(())[first.tree.token_ids[n]] > 0]
-            second = draft(other(toy), CHAIN, sampled, walk)
+            second = draft(other(toy), CHAIN, sampled, choices)
             proposal = merged(toy, first.prune(possible), second, max_nodes=3)
             lengths.add(len(possible))
             return proposal
@@ -153,7 +162,8 @@ def test_a_cut_that_depends_on_how_much_the_first_had_to_say_keeps_the_law():
 
 def distances(drafter, toys=CROWDED_TOYS):
     return sorted(
-        distance(toy, lambda walk, toy=toy: drafter(toy, walk), verify_rejection, 3) for toy in toys
+        distance(toy, lambda choices, toy=toy: drafter(toy, choices), verify_rejection, 3)
+        for toy in toys
     )
 
 
@@ -165,10 +175,10 @@ def assert_seen(drafter, most):
 
 
 def test_one_node_for_equal_drafts_of_two_drafters_is_seen():
-    """Uniting them keeps one law and loses the other's trial."""
+    """Uniting them keeps one distribution and loses the other's trial."""
 
-    def drafter(toy, walk):
-        parts = [draft(toy, ONE, sampled, walk), draft(other(toy), ONE, sampled, walk)]
+    def drafter(toy, choices):
+        parts = [draft(toy, ONE, sampled, choices), draft(other(toy), ONE, sampled, choices)]
         proposal, sources = merge_proposals(
             parts,
             max_nodes=9,
@@ -177,11 +187,11 @@ def test_one_node_for_equal_drafts_of_two_drafters_is_seen():
             unite=True,
             vocab_size=toy.vocab_size,
         )
-        laws = torch.zeros(len(proposal), toy.vocab_size, dtype=torch.float64)
+        distributions = torch.zeros(len(proposal), toy.vocab_size, dtype=torch.float64)
         for part, nodes in reversed(list(zip(parts, sources, strict=True))):
             for node, place in nodes.items():
-                laws[place] = part.draft_probs[node]
-        return replace(proposal, draft_probs=laws)
+                distributions[place] = part.draft_probs[node]
+        return replace(proposal, draft_probs=distributions)
 
     assert_seen(drafter, 0.05)
 
@@ -189,16 +199,16 @@ def test_one_node_for_equal_drafts_of_two_drafters_is_seen():
 def test_two_drafters_that_share_their_noise_are_seen():
     """They draw the same token, and report it as two independent draws."""
 
-    def drafter(toy, walk):
-        proposal = draft(toy, ONE, sampled, walk)
+    def drafter(toy, choices):
+        proposal = draft(toy, ONE, sampled, choices)
         return merged(toy, proposal, proposal)
 
     assert_seen(drafter, 0.05)
 
 
-def likeliest_sample(toy, walk):
-    """A dynamic tree of sampled drafts: each node's own token decides whether it is judged."""
-    parts = [draft(toy, ONE, sampled, walk), draft(other(toy), ONE, sampled, walk)]
+def likeliest_sample(toy, choices):
+    """A dynamic tree of sampled drafts: each node's own token decides whether it is verified."""
+    parts = [draft(toy, ONE, sampled, choices), draft(other(toy), ONE, sampled, choices)]
     proposal = merged(toy, *parts)
     chances = [float(proposal.draft_probs[n, proposal.tree.token_ids[n]]) for n in (0, 1)]
     return proposal.prune([chances.index(max(chances))])
@@ -210,21 +220,22 @@ def test_a_tree_that_keeps_its_likeliest_samples_is_seen():
 
 @each_toy
 def test_a_tree_that_keeps_its_likeliest_samples_is_exact_if_they_are_called_one_hot(toy):
-    def drafter(walk):
-        return replace(likeliest_sample(toy, walk), draft_probs=None)
+    def drafter(choices):
+        return replace(likeliest_sample(toy, choices), draft_probs=None)
 
     assert distance(toy, drafter, verify_rejection, 2) < EXACT
 
 
-def test_one_hot_drafts_with_the_law_of_a_sampled_one_are_seen():
-    """The law of the model whose likeliest token was taken stands for that of the choice."""
+def test_one_hot_drafts_with_the_distribution_of_a_sampled_one_are_seen():
+    """The distribution of the model whose likeliest token was taken stands for that of the
+    choice."""
 
-    def drafter(toy, walk):
-        proposal = one_hot_after_sampled(toy, walk)
-        laws = proposal.draft_probs.clone()
+    def drafter(toy, choices):
+        proposal = one_hot_after_sampled(toy, choices)
+        distributions = proposal.draft_probs.clone()
         for node in proposal.tree.children()[1:]:
-            laws[node] = torch.tensor(toy.draft(()))
-        return replace(proposal, draft_probs=laws)
+            distributions[node] = torch.tensor(toy.draft(()))
+        return replace(proposal, draft_probs=distributions)
 
     assert_seen(drafter, 0.1)
 

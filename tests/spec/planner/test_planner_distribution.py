@@ -1,4 +1,5 @@
-"""Pruning keeps the law of sampled drafts: enumeration in float64, with the planner itself."""
+"""Pruning keeps the distribution of sampled drafts: enumeration in float64, with the planner
+itself."""
 
 from __future__ import annotations
 
@@ -22,15 +23,15 @@ PAIRS = CostCurve({1: 1.0, 2: 1.8, 64: 1.8})
 EACH_TOY = pytest.mark.parametrize("toy", TOYS[::2], ids=lambda toy: f"{toy.kind}-{toy.seed}")
 
 
-def pruned(proposal, stated, *, curve=DEAR, follows_draws=False):
+def pruned(proposal, confidence, *, curve=DEAR, follows_draws=False):
     """What the planner leaves of a proposal, given what is stated of its nodes."""
     planner = Planner([Source("draft", 8, False)], curve)
     tree = proposal.tree
-    offer = planner.offer(
-        "draft", "s", tree.parents, tree.depths, stated, follows_draws=follows_draws
+    scored = planner.score(
+        "draft", "s", tree.parents, tree.depths, confidence, follows_draws=follows_draws
     )
-    planner.prune([offer], SHAPE, 0.0)
-    return proposal.prune(offer.kept)
+    planner.prune([scored], SHAPE, 0.0)
+    return proposal.prune(scored.kept)
 
 
 def by_rank(parents, chances):
@@ -52,11 +53,11 @@ SHAPES = {"chain": [-1, 0, 1], "fork": [-1, -1], "tree": [-1, -1, 0, 0, 1]}
 @EACH_TOY
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("drawing", [sampled, without_replacement], ids=lambda d: d.__name__)
-def test_pruning_by_rank_keeps_the_law(toy, shape, drawing):
+def test_pruning_by_rank_keeps_the_distribution(toy, shape, drawing):
     parents, sizes = SHAPES[shape], set()
 
-    def drafter(walk):
-        proposal = pruned(draft(toy, parents, drawing, walk), by_rank(parents, [0.7, 0.2, 0.1]))
+    def drafter(choices):
+        proposal = pruned(draft(toy, parents, drawing, choices), by_rank(parents, [0.7, 0.2, 0.1]))
         sizes.add(len(proposal))
         return proposal
 
@@ -66,17 +67,17 @@ def test_pruning_by_rank_keeps_the_law(toy, shape, drawing):
 
 
 @EACH_TOY
-def test_pruning_a_chain_by_depth_keeps_the_law_of_block_verification(toy):
-    def drafter(walk):
-        return pruned(draft(toy, SHAPES["chain"], sampled, walk), [0.7, 0.7, 0.5])
+def test_pruning_a_chain_by_depth_keeps_the_distribution_of_block_verification(toy):
+    def drafter(choices):
+        return pruned(draft(toy, SHAPES["chain"], sampled, choices), [0.7, 0.7, 0.5])
 
     assert distance(toy, drafter, verify_block, 3) < EXACT
 
 
 @EACH_TOY
 def test_deterministic_drafts_may_be_pruned_by_their_tokens(toy):
-    def drafter(walk):
-        proposal = draft(toy, SHAPES["tree"], most_likely, walk)
+    def drafter(choices):
+        proposal = draft(toy, SHAPES["tree"], most_likely, choices)
         return pruned(proposal, by_token(toy, proposal))
 
     assert distance(toy, drafter, verify_rejection, 3) < EXACT
@@ -84,8 +85,8 @@ def test_deterministic_drafts_may_be_pruned_by_their_tokens(toy):
 
 def test_control_pruning_drawn_tokens_by_their_probability_is_seen():
     def drafter_of(toy):
-        def drafter(walk):
-            proposal = draft(toy, [-1], sampled, walk)
+        def drafter(choices):
+            proposal = draft(toy, [-1], sampled, choices)
             return pruned(proposal, by_token(toy, proposal))
 
         return drafter
@@ -98,15 +99,15 @@ def test_control_pruning_drawn_tokens_by_their_probability_is_seen():
 def phrase_behind_even_tokens(toy, *, follows_draws, sizes):
     """A drafter of one drawn token, and behind an even one another that is certain."""
 
-    def drafter(walk):
-        root = draft(toy, [-1], sampled, walk)
+    def drafter(choices):
+        root = draft(toy, [-1], sampled, choices)
         token_id = root.tree.token_ids[0]
         proposal = root
         if token_id % 2 == 0:
             phrase = torch.zeros_like(root.draft_probs)
             phrase[0, 1] = 1.0
-            laws = torch.cat([root.draft_probs, phrase])
-            proposal = Proposal(TokenTree([token_id, 1], [-1, 0]), draft_probs=laws)
+            distributions = torch.cat([root.draft_probs, phrase])
+            proposal = Proposal(TokenTree([token_id, 1], [-1, 0]), draft_probs=distributions)
         left = pruned(proposal, None, curve=PAIRS, follows_draws=follows_draws)
         sizes.add((len(proposal), len(left)))
         return left
@@ -118,7 +119,7 @@ FOUR_TOKENS = [Toy("dense", seed, vocab_size=4) for seed in range(200, 204)]
 
 
 @pytest.mark.parametrize("toy", FOUR_TOKENS, ids=lambda toy: str(toy.seed))
-def test_a_draft_whose_shape_follows_a_drawn_token_is_kept_whole_and_keeps_the_law(toy):
+def test_a_draft_whose_shape_follows_a_drawn_token_is_kept_whole_and_keeps_the_distribution(toy):
     sizes = set()
     drafter = phrase_behind_even_tokens(toy, follows_draws=True, sizes=sizes)
     assert distance(toy, drafter, verify_rejection, 3) < EXACT
@@ -147,8 +148,8 @@ def test_what_a_draft_counts_for_beside_others_looks_at_its_shape_only_if_that_i
     worths = set()
     for parents in ([-1], [-1, 0, 1, 2]):
         planner = Planner([Source("draft", 8, False)], DEAR)
-        offer = planner.offer(
+        scored = planner.score(
             "draft", "s", parents, range(1, len(parents) + 1), None, follows_draws=follows_draws
         )
-        worths.add(offer.net(0.1))
+        worths.add(scored.net(0.1))
     assert len(worths) == (1 if follows_draws else 2)
