@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-WRITTEN_BY_TOOLS = ("docs/plots", "folospec/demo_models", "benchmarks/results")
+WRITTEN_BY_TOOLS = ("docs/pictures", "docs/plots", "folospec/demo_models", "benchmarks/results")
 
 
 def faults(text: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The floors of the house: imports go down only, `core` has no torch, the library never prints."""
+"""The layers: imports go down only, `core` has no torch, the library never prints."""
 
 import ast
 import sys

@@ -166,7 +166,7 @@ def _softened(logits: Tensor, peak: Tensor, params: list[SamplingParams]) -> Ten
 
 
 def _tempered(logits: Tensor, peak: Tensor, params: list[SamplingParams]) -> Tensor:
-    scaled = _scale(logits, peak, params)
+    scaled = _apply_temperature(logits, peak, params)
     total = _weights(scaled).sum(-1, keepdim=True)
     return (scaled - _log_of_weight(total, logits.shape[1])).to(logits.dtype)
 
@@ -175,7 +175,7 @@ def _filtered(logits: Tensor, peak: Tensor, params: list[SamplingParams]) -> Ten
     """top_k, top_p and min_p: each keeps some most likely tokens, so the least number decides."""
     vocab_size = logits.shape[1]
     ordered = sort_descending(logits)
-    scaled = _scale(ordered, peak, params)
+    scaled = _apply_temperature(ordered, peak, params)
     weights = _weights(scaled)
     top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
     count = _column(top_k, logits, torch.int64)
@@ -190,11 +190,11 @@ def _filtered(logits: Tensor, peak: Tensor, params: list[SamplingParams]) -> Ten
         floor = _column([math.log(p.min_p) if p.min_p > 0 else NEG_INF for p in params], logits)
         count = torch.minimum(count, (scaled >= floor).sum(-1, keepdim=True))
     log_total_weight = _log_of_weight(sums.gather(-1, count - 1), vocab_size)
-    log_probs = _scale(logits, peak, params).sub_(log_total_weight).to(logits.dtype)
+    log_probs = _apply_temperature(logits, peak, params).sub_(log_total_weight).to(logits.dtype)
     return torch.where(keep_largest(logits, ordered, count), log_probs, NEG_INF)
 
 
-def _scale(logits: Tensor, peak: Tensor, params: list[SamplingParams]) -> Tensor:
+def _apply_temperature(logits: Tensor, peak: Tensor, params: list[SamplingParams]) -> Tensor:
     # The peak goes first: a tiny temperature then makes -inf of the others, and never inf - inf.
     scaled = logits.double() - peak
     if all(p.temperature == 1 for p in params):

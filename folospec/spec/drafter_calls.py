@@ -17,7 +17,7 @@ from folospec.spec.checks import AnswerLimits, ProposalChecks, take_answers, tak
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.drafters.base import DraftRequest
 from folospec.spec.guarded_runner import SlotRange
-from folospec.spec.planner.planner import FixedPlanner
+from folospec.spec.planner.planner import DraftLimit
 from folospec.spec.planner.step_planner import StepPlanner
 from folospec.spec.proposal import Proposal
 from folospec.spec.read_only import ReadOnlyList
@@ -40,14 +40,14 @@ class DrafterCalls:
     that it does to either reaches the engine.
 
     Args:
-        limits: most draft tokens of a sequence.
+        limit: most draft tokens of a sequence.
         step_planner: what the plan allows, if there is one.
         strict: raise what a drafter raises.
     """
 
     def __init__(
         self,
-        limits: FixedPlanner,
+        limit: DraftLimit,
         step_planner: StepPlanner | None,
         manager: KVCacheManager,
         stats: EngineStats,
@@ -57,7 +57,7 @@ class DrafterCalls:
         device: torch.device,
         strict: bool,
     ) -> None:
-        self._limits, self._step_planner = limits, step_planner
+        self._limit, self._step_planner = limit, step_planner
         self._manager, self._stats = manager, stats
         self._checks = ProposalChecks(rule, vocab_size, device)
         self._strict = strict
@@ -86,7 +86,7 @@ class DrafterCalls:
 
     def max_draft_tokens(self, step: SequenceStep) -> int:
         wanted = step.group.params.num_speculative_tokens
-        return min(self._limits.num_draft_tokens(wanted), step.num_draft_slots)
+        return min(self._limit.num_draft_tokens(wanted), step.num_draft_slots)
 
     def max_depth(self, step: SequenceStep) -> int:
         return step.group.room(step.seq) - 1

@@ -23,7 +23,7 @@ from folospec.spec.drafter_calls import DrafterCalls
 from folospec.spec.drafter_handle import DrafterHandle
 from folospec.spec.drafter_updates import DrafterUpdates
 from folospec.spec.merge import merge_proposals
-from folospec.spec.planner.planner import FixedPlanner
+from folospec.spec.planner.planner import DraftLimit
 from folospec.spec.planner.step_cost import UNKNOWN_COSTS, Costs
 from folospec.spec.planner.step_planner import StepPlanner
 from folospec.spec.proposal import Proposal
@@ -59,7 +59,7 @@ class Proposer:
         self.merge = config.merge if config else False
         self.acceptance = config.acceptance if config else "coupled"
         self.rule = ACCEPTANCE[self.acceptance]
-        self.planner = FixedPlanner(self.limit)
+        self.draft_limit = DraftLimit(self.limit)
         # On a shared machine a step may wait for a core, which says nothing of what it costs. Where
         # the work is not this thread's alone, what others do while it sleeps counts all the same.
         is_alone = device.type == "cpu" and torch.get_num_threads() == 1
@@ -76,7 +76,7 @@ class Proposer:
                 clock=self.clock,
             )
         self.calls = DrafterCalls(
-            self.planner,
+            self.draft_limit,
             self.step_planner,
             manager,
             stats,
@@ -128,7 +128,7 @@ class Proposer:
         group = seq.group
         assert group is not None
         drafters = self._asked(group, seq)
-        length = self.planner.num_draft_tokens(group.params.num_speculative_tokens)
+        length = self.draft_limit.num_draft_tokens(group.params.num_speculative_tokens)
         if not drafters or length == 0 or group.room(seq) <= 1:
             return 0
         if self.merge:

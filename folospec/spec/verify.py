@@ -11,9 +11,10 @@ parent's row:
 
 - `verify_coupled` descends while a child has the token that the target drew. Its output is what
   plain sampling emits with the same noise, token for token, whatever the tree.
-- `verify_rejection` and `verify_block` keep the distribution only. They need the drafts' true
-distributions, and
-  coins that are independent of the noise with which the drafts were drawn.
+- `verify_rejection` and `verify_block`, the ratio rules, keep the distribution only. They need the
+  drafts' true distributions, and coins that are independent of the noise of the drafts.
+
+On a CPU and on a GPU kernels do the same for all sequences at once; see `spec.verify_batch`.
 
 All work in the dtype of `target_probs`. Greedy targets are one-hot rows, never a softmax.
 """

@@ -3,14 +3,14 @@
 Plain steps and speculative ones take the same way: the pipeline runs over all rows, each with its
 node's own path as history, and a plain step is a tree without nodes.
 
-    rule          distribution wanted?   from logits to tokens
-    coupled       no            constrain, then one call of kernels that draws and verifies
-    coupled       yes           process, then draw_target
-    ratio rules                 process, then draw_target for rows without drafts; the rule for the
-                                others
+    rule          log-probs wanted?   from logits to tokens
+    coupled       no                  constrain, then one call of kernels that draws and verifies
+    coupled       yes                 process, then draw_target
+    ratio rules                       process, then draw_target for sequences without a draft, and
+                                      the rule (rejection, block) for the others
 
-Where there are no kernels for the logits, and for rules that are registered, the second line stands
-for the first too. On a GPU every line is a few launches, and the host reads once.
+Without kernels for the logits, and for registered rules, `coupled` always takes the second way. On
+a GPU each way is a few launches, and the host reads once.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _AUTO_DRAFT_TOKENS = 8
 """Most of a draft model under "auto"; how many of them pay is found while it runs."""
 
 
-def chosen_drafters(config: EngineConfig) -> tuple[DrafterConfig, ...]:
+def resolve_drafters(config: EngineConfig) -> tuple[DrafterConfig, ...]:
     """The drafters that are asked for. "auto" is suffix, which any target can have, and a draft
     model if one is named or comes with the target."""
     if config.speculative is None:
@@ -56,7 +56,7 @@ def make_drafters(
     handles: list[DrafterHandle] = []
     counts: Counter[str] = Counter()
     speculative = config.speculative
-    for stream, drafter in enumerate(chosen_drafters(config)):
+    for stream, drafter in enumerate(resolve_drafters(config)):
         counts[drafter.method] += 1
         number, access = counts[drafter.method], RunnerAccess()
         context = DrafterContext(

@@ -19,7 +19,7 @@ from folospec.spec.drafters.base import Drafter, check_drafter
 from folospec.spec.guarded_runner import GuardedRunner, RunnerAccess
 from folospec.speculative_config import AUTO
 from folospec.worker.cuda import capture
-from folospec.worker.drafter_loading import chosen_drafters, make_drafters
+from folospec.worker.drafter_loading import make_drafters, resolve_drafters
 from folospec.worker.kv_cache import kv_bytes_per_block
 from folospec.worker.memory import graph_bytes, kv_budget
 from folospec.worker.model_runner import ModelRunner
@@ -73,7 +73,7 @@ def load_components(config: EngineConfig) -> EngineComponents:
     if config.speculative is not None:
         import folospec.spec.drafters  # noqa: F401 - registers the drafters that come with folospec
 
-        for drafter in chosen_drafters(config):
+        for drafter in resolve_drafters(config):
             check_drafter(drafter.method)
         spec = config.speculative
         check_acceptance(spec.acceptance, allow_lossy=spec.allow_lossy, merge=spec.merge)

@@ -2,8 +2,9 @@
 
 Core gets integers; what they rest on stays here.
 
-    plan      who is asked, and how deep: acceptance so far, against the cost of a step and a draft
-    offer     a proposal came: its confidence, corrected by what came of earlier ones
+    plan      which drafters run, and how deep: acceptance so far, against the cost of a step and a
+              draft
+    score     a proposal came: its confidence, corrected by what came of earlier ones
     prune     which nodes the target verifies
     observe   what became of them
     record    how long it took
@@ -44,8 +45,8 @@ _ARRIVALS_OVER = 8
 """After so many steps without a new sequence nobody is expected to come."""
 
 
-class FixedPlanner:
-    """The same number of draft tokens in every step.
+class DraftLimit:
+    """How many draft tokens a sequence may have in a step, at most.
 
     Args:
         limit: most draft tokens per sequence and step, of all drafters together.
@@ -228,7 +229,7 @@ class Planner:
         Args:
             rows: the asked sequences, and how many tokens each has.
             depths: how deep each answer went.
-            lag: tokens that had to be caught up with, all together, besides one for each.
+            num_uncomputed: tokens that had to be computed first, in all, besides one for each.
         """
         self.estimates.note_seen(name, rows)
         # How fast the machine was is known when the step is over.
@@ -242,7 +243,7 @@ class Planner:
     def better(
         self, first: ScoredProposal | None, second: ScoredProposal | None
     ) -> ScoredProposal | None:
-        """Of two offers for one sequence, the one that brings more; the first of equal ones."""
+        """Of two proposals for one sequence, the one that brings more; the first of equal ones."""
         if first is None or second is None:
             return first or second
         return second if second.net(self._plan.price) > first.net(self._plan.price) else first
@@ -271,7 +272,7 @@ class Planner:
         is kept as it is. Of a probe the likeliest path is kept, two levels of it.
 
         Args:
-            drafting: seconds that were spent on the offers.
+            drafting: seconds that were spent on the proposals.
         """
         num_nodes = sum(len(scored.parents) for scored in proposals)
         seconds = self._plan.seconds(shape, num_nodes)
@@ -284,7 +285,7 @@ class Planner:
 
     def observe(self, scored: ScoredProposal, path: Sequence[int]) -> None:
         """Learn from a verdict: `path` are the accepted nodes, as they are numbered in the
-        offer."""
+        proposal."""
         if not self.learns:
             return
         self._learning.num_accepted += len(path) * self._plan.weights.get(scored.seq_id, 1.0)

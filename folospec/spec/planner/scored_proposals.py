@@ -89,7 +89,7 @@ def _likely_path(scored: ScoredProposal) -> list[int]:
 
 
 def learn_from_path(record: AcceptanceRecord, scored: ScoredProposal, path: Sequence[int]) -> None:
-    """Learn from a verdict: `path` are the accepted nodes, as they are numbered in the offer."""
+    """Learn from a verdict: `path` are the accepted nodes, as they are numbered in it."""
     seq_id, accepted = scored.seq_id, set(path)
     parents_tried = {-1, *path}
     for node in scored.kept if scored.confidence is not None else ():
