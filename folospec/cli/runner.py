@@ -31,15 +31,39 @@ def bad_input() -> Iterator[None]:
     """Turn the refusal of what the user gave into one line on stderr and exit code 2.
 
     Only admission belongs inside: a ValueError from anywhere else is a defect, and keeps its
-    traceback.
+    traceback. A Ctrl-C stays one, although a library may turn it into another error: one that
+    arrives while torch looks at an argument says that the argument has no shape.
     """
+    interrupts: list[int] = []
     try:
-        yield
+        with _noted(interrupts):
+            yield
     except (ValueError, OSError) as error:
+        if interrupts:
+            raise KeyboardInterrupt from None
         if isinstance(error, OSError) and error.errno in (*_CANNOT_WRITE, errno.EPIPE):
             raise  # no input is wrong
         typer.echo(f"folospec: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
+@contextmanager
+def _noted(interrupts: list[int]) -> Iterator[None]:
+    """Add every SIGINT to the list, and hand it on to the handler from before."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        interrupts.append(signum)
+        previous(signum, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

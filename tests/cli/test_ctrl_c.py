@@ -92,3 +92,23 @@ def test_sigint_ends_the_real_command_with_130(target):
     assert "Traceback" not in err.decode()
     told = err.decode().splitlines()[-1]  # after a warning, where there is no compiler
     assert told.startswith("interrupted: ")
+
+
+@pytest.mark.parametrize("is_pressed", [True, False])
+def test_a_ctrl_c_that_a_library_turns_into_a_value_error_stays_one(
+    folospec, target, monkeypatch, is_pressed
+):
+    def load(self, config):
+        try:
+            if is_pressed:
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            raise ValueError("could not determine the shape of an object")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("folospec.engine.llm_engine.LLMEngine.__init__", load)
+    result = folospec("generate", PROMPT, "--model", target)
+    words = "interrupted" if is_pressed else "could not determine the shape of an object"
+    assert result.exit_code == (130 if is_pressed else 2)
+    assert result.stderr == f"folospec: {words}\n"
+    assert signal.getsignal(signal.SIGINT) is before
