@@ -63,8 +63,9 @@ lint-format: install
 lint-types: install
 	$(BIN)/mypy
 
+lint-spelling: TEXTS := $(wildcard *.md) .github .ci folospec tests benchmarks gpu_check docs examples training
 lint-spelling: install
-	git ls-files -z | xargs -0 $(BIN)/codespell
+	$(BIN)/codespell $(TEXTS)
 
 lint-cpp: install
 	$(BIN)/clang-format --dry-run --Werror $(CPP)

@@ -1,5 +1,6 @@
-"""Names the lines of text files under git that end in blanks, and the files that do not end in
-exactly one newline. Files that a tool writes are left out.
+"""Names the lines of text files that end in blanks, and the files that do not end in exactly one
+newline: of those under git, or where git does not answer, of the folders below. Files that a tool
+writes are left out.
 
     python .ci/whitespace.py [FOLDER]
 """
@@ -11,6 +12,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+FOLDERS = (
+    *(".ci", ".github", "benchmarks", "docs", "examples", "folospec", "gpu_check", "tests"),
+    "training",
+)
 WRITTEN_BY_TOOLS = ("docs/pictures", "docs/plots", "folospec/demo_models", "benchmarks/results")
 
 
@@ -24,11 +29,23 @@ def faults(text: str) -> Iterator[str]:
         yield f"{len(lines)}: the file does not end in exactly one newline"
 
 
-def texts(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield the name and the content of every text file under git."""
+def names(root: Path) -> list[str]:
+    """The files to look at, below the root."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    for name in filter(None, listed.stdout.split("\0")):
+    try:
+        listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, another's repository
+        found = [
+            *root.glob("*.*"),
+            *(path for name in FOLDERS for path in (root / name).rglob("*")),
+        ]
+        return [p.relative_to(root).as_posix() for p in found if "__pycache__" not in p.parts]
+    return list(filter(None, listed.stdout.split("\0")))
+
+
+def texts(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name and the content of every text file."""
+    for name in names(root):
         path = root / name
         if name.startswith(WRITTEN_BY_TOOLS) or path.is_symlink() or not path.is_file():
             continue

@@ -95,3 +95,14 @@ def test_whitespace_is_checked_in_text_files_under_git(
     assert capsys.readouterr().out == "a.md:1: blanks at the end of the line\n"
     (tmp_path / "a.md").write_text("a\n")
     assert whitespace["main"](tmp_path) == 0
+
+
+def test_whitespace_is_checked_without_git_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    for name, content in (("docs", "a \n"), ("build", "a \n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.md").write_text(content)
+    assert whitespace["main"](tmp_path) == 1
+    assert capsys.readouterr().out == "docs/a.md:1: blanks at the end of the line\n"
