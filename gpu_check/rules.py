@@ -34,7 +34,7 @@ MOST_DIFFERING = 0.01
 
 @dataclass
 class Shadow:
-    """Judges again on the host what was verified on the device, and counts."""
+    """Verifies again on the host what was verified on the device, and counts."""
 
     rule: str
     num_seeds: int = 0

@@ -55,7 +55,7 @@ class Parting:
 
 
 class Referee:
-    """Judges partings of runs of one model in one type."""
+    """Explains partings of runs of one model in one type."""
 
     def __init__(self, model: str, dtype: str, device: str) -> None:
         self._coarse = _runner(model, getattr(torch, dtype), device)

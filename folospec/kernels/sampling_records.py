@@ -65,7 +65,7 @@ def check_filters(params: bytes) -> None:
 
 
 class VerifiedPath(NamedTuple):
-    """What `NativeSampling.walk` found for a sequence."""
+    """What `NativeSampling.draw_and_verify` found for a sequence."""
 
     path: list[int]
     """Accepted nodes, from the root's child downwards."""
@@ -77,7 +77,7 @@ class VerifiedPath(NamedTuple):
 
 
 class PackedTrees:
-    """The sequences of a step, to be walked in one call."""
+    """The sequences of a step, to be verified in one call."""
 
     def __init__(self) -> None:
         self.all_params: list[bytes] = []

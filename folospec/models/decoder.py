@@ -63,7 +63,7 @@ class Decoder:
     """The model; weights are uninitialised until the loader has filled `destinations()`.
 
     `skip_attention` and `skip_mlp` are the layers whose half is left out. There are none but in a
-    view of the model (`views`).
+    view of the model (`self_draft`).
 
     Args:
         options: what the checkpoint's config says.

@@ -51,8 +51,8 @@ class Chains(Protocol):
 
 
 class DraftRunner(Protocol):
-    """A model with KV tensors, indexed by the block tables of the target: its own, or for a view of
-    the target the target's. The worker implements it; drafters never see the tensors."""
+    """A model with KV tensors, indexed by the block tables of the target: its own, or for a
+    self-draft model the target's. The worker implements it; drafters never see the tensors."""
 
     @property
     def vocab_size(self) -> int: ...

@@ -259,13 +259,13 @@ class Proposer:
     def observe(self, steps: Seq[SequenceStep], result: ForwardResult) -> None:
         """Let the planner and the drafters learn from a committed step; then drop the sequences
         that have finished in it."""
-        if self.step_planner is not None:
-            for step in steps:
-                if step.proposal is not None and step.verdict is not None:
-                    self.step_planner.learn(step.seq.seq_id, step.verdict.path)
         if not self.drafters:
             return
         try:
+            if self.step_planner is not None:
+                for step in steps:
+                    if step.proposal is not None and step.verdict is not None:
+                        self.step_planner.learn(step.seq.seq_id, step.verdict.path)
             self._updates.send(steps, result)
         finally:
             for step in steps:

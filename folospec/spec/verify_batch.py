@@ -75,7 +75,7 @@ def verify_batch(
     if kernels is None or not rule.has_kernels:
         return _verify_by_log_probs(steps, logits, acceptance)
     if isinstance(kernels, NativeSampling) or (coupled and not wants_log_probs):
-        # Draw the target's tokens and walk the trees in one call.
+        # Draw the target's tokens and verify the trees in one call.
         logits = constrained(steps, logits)
         take_paths(steps, kernels.draw_and_verify(logits, pack_trees(steps)))
         return None
@@ -168,7 +168,7 @@ def _verify_by_log_probs(steps: list[SequenceStep], logits: Tensor, acceptance: 
 
 
 def _verify_by_draw(steps: list[SequenceStep], log_probs: Tensor, rule: AcceptanceRule) -> None:
-    """Draw the target's token at every row with its keyed noise, and walk the trees."""
+    """Draw the target's token at every row with its keyed noise, and verify the trees."""
     rows: list[int] = []
     keys: list[int] = []
     for step in steps:

@@ -40,7 +40,7 @@ class EngineComponents:
     handles: list[DrafterHandle]
     """The drafters, in their order."""
     runners: dict[str, ModelRunner]
-    views: list[ModelRunner]
+    self_drafts: list[ModelRunner]
     """Runners of cheaper copies of the target, which read and write its KV."""
     max_model_len: int
     num_blocks: int
@@ -61,7 +61,7 @@ class EngineComponents:
 
     @property
     def all_runners(self) -> list[ModelRunner]:
-        return [*self.runners.values(), *self.views]
+        return [*self.runners.values(), *self.self_drafts]
 
 
 def load_components(config: EngineConfig) -> EngineComponents:
@@ -89,8 +89,8 @@ def load_components(config: EngineConfig) -> EngineComponents:
     num_blocks = _num_blocks(config, loader, _num_logits(config, handles))
     for runner in loader.runners.values():
         runner.make_kv(num_blocks, config.block_size, loader.device)
-    for view in loader.views:
-        view.kv = loader.target.kv
+    for self_draft in loader.self_drafts:
+        self_draft.kv = loader.target.kv
     if not config.enforce_eager:
         _use_graphs(loader)
     return EngineComponents(
@@ -99,7 +99,7 @@ def load_components(config: EngineConfig) -> EngineComponents:
         loader.target,
         handles,
         loader.runners,
-        loader.views,
+        loader.self_drafts,
         loader.max_model_len,
         num_blocks,
         loader.target.model.attention.name,
@@ -138,14 +138,14 @@ class _Loader:
         self.target = self._load(config.model, deterministic=config.deterministic is True)
         self.max_model_len = _max_model_len(config, self.target.model.config.max_model_len)
         self.runners = {"target": self.target}
-        self.views: list[ModelRunner] = []
+        self.self_drafts: list[ModelRunner] = []
         self.is_complete = False
         """All drafters are made: no further model is loaded."""
 
     @property
     def graph_bytes(self) -> int:
         """What the CUDA graphs of all models may take."""
-        runners = (*self.runners.values(), *self.views)
+        runners = (*self.runners.values(), *self.self_drafts)
         return sum(graph_bytes(r.vocab_size) for r in runners if r.model.supports_cuda_graphs)
 
     def load_draft_model(self, access: RunnerAccess, path: str, owner: str) -> GuardedRunner:
@@ -166,9 +166,9 @@ class _Loader:
         self._refuse_late()
         model = self_draft_of(self.target.model, **changes)
         budget = self.target.max_num_batched_tokens
-        view = ModelRunner(model, max_num_batched_tokens=budget)
-        self.views.append(view)
-        return GuardedRunner(view, model.config, access, is_self_draft=True)
+        self_draft = ModelRunner(model, max_num_batched_tokens=budget)
+        self.self_drafts.append(self_draft)
+        return GuardedRunner(self_draft, model.config, access, is_self_draft=True)
 
     def _refuse_late(self) -> None:
         if self.is_complete:
@@ -209,7 +209,7 @@ def _use_graphs(loader: _Loader) -> None:
     from folospec.kernels.gpu.sampling import DeviceSampling
 
     sampling = DeviceSampling()
-    for runner in (*loader.runners.values(), *loader.views):
+    for runner in (*loader.runners.values(), *loader.self_drafts):
         if runner.model.supports_cuda_graphs and not runner.batch_invariant_reference:
             runner.use_graphs(recorder, sampling, verifies=runner is loader.target)
 

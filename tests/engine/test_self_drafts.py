@@ -197,7 +197,7 @@ def test_drafts_of_the_whole_target_are_all_accepted(
 def test_a_view_that_sees_other_kv_than_the_targets_is_noticed(models: Any) -> None:
     """Control of the test above: with KV of its own, which nobody fills, the view is lost."""
     llm = make_llm(models.target, {"method": "whole_target"})
-    (view,), target = llm.engine.components.views, llm.engine.components.target
+    (view,), target = llm.engine.components.self_drafts, llm.engine.components.target
     assert view.kv is target.kv is not None
     view.make_kv(target.kv.layers[0].key.shape[0] // 16, 16, torch.device("cpu"))
     stats = run(llm).stats

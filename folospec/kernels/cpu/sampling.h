@@ -190,7 +190,7 @@ EXPORT_SAMPLING void folospec_sampling_sizes(int64_t* sizes) {
     sizes[2] = sizeof(folospec::Verified);
 }
 
-// Draw the target's tokens of `count` sequences and walk their trees: accept a child that has the drawn
+// Draw the target's tokens of `count` sequences and verify their trees: accept a child that has the drawn
 // token, and draw at it the next. See `verify_coupled` of spec/verify.py.
 EXPORT_SAMPLING void folospec_verify(const float* logits, int64_t size, const folospec::SamplingParams* all_params,
                                      const folospec::Tree* trees, const int64_t* nodes, int64_t count,

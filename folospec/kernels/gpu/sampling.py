@@ -108,12 +108,12 @@ class DeviceSampling:
         filters: bool = True,
         max_nodes: int | None = None,
     ) -> None:
-        """Draw at all rows and walk all trees. Nothing is read on the host.
+        """Draw at all rows and verify all trees. Nothing is read on the host.
 
         Args:
             logits: float32 [*, vocab_size], such as `takes` says yes to.
             tensors: int64, of `sizes`.
-            result: int64 of `result_size`: for every walk its token (-1 where none is possible),
+            result: int64 of `result_size`: for every tree its token (-1 where none is possible),
                 the length of its path and the bits of the peak; then the paths.
             filters: whether any parameter set has some; False is faster.
             max_nodes: of one tree; None: all nodes may be in one.

@@ -18,7 +18,7 @@ from folospec.kernels.sampling_records import PackedTrees, VerifiedPath
 
 Arrays = dict[str, NDArray[np.int64]]
 PARAMS, TREE, DRAW, PROPOSAL, COLUMNS = 6, 4, 4, 7, 3
-"""int64 in each, and those of a walk in the result: its token, the length of its path, the bits of
+"""int64 in each, and those of a tree in the result: its token, the length of its path, the bits of
 the largest logit (float32)."""
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 

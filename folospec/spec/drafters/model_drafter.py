@@ -119,10 +119,8 @@ class ModelDrafter(Drafter):
             return
         run = None
         while chains:
-            draft_positions = [
-                DraftPosition(c.sampling, c.token_ids, len(c.token_ids)) for c in chains
-            ]
-            for chain, children in zip(chains, self._draw(logits, draft_positions), strict=True):
+            nodes = [DraftPosition(c.sampling, c.token_ids, len(c.token_ids)) for c in chains]
+            for chain, children in zip(chains, self._draw(logits, nodes), strict=True):
                 chain.add(children)
             going = [index for index, chain in enumerate(chains) if not chain.is_done]
             if not going:
@@ -161,26 +159,26 @@ class ModelDrafter(Drafter):
 
     def _draft_trees(self, builders: list[TreeBuilder], logits: Tensor) -> None:
         """Let all trees grow by a level in every pass; `logits` are those of the roots."""
-        active = [growth for growth in builders if growth.frontier]
+        active = [builder for builder in builders if builder.frontier]
         if len(active) < len(builders):
-            logits = logits[[bool(growth.frontier) for growth in builders]]
+            logits = logits[[bool(builder.frontier) for builder in builders]]
         while active:
-            at = [(growth, node) for growth in active for node in growth.frontier]
-            drawn = self._draw(logits, [growth.draft_position(node) for growth, node in at])
-            for (growth, node), children in zip(at, drawn, strict=True):
-                growth.add(node, children)
-            for growth in active:
-                growth.advance()
-            active = [growth for growth in active if growth.frontier]
+            at = [(builder, node) for builder in active for node in builder.frontier]
+            drawn = self._draw(logits, [builder.draft_position(node) for builder, node in at])
+            for (builder, node), children in zip(at, drawn, strict=True):
+                builder.add(node, children)
+            for builder in active:
+                builder.advance()
+            active = [builder for builder in active if builder.frontier]
             if active:
-                batch = [growth.next_rows() for growth in active]
+                batch = [builder.next_rows() for builder in active]
                 logits = self.run([replace(r, token_ids=self._fit(r.token_ids)) for r in batch])
 
-    def _draw(self, logits: Tensor, draft_positions: Sequence[DraftPosition]) -> list[Children]:
-        """Draw the children of every spot, with the confidence that the rule allows."""
-        drawn = self.drawer.draw(logits, draft_positions, self.sharpness.value)
-        for draft_position, children in zip(draft_positions, drawn, strict=True):
-            if draft_position.sampling.has_own_noise and not self.shares_noise:
+    def _draw(self, logits: Tensor, nodes: Sequence[DraftPosition]) -> list[Children]:
+        """Draw the children of every node, with the confidence that the rule allows."""
+        drawn = self.drawer.draw(logits, nodes, self.sharpness.value)
+        for node, children in zip(nodes, drawn, strict=True):
+            if node.sampling.has_own_noise and not self.shares_noise:
                 # What is said of a sampled draft may not look at its token under a ratio rule, so
                 # it is what children of its rank have met with so far.
                 estimates = self.ranks.estimates()
@@ -222,10 +220,8 @@ class ModelDrafter(Drafter):
         for row, _ in places:
             if row.seq_id not in samplings:
                 samplings[row.seq_id] = DraftSampling(row, self.plan)
-        draft_positions = [
-            DraftPosition(samplings[row.seq_id], path, len(path)) for row, path in places
-        ]
-        return self.drawer.draw(logits, draft_positions, self.sharpness.value)
+        nodes = [DraftPosition(samplings[row.seq_id], path, len(path)) for row, path in places]
+        return self.drawer.draw(logits, nodes, self.sharpness.value)
 
     def observe(self, results: list[StepResult]) -> None:
         for result in results:

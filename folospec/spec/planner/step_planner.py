@@ -118,7 +118,7 @@ class StepPlanner:
         return seq.num_tokens if self._reads_from_start(drafter) else 1
 
     def _reads_from_start(self, drafter: DrafterHandle) -> bool:
-        """Whether the planner keeps count of what the drafter has read. A view of the target has
+        """Whether the planner keeps count of what the drafter has read. A self-draft model has
         its KV, and nothing to catch up with; beside a model, reading counts for nothing."""
         return not self.planner.estimates.sources[self.source_of(drafter)].in_passes
 

@@ -76,35 +76,26 @@ class Drawer:
         self.native: NativeChildren | None = load()
 
     def draw(
-        self, logits: Tensor, draft_positions: Sequence[DraftPosition], sharpness: float
+        self, logits: Tensor, nodes: Sequence[DraftPosition], sharpness: float
     ) -> list[Children]:
-        """Draw the children of every spot.
+        """Draw the children of every node.
 
         Args:
-            logits: float [num_spots, vocab_size], of the draft model; not changed.
+            logits: float [num_nodes, vocab_size], of the draft model; not changed.
             sharpness: of the confidence, see `drafting.Sharpness`.
         """
-        most = min(max(draft_position.count for draft_position in draft_positions), logits.shape[1])
+        most = min(max(node.count for node in nodes), logits.shape[1])
         kernels = self._kernels_for(logits, most)
-        if kernels is None or any(
-            draft_position.sampling.has_own_noise for draft_position in draft_positions
-        ):
-            log_probs = process(
-                logits, [_sampling_row(s) for s in draft_positions], soften_greedy=True
-            )
-            places = [self._place(draft_position) for draft_position in draft_positions]
+        if kernels is None or any(node.sampling.has_own_noise for node in nodes):
+            log_probs = process(logits, [_sampling_row(s) for s in nodes], soften_greedy=True)
+            places = [self._place(node) for node in nodes]
             return draw_children(self.plan.children, log_probs, places, sharpness)
-        if any(draft_position.sampling.is_constrained for draft_position in draft_positions):
-            logits = constrain(
-                logits, [_sampling_row(draft_position) for draft_position in draft_positions]
-            )
+        if any(node.sampling.is_constrained for node in nodes):
+            logits = constrain(logits, [_sampling_row(node) for node in nodes])
         drawn = kernels.draw(
             logits,
-            [draft_position.sampling.packed for draft_position in draft_positions],
-            [
-                _wanted(index, draft_position, most, sharpness)
-                for index, draft_position in enumerate(draft_positions)
-            ],
+            [node.sampling.packed for node in nodes],
+            [_wanted(index, node, most, sharpness) for index, node in enumerate(nodes)],
             most,
         )
         return [Children(token_ids, confidence) for token_ids, confidence in drawn]
@@ -115,21 +106,19 @@ class Drawer:
             return self.native
         return on_device(logits) if most == 1 else None
 
-    def _place(self, draft_position: DraftPosition) -> ChildRequest:
-        row, keys = draft_position.sampling.row, []
-        if draft_position.sampling.is_noisy:
+    def _place(self, node: DraftPosition) -> ChildRequest:
+        row, keys = node.sampling.row, []
+        if node.sampling.is_noisy:
             if self.plan.uses_target_noise:
                 codes = [int(Purpose.TARGET)]
-                position = row.root_position + 1 + len(draft_position.path)
+                position = row.root_position + 1 + len(node.path)
             else:
-                draws = draft_position.count if self.plan.children == "iid" else 1
+                draws = node.count if self.plan.children == "iid" else 1
                 streams = [self.stream + (draw << 10) for draw in range(draws)]
-                codes = [
-                    noise.purpose_code(Purpose.DRAFT, draft_position.node_row, s) for s in streams
-                ]
+                codes = [noise.purpose_code(Purpose.DRAFT, node.node_row, s) for s in streams]
                 position = row.root_position
             keys = [noise.key(row.seed, row.sample_index, position, code) for code in codes]
-        return ChildRequest(draft_position.count, keys, draft_position.sampling.temperature)
+        return ChildRequest(node.count, keys, node.sampling.temperature)
 
 
 def chain_sampling(
@@ -145,12 +134,12 @@ def chain_sampling(
     )
 
 
-def _wanted(index: int, draft_position: DraftPosition, most: int, sharpness: float) -> bytes:
+def _wanted(index: int, node: DraftPosition, most: int, sharpness: float) -> bytes:
     position, count = (
-        _position(draft_position.sampling, len(draft_position.path)),
-        min(draft_position.count, most),
+        _position(node.sampling, len(node.path)),
+        min(node.count, most),
     )
-    return pack_wanted(index, position, count, _scale(draft_position.sampling, sharpness))
+    return pack_wanted(index, position, count, _scale(node.sampling, sharpness))
 
 
 def _position(sampling: DraftSampling, depth: int) -> int:
@@ -163,12 +152,12 @@ def _scale(sampling: DraftSampling, sharpness: float) -> float:
     return sharpness * (sampling.temperature or 1.0) if sampling.uses_sharpness else 1.0
 
 
-def _sampling_row(draft_position: DraftPosition) -> SamplingRow:
-    row = draft_position.sampling.row
+def _sampling_row(node: DraftPosition) -> SamplingRow:
+    row = node.sampling.row
     return SamplingRow(
         params=row.params,
         prompt_token_ids=row.prompt_token_ids,
         output_token_ids=row.output_token_ids,
-        draft_token_ids=draft_position.path,
+        draft_token_ids=node.path,
         is_draft=True,
     )
